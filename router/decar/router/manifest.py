@@ -1,0 +1,377 @@
+"""The ensemble directory: its manifest, its checks, its atomic writing. Knows files, never engines."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from decar.router.errors import EnsembleError
+
+MANIFEST_NAME = "ensemble.json"
+Rule = Literal["velocity", "logit"]
+Route = Literal["posterior", "prior"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ExpertEntry(_Strict):
+    """One expert: a Hugging Face checkpoint inside the ensemble directory and its prior mass."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    path: str
+    prior: float = Field(gt=0, allow_inf_nan=False, description="share of the training data; normalised on use")
+
+
+class RouterEntry(_Strict):
+    """How requests are weighted when they do not say."""
+
+    kind: Route = "posterior"
+
+
+class Mixing(_Strict):
+    """How expert distributions are mixed when a request does not say."""
+
+    rule: Rule = "velocity"
+
+
+class Manifest(_Strict):
+    """``ensemble.json``."""
+
+    format_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    experts: tuple[ExpertEntry, ...] = Field(min_length=1, max_length=16)
+    router: RouterEntry = RouterEntry()
+    mixing: Mixing = Mixing()
+
+    @pydantic.model_validator(mode="after")
+    def _names_are_unique(self) -> Manifest:
+        names = [expert.name for expert in self.experts]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two experts are named {twice[0]!r}; give each expert its own name")
+        return self
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Path:
+    """Write ``manifest`` to ``directory`` so that a reader sees the old file or the new one, never half of it."""
+    path = directory / MANIFEST_NAME
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert on disk, with what its files say about it."""
+
+    name: str
+    path: Path
+    prior: float
+    config: dict[str, Any] = field(repr=False)
+
+    @property
+    def architecture(self) -> str:
+        return str((self.config.get("architectures") or ["unknown"])[0])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output layer, padding included."""
+        text = self.config.get("text_config") or {}
+        return int(self.config.get("vocab_size") or text["vocab_size"])
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the configuration allows, where it says."""
+        text = self.config.get("text_config") or {}
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = self.config.get(key) or text.get(key)
+            if value:
+                return int(value)
+        return None
+
+    @cached_property
+    def weight_files(self) -> tuple[Path, ...]:
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return tuple(self.path / name for name in names)
+        return tuple(sorted(self.path.glob("*.safetensors")))
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.weight_files if file.exists())
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Counted from the safetensors headers, without reading the weights."""
+        return sum(_count_parameters(file) for file in self.weight_files)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.path)
+
+
+class Ensemble:
+    """An ensemble directory, read and checked.
+
+    Use :meth:`load` to read one that has to be servable, or :meth:`inspect` to collect every problem.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, experts: tuple[Expert, ...]):
+        self.directory = directory
+        self.manifest = manifest
+        self.experts = experts
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def expert_names(self) -> list[str]:
+        return [expert.name for expert in self.experts]
+
+    @property
+    def vocab_size(self) -> int:
+        """V: token ids that every expert has a row for. Ids beyond it are some expert's padding."""
+        return min(expert.vocab_size for expert in self.experts)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that every expert can score."""
+        known = [expert.max_positions for expert in self.experts if expert.max_positions]
+        return min(known, default=None)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Ensemble:
+        """Read ``directory`` and refuse it unless it can be served.
+
+        Raises:
+            EnsembleError: the first problem found, naming the file or expert and the fix.
+        """
+        ensemble, problems = cls.inspect(directory)
+        if problems:
+            raise EnsembleError(problems[0])
+        assert ensemble is not None
+        return ensemble
+
+    @classmethod
+    def inspect(cls, directory: str | Path) -> tuple[Ensemble | None, list[str]]:
+        """Read ``directory``; return what could be read and every problem found, worst first."""
+        directory = Path(directory)
+        try:
+            manifest = _read_manifest(directory)
+        except EnsembleError as error:
+            return None, [str(error)]
+        experts: list[Expert] = []
+        problems: list[str] = []
+        for entry in manifest.experts:
+            try:
+                experts.append(_read_expert(directory, entry))
+            except EnsembleError as error:
+                problems.append(str(error))
+        for expert in experts:
+            problems += _weight_problems(expert)
+        if not problems:
+            problems += _tokenizer_problems(experts)
+        return cls(directory, manifest, tuple(experts)), problems
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise EnsembleError(f"{directory} is not a directory; give the path of an ensemble made by `decar-train export`")
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise EnsembleError(f"{path} is missing; `decar-train export` writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EnsembleError(f"{path} is not valid JSON ({error})") from None
+    try:
+        return Manifest.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise EnsembleError(f"{path}: {describe_validation_error(error, Manifest)}") from None
+
+
+def describe_validation_error(error: pydantic.ValidationError, model: type[BaseModel]) -> str:
+    """The first problem in one line: the field's path, what is wrong, and a near name where one exists."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or model.__name__
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "unknown field"
+        near = difflib.get_close_matches(str(first["loc"][-1]), _field_names(model), n=1)
+        if near:
+            message += f"; did you mean {near[0]!r}?"
+    elif "input" in first and isinstance(first["input"], str | int | float | bool):
+        message += f" (got {first['input']!r})"
+    return f"{where}: {message}"
+
+
+def _field_names(model: type[BaseModel], seen: set[type] | None = None) -> list[str]:
+    """Names of the fields of ``model`` and of every pydantic model nested in it."""
+    seen = seen if seen is not None else set()
+    if model in seen:
+        return []
+    seen.add(model)
+    names: list[str] = []
+    for name, info in model.model_fields.items():
+        names.append(name)
+        pending: list[Any] = [info.annotation]
+        while pending:
+            annotation = pending.pop()
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                names += _field_names(annotation, seen)
+            pending += getattr(annotation, "__args__", ())
+    return names
+
+
+def _read_expert(directory: Path, entry: ExpertEntry) -> Expert:
+    path = (directory / entry.path).resolve()
+    if not path.is_relative_to(directory.resolve()):
+        raise EnsembleError(f"expert {entry.name!r}: path {entry.path!r} leaves the ensemble directory; copy it inside")
+    config_path = path / "config.json"
+    try:
+        config = json.loads(config_path.read_text())
+    except FileNotFoundError:
+        raise EnsembleError(f"expert {entry.name!r}: {config_path} is missing; export the expert again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EnsembleError(f"expert {entry.name!r}: {config_path} is not valid JSON ({error})") from None
+    expert = Expert(entry.name, path, entry.prior, config)
+    try:
+        assert expert.vocab_size > 0
+    except (KeyError, TypeError, ValueError, AssertionError):
+        raise EnsembleError(f"expert {entry.name!r}: {config_path} names no vocab_size") from None
+    return expert
+
+
+def _weight_problems(expert: Expert) -> list[str]:
+    try:
+        files = expert.weight_files
+    except (json.JSONDecodeError, KeyError) as error:
+        return [f"expert {expert.name!r}: model.safetensors.index.json cannot be read ({error})"]
+    if not files:
+        return [f"expert {expert.name!r}: no *.safetensors in {expert.path}; export the expert again"]
+    problems = []
+    for file in files:
+        try:
+            expected = _safetensors_bytes(file)
+        except FileNotFoundError:
+            problems.append(f"expert {expert.name!r}: weights {file} are missing; copy or export the expert again")
+            continue
+        except (ValueError, KeyError, UnicodeDecodeError) as error:
+            problems.append(f"expert {expert.name!r}: {file} is not a safetensors file ({error})")
+            continue
+        actual = file.stat().st_size
+        if actual != expected:
+            problems.append(
+                f"expert {expert.name!r}: weights {file} are truncated "
+                f"({actual:,} bytes, its header promises {expected:,}); copy or export the expert again"
+            )
+    return problems
+
+
+def _safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """(header length in bytes, header) of a safetensors file; the format puts the length in the first 8 bytes."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= 100_000_000:
+            raise ValueError("its header length is out of range")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return length, header
+
+
+def _safetensors_bytes(file: Path) -> int:
+    length, header = _safetensors_header(file)
+    return 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+
+
+def _count_parameters(file: Path) -> int:
+    _, header = _safetensors_header(file)
+    total = 0
+    for tensor in header.values():
+        count = 1
+        for size in tensor["shape"]:
+            count *= size
+        total += count
+    return total
+
+
+def _tokenizer_problems(experts: list[Expert]) -> list[str]:
+    problems = []
+    fingerprints: dict[str, str] = {}
+    for expert in experts:
+        try:
+            fingerprints[expert.name] = expert.tokenizer_fingerprint
+            known_ids = 1 + max(_tokenizer_ids(expert.path), default=-1)
+        except EnsembleError as error:
+            problems.append(f"expert {expert.name!r}: {error}")
+            continue
+        if known_ids > expert.vocab_size:
+            problems.append(
+                f"expert {expert.name!r}: its tokenizer has ids up to {known_ids - 1}, but its output layer has only "
+                f"{expert.vocab_size} rows; resize the model's embeddings to the tokenizer"
+            )
+    if problems:
+        return problems
+    first = experts[0].name
+    for name, fingerprint in fingerprints.items():
+        if fingerprint != fingerprints[first]:
+            problems.append(
+                f"experts {first!r} and {name!r} have different tokenizers ({fingerprints[first]} and {fingerprint}); "
+                "an ensemble mixes token probabilities, so train all experts with one tokenizer"
+            )
+    return problems
+
+
+def _read_tokenizer(path: Path) -> dict[str, Any]:
+    file = path / "tokenizer.json"
+    try:
+        data: dict[str, Any] = json.loads(file.read_text())
+        data["model"]["vocab"]
+    except FileNotFoundError:
+        raise EnsembleError(f"{file} is missing; save the tokenizer as a fast one (tokenizer.json)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise EnsembleError(f"{file} cannot be read ({error})") from None
+    return data
+
+
+def _vocabulary(data: dict[str, Any]) -> dict[str, int]:
+    vocab = data["model"]["vocab"]
+    if isinstance(vocab, dict):
+        return vocab
+    return {str(entry[0]): index for index, entry in enumerate(vocab)}  # Unigram: [piece, score] pairs
+
+
+def _tokenizer_ids(path: Path) -> set[int]:
+    data = _read_tokenizer(path)
+    added = {int(token["id"]) for token in data.get("added_tokens") or []}
+    return set(_vocabulary(data).values()) | added
+
+
+def tokenizer_fingerprint(path: Path) -> str:
+    """12 hex digits of what makes two tokenizers give the same ids: vocabulary, merges, special tokens, pipeline.
+
+    Raises:
+        EnsembleError: no readable ``tokenizer.json`` in ``path``.
+    """
+    data = _read_tokenizer(path)
+    identity = {
+        "vocab": sorted(_vocabulary(data).items()),
+        "merges": data["model"].get("merges"),
+        "added": sorted((token["id"], token["content"]) for token in data.get("added_tokens") or []),
+        "pipeline": {key: data.get(key) for key in ("normalizer", "pre_tokenizer")},
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
