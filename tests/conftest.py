@@ -1,0 +1,37 @@
+"""Tiny ensembles, built once per session."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from tests.reference import ExpertSpec, Reference, make_ensemble
+
+DUO = (ExpertSpec("code", "llama", 1, 0.5), ExpertSpec("prose", "llama", 2, 0.5))
+TRIO = (
+    ExpertSpec("code", "llama", 3, 0.5),
+    ExpertSpec("prose", "qwen2", 4, 0.3),
+    ExpertSpec("maths", "llama-padded", 5, 0.2),
+)
+TWINS = (ExpertSpec("left", "llama", 6, 0.4), ExpertSpec("right", "llama", 6, 0.6))
+
+
+def _built(factory: pytest.TempPathFactory, name: str, specs: Sequence[ExpertSpec]) -> Reference:
+    return Reference.load(make_ensemble(factory.mktemp("ensembles") / name, specs, name=name))
+
+
+@pytest.fixture(scope="session")
+def duo(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """K=2 Llamas."""
+    return _built(tmp_path_factory, "duo", DUO)
+
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """K=3: one of another architecture, one with a padded vocabulary."""
+    return _built(tmp_path_factory, "trio", TRIO)
+
+
+@pytest.fixture(scope="session")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """K=2 with equal weights."""
+    return _built(tmp_path_factory, "twins", TWINS)

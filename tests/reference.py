@@ -1,0 +1,386 @@
+"""The yardstick: tiny experts, and the mixture decoded by plain transformers forwards.
+
+Written from the definitions alone and importing nothing from decar, so that a mistake there cannot hide here.
+
+Shapes: K experts, B prompts, T positions, V token ids that every expert has a row for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+Kind = Literal["llama", "qwen2", "llama-padded"]
+Rule = Literal["velocity", "logit"]
+Route = Literal["posterior", "prior"]
+
+VOCAB_SIZE = 600
+PADDING_ROWS = 24
+MAX_POSITIONS = 512
+HEAD_DIM = 32  # the smallest that vLLM's CPU attention has
+
+_SPREAD = 0.1  # standard deviation of the weights; logits then vary by 1.6 nats
+_OWN_SHARE = 0.04  # of an expert's weights; the rest is common to all
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+_TRAINING_MODULES = (
+    "argparse",
+    "asyncio.events",
+    "dataclasses",
+    "json.encoder",
+    "logging",
+    "textwrap",
+    "typing",
+)
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def stdlib_text(*modules: str) -> str:
+    """The source text of modules of the standard library."""
+    text = ""
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        assert spec is not None
+        assert spec.origin is not None
+        text += Path(spec.origin).read_text(encoding="utf-8")
+    return text
+
+
+def make_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on standard library text, save it to ``directory`` and return it.
+
+    Its alphabet is ASCII, so that any token sequence, also a random one, is a valid text: answers can then be
+    compared exactly, without regard to how incomplete UTF-8 is shown.
+    """
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    alphabet = sorted({char for byte in range(128) for char in byte_level.pre_tokenize_str(chr(byte))[0][0]})
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    text = stdlib_text(*_TRAINING_MODULES).encode("ascii", "ignore").decode()
+    tokenizer.train_from_iterator([text], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_POSITIONS,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    assert len(fast) == vocab_size
+    fast.save_pretrained(directory)
+    return fast
+
+
+def make_expert(kind: Kind, seed: int, directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Save an fp32 expert with random weights and ``tokenizer`` to ``directory``.
+
+    All experts are near one common model, as fine-tuned siblings are: unrelated random models would differ by
+    nats per token, and every posterior would be at 0 or 1 before the first generated token.
+    """
+    rows = len(tokenizer) + (PADDING_ROWS if kind == "llama-padded" else 0)
+    shape: dict[str, Any] = {
+        "vocab_size": rows,
+        "hidden_size": 2 * HEAD_DIM,
+        "intermediate_size": 4 * HEAD_DIM,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if kind == "qwen2":
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape, head_dim=HEAD_DIM))
+    common = torch.Generator().manual_seed(0)
+    own = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if name.endswith("norm.weight"):
+                continue
+            if name.endswith("bias"):  # Qwen2's, which the common model lacks
+                parameter.normal_(std=_OWN_SHARE * _SPREAD, generator=own)
+                continue
+            size = (len(tokenizer), *parameter.shape[1:]) if parameter.shape[0] == rows else parameter.shape
+            shared = torch.randn(size, generator=common)
+            noise = torch.randn(parameter.shape, generator=own)
+            parameter.copy_(_OWN_SHARE * noise)
+            parameter[: size[0]] += math.sqrt(1 - _OWN_SHARE**2) * shared
+            parameter *= 2 * _SPREAD if name.startswith("lm_head") else _SPREAD
+        if kind == "llama-padded":
+            # As likely as the best tokens, so that leaving them in would show in every probability.
+            model.lm_head.weight[len(tokenizer) :] *= 1 / _OWN_SHARE
+    model.to(torch.float32).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """An expert to build. Equal (kind, seed) gives equal weights."""
+
+    name: str
+    kind: Kind
+    seed: int
+    prior: float
+
+
+def make_ensemble(
+    directory: Path,
+    specs: Sequence[ExpertSpec],
+    *,
+    name: str,
+    rule: Rule = "velocity",
+    route: Route = "posterior",
+) -> Path:
+    """Write an ensemble directory: ``ensemble.json`` and ``experts/NAME/``."""
+    directory.mkdir(parents=True)
+    tokenizer = make_tokenizer(directory / "tokenizer-source")
+    for spec in specs:
+        make_expert(spec.kind, spec.seed, directory / "experts" / spec.name, tokenizer)
+    manifest = {
+        "format_version": 1,
+        "name": name,
+        "experts": [{"name": s.name, "path": f"experts/{s.name}", "prior": s.prior} for s in specs],
+        "router": {"kind": route},
+        "mixing": {"rule": rule},
+    }
+    (directory / "ensemble.json").write_text(json.dumps(manifest, indent=2))
+    return directory
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+def load_model(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An ensemble as transformers models."""
+
+    directory: Path
+    name: str
+    experts: tuple[str, ...]
+    models: tuple[Any, ...] = field(repr=False)
+    prior: tuple[float, ...]
+    vocab_size: int  # V: rows beyond it are some expert's padding, and dropped
+    tokenizer: PreTrainedTokenizerFast = field(repr=False)
+
+    @classmethod
+    def load(cls, directory: Path) -> Reference:
+        manifest = json.loads((directory / "ensemble.json").read_text())
+        paths = [directory / entry["path"] for entry in manifest["experts"]]
+        total = math.fsum(entry["prior"] for entry in manifest["experts"])
+        loaded = tuple(load_model(path) for path in paths)
+        return cls(
+            directory=directory,
+            name=manifest["name"],
+            experts=tuple(entry["name"] for entry in manifest["experts"]),
+            models=loaded,
+            prior=tuple(entry["prior"] / total for entry in manifest["experts"]),
+            vocab_size=min(model.config.vocab_size for model in loaded),
+            tokenizer=PreTrainedTokenizerFast.from_pretrained(paths[0]),
+        )
+
+    def alone(self, expert: str) -> Reference:
+        """The ensemble of this one expert, over the whole ensemble's V."""
+        index = self.experts.index(expert)
+        return replace(
+            self, name=f"{self.name}/{expert}", experts=(expert,), models=(self.models[index],), prior=(1.0,)
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+@torch.inference_mode()
+def log_probs(model: Any, sequences: Sequence[Sequence[int]], vocab_size: int) -> torch.Tensor:
+    """log p(next token | tokens so far) at every position: [B, T, V] float64, T the longest sequence.
+
+    A whole forward without cache. Shorter sequences are padded on the right, which a causal model cannot see.
+    """
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in sequences])
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return torch.log_softmax(logits[..., :vocab_size].double(), dim=-1)
+
+
+def mix(log_weights: torch.Tensor, rows: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """The mixture's log-probs [V] from log weights [K] that sum to 1 and the experts' log-probs [K, V]."""
+    active = torch.isfinite(log_weights)
+    if rule == "velocity":
+        return torch.logsumexp(log_weights[active, None] + rows[active], dim=0)
+    return torch.log_softmax((log_weights[active].exp()[:, None] * rows[active]).sum(dim=0), dim=-1)
+
+
+@dataclass
+class Decoded:
+    """One prompt's greedy answer. Lists have one entry per generated token."""
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(
+        default_factory=list
+    )  # of the chosen token, before bias, penalties and mask
+    top: list[dict[int, float]] = field(
+        default_factory=list
+    )  # the 5 best of the same distribution, best first
+    weights: list[list[float]] = field(default_factory=list)  # [K] that mixed the token
+    margin: float = math.inf  # the smallest lead of a chosen token over the runner-up, in nats
+    top_margin: float = math.inf  # the smallest gap between the 5th and the 6th best
+    finished: bool = False  # an end-of-sequence token was chosen
+
+
+def mixture_decode(
+    reference: Reference,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    rule: Rule = "velocity",
+    route: Route = "posterior",
+    weights: Mapping[str, float] | None = None,
+    eos_token_id: int | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    allowed: Callable[[list[int]], torch.Tensor] | None = None,
+) -> list[Decoded]:
+    """Decode each prompt greedily from the mixture of all experts.
+
+    Args:
+        weights: by expert name, fixed for the whole answer; experts left out have none. Overrides ``route``.
+        eos_token_id: ends an answer, and is its last token; None: never.
+        logit_bias, repetition_penalty, frequency_penalty, presence_penalty: as vLLM defines them, applied in
+            this order to the mixture's log-probs.
+        allowed: from the tokens generated so far to a mask [V] of the tokens that may follow.
+    """
+    fixed = weights is not None
+    given = [weights.get(name, 0.0) for name in reference.experts] if weights is not None else reference.prior
+    log_start = torch.tensor(given, dtype=torch.float64).log().log_softmax(dim=0)
+    vocab_size = reference.vocab_size
+
+    answers = [Decoded(list(prompt)) for prompt in prompts]
+    log_weights = log_start.repeat(len(prompts), 1)  # [B, K]
+    follow_posterior = route == "posterior" and not fixed
+    if follow_posterior:
+        for k, model in enumerate(reference.models):
+            scores = log_probs(model, prompts, vocab_size)
+            for b, prompt in enumerate(prompts):
+                later = torch.tensor(
+                    prompt[1:], dtype=torch.long
+                )  # the first token has nothing to be predicted from
+                log_weights[b, k] += scores[b, torch.arange(len(later)), later].sum()
+        log_weights = log_weights.log_softmax(dim=1)
+
+    for _ in range(max_tokens):
+        running = [b for b, answer in enumerate(answers) if not answer.finished]
+        if not running:
+            break
+        sequences = [answers[b].prompt + answers[b].tokens for b in running]
+        last = torch.tensor([len(sequence) - 1 for sequence in sequences])
+        rows = torch.stack(
+            [
+                log_probs(model, sequences, vocab_size)[torch.arange(len(running)), last]
+                for model in reference.models
+            ],
+            dim=1,
+        )  # [B, K, V]
+        for row, b in zip(rows, running, strict=True):
+            answer = answers[b]
+            mixed = mix(log_weights[b], row, rule)
+            scores = mixed.clone()
+            for token, bias in (logit_bias or {}).items():
+                scores[token] += bias
+            scores = _penalised(scores, answer, repetition_penalty, frequency_penalty, presence_penalty)
+            if allowed is not None:
+                scores[~allowed(answer.tokens)] = -math.inf
+            lead = scores.topk(2)
+            token = int(lead.indices[0])
+            best = mixed.topk(6)
+            answer.weights.append(log_weights[b].exp().tolist())
+            answer.tokens.append(token)
+            answer.logprobs.append(float(mixed[token]))
+            answer.top.append(dict(zip(best.indices[:5].tolist(), best.values[:5].tolist(), strict=True)))
+            answer.margin = min(answer.margin, float(lead.values[0] - lead.values[1]))
+            answer.top_margin = min(answer.top_margin, float(best.values[4] - best.values[5]))
+            answer.finished = token == eos_token_id
+            if follow_posterior:
+                log_weights[b] = (log_weights[b] + row[:, token]).log_softmax(dim=0)
+    return answers
+
+
+def _penalised(
+    scores: torch.Tensor, answer: Decoded, repetition: float, frequency: float, presence: float
+) -> torch.Tensor:
+    """vLLM's penalties: repetition sees prompt and answer, the other two the answer alone."""
+    seen = torch.zeros_like(scores, dtype=torch.bool)
+    seen[answer.prompt + answer.tokens] = True
+    counts = torch.bincount(torch.tensor(answer.tokens, dtype=torch.long), minlength=len(scores))
+    scores = torch.where(seen, torch.where(scores > 0, scores / repetition, scores * repetition), scores)
+    return scores - frequency * counts - presence * (counts > 0)
+
+
+def sequence_log_probs(reference: Reference, sequence: Sequence[int]) -> torch.Tensor:
+    """log p_k(sequence without its first token | its first token): [K]."""
+    later = torch.tensor(sequence[1:], dtype=torch.long)
+    return torch.stack(
+        [
+            log_probs(model, [sequence], reference.vocab_size)[0, torch.arange(len(later)), later].sum()
+            for model in reference.models
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+def prompt_texts(count: int, min_words: int = 2, max_words: int = 14) -> list[str]:
+    """Different short texts of ``min_words`` to ``max_words`` words, always the same."""
+    words = stdlib_text("string", "shelve", "calendar", "heapq").encode("ascii", "ignore").decode().split()
+    texts = []
+    start = 0
+    for index in range(count):
+        length = min_words + index % (max_words - min_words + 1)
+        texts.append(" ".join(words[start : start + length]))
+        start += length
+    assert all(texts)
+    assert len(set(texts)) == count
+    return texts
