@@ -1,0 +1,213 @@
+"""What decar adds to vLLM's OpenAI app: the `decar` object, model ids, /v1/ensemble. Knows HTTP, no engines.
+
+An ASGI middleware takes `decar` out of a request before vLLM sees it, and puts it into the response after.
+Without a trace the object is spliced in front of the first brace, so that nothing is parsed on the way out.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from decar.router import Ensemble
+from decar.router.errors import RequestError
+from decar.server.client import EnsembleClient
+from decar.server.routing import Call, current_call, model_ids, parse_call
+
+GENERATING_PATHS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations"}
+)
+MAX_BODY_BYTES = 32 * 2**20
+
+
+def extend(app: FastAPI, client: EnsembleClient) -> None:
+    """Add decar's routes and middleware to vLLM's ``app``."""
+    app.include_router(router)
+    app.state.ensemble_client = client
+    # Innermost, so that vLLM's authentication has let the request pass before its body is read.
+    app.user_middleware.append(Middleware(DecarMiddleware, ensemble=client.ensemble))
+    app.middleware_stack = app.build_middleware_stack()  # vLLM's app has already built its own
+
+
+def error_response(message: str, status: int, param: str | None, kind: str = "BadRequestError") -> JSONResponse:
+    """An error body as OpenAI's API gives it."""
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return JSONResponse({"error": error}, status_code=status)
+
+
+router = APIRouter()
+
+
+@router.get("/v1/models/{model_id:path}")
+async def model(model_id: str, request: Request) -> JSONResponse:
+    """One model, as `client.models.retrieve` asks."""
+    models = await request.app.state.openai_serving_models.show_available_models()
+    for card in models.data:
+        if card.id == model_id:
+            return JSONResponse(card.model_dump())
+    return error_response(f"The model `{model_id}` does not exist.", 404, "model", "NotFoundError")
+
+
+@router.get("/v1/ensemble")
+async def ensemble(request: Request) -> JSONResponse:
+    """The manifest, each expert's health, slots in use, what engines counted, and defaults."""
+    client: EnsembleClient = request.app.state.ensemble_client
+    manifest = client.ensemble.manifest
+    experts = [
+        {
+            "name": expert.name,
+            "model": f"{client.ensemble.name}/{expert.name}",
+            "prior": entry.prior,
+            "up": expert.up,
+            "pid": expert.pid,
+            "leads": expert.leads,
+            "lockstep": block.counted(),
+        }
+        for expert, entry, block in zip(client.experts, manifest.experts, client.plane.blocks, strict=True)
+    ]
+    return JSONResponse(
+        {
+            "object": "ensemble",
+            "name": client.ensemble.name,
+            "experts": experts,
+            "defaults": {"route": manifest.router.kind, "rule": manifest.mixing.rule},
+            "slots": {"total": client.slots.total, "in_use": client.slots.in_use},
+        }
+    )
+
+
+class DecarMiddleware:
+    """Carries the `decar` object between a client and the `Call` that its request becomes."""
+
+    def __init__(self, app: ASGIApp, ensemble: Ensemble):
+        self.app = app
+        self.ensemble = ensemble
+        self._models = frozenset(model_ids(ensemble))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATING_PATHS:
+            return await self.app(scope, receive, send)
+        body = await _read_body(receive)
+        if body is None:
+            message = f"the request body is larger than {MAX_BODY_BYTES // 2**20} MiB"
+            return await error_response(message, 413, None)(scope, receive, send)
+        try:
+            fields = json.loads(body)
+        except (ValueError, RecursionError):
+            fields = None  # vLLM answers what is no JSON object
+        if isinstance(fields, dict):
+            try:
+                call = parse_call(self.ensemble, _text(fields.get("model")), fields.pop("decar", None))
+            except RequestError as error:
+                return await error_response(str(error), 400, error.param)(scope, receive, send)
+            current_call.set(call)
+            body = json.dumps(fields).encode()
+            if fields.get("model") is None or fields["model"] in self._models:
+                send = _Annotated(call, send)
+        await self.app(_with_length(scope, len(body)), _replay(body, receive), send)
+
+
+class _Annotated:
+    """A `send` that adds `decar` to a successful response: JSON or server-sent events."""
+
+    def __init__(self, call: Call, send: Send):
+        self._call = call
+        self._send = send
+        self._start: Message | None = None  # held back until the first part of the body is there
+        self._stream = False
+        self._summary_sent = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            headers = dict(message["headers"])
+            self._stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+            self._start = message
+            return
+        if message["type"] != "http.response.body" or (self._start is None and not self._stream):
+            return await self._send(message)
+        body = message.get("body", b"")
+        body = self._event(body) if self._stream else self._object(body)
+        if self._start is not None:
+            start, self._start = self._start, None
+            if not self._stream:
+                start["headers"] = [
+                    (name, str(len(body)).encode() if name == b"content-length" else value)
+                    for name, value in start["headers"]
+                ]
+            await self._send(start)
+        await self._send({**message, "body": body})
+
+    def _object(self, body: bytes) -> bytes:
+        if not body.startswith(b"{"):
+            return body
+        if not self._call.trace:
+            return self._spliced(body)
+        return json.dumps(self._traced(json.loads(body), once=True)).encode()
+
+    def _event(self, body: bytes) -> bytes:
+        if not body.startswith(b"data: {") or body.startswith(b'data: {"error"'):
+            return body
+        if self._call.trace:
+            data = self._traced(json.loads(body.removeprefix(b"data: ")), once=not self._summary_sent)
+            self._summary_sent = True
+            return b"data: " + json.dumps(data).encode() + b"\n\n"
+        if self._summary_sent:
+            return body
+        self._summary_sent = True
+        return b"data: " + self._spliced(body.removeprefix(b"data: "))
+
+    def _spliced(self, body: bytes) -> bytes:
+        return b'{"decar":' + json.dumps(self._call.summary()).encode() + b"," + body[1:]
+
+    def _traced(self, data: dict[str, Any], once: bool) -> dict[str, Any]:
+        """``data`` with the weights of tokens that no earlier chunk has carried."""
+        for choice in data.get("choices") or []:
+            trace = self._call.choices.get(choice.get("index"))
+            if trace is not None:
+                choice["decar"] = {"weights": trace.weights[trace.sent :], "active": trace.experts}
+                trace.sent = len(trace.weights)
+        return {**data, "decar": self._call.summary()} if once else data
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """The whole body, or None if it is too large."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b"".join(parts)
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > MAX_BODY_BYTES:
+            return None
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives ``body`` and then what is left: the client's disconnect."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _with_length(scope: Scope, length: int) -> Scope:
+    headers = [(n, v) for n, v in scope["headers"] if n != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}

@@ -1,0 +1,87 @@
+"""The `decar` command. Knows its arguments; imports vLLM only when a server starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from decar.router import Ensemble
+from decar.router.errors import DecarError
+
+app = typer.Typer(
+    help="Serve independently trained experts as one language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Directory = Annotated[Path, typer.Argument(help="An ensemble directory, as `decar-train export` writes it.")]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(directory: Directory, context: typer.Context) -> None:
+    """Serve an ensemble over the OpenAI API.
+
+    Every further flag is vLLM's own: --host, --port, --api-key, --max-model-len, --dtype, ... An engine flag
+    goes to every expert's engine.
+    """
+    from decar.server.serve import raise_on_sigterm, serve
+
+    raise_on_sigterm()
+    serve(directory, context.args)
+
+
+@app.command()
+def inspect(directory: Directory) -> None:
+    """Show an ensemble's experts, sizes, priors, router and tokenizer, and every problem found."""
+    console = Console()
+    ensemble, problems = Ensemble.inspect(directory)
+    if ensemble is not None:
+        _describe(ensemble, console)
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+    console.print("no problems found", style="green")
+
+
+def _describe(ensemble: Ensemble, console: Console) -> None:
+    manifest = ensemble.manifest
+    console.print(f"[bold]{ensemble.name}[/bold]: router {manifest.router.kind}, rule {manifest.mixing.rule}")
+    table = Table("expert", "architecture", "parameters", "size", "prior", "vocabulary", "positions", "tokenizer")
+    total = sum(expert.prior for expert in manifest.experts)
+    for expert in ensemble.experts:
+        try:
+            parameters, fingerprint = f"{expert.num_parameters / 1e6:,.1f} M", expert.tokenizer_fingerprint
+        except (DecarError, OSError, ValueError):
+            parameters = fingerprint = "unreadable"
+        table.add_row(
+            expert.name,
+            expert.architecture,
+            parameters,
+            f"{expert.weight_bytes / 2**20:,.1f} MiB",
+            f"{expert.prior / total:.3f}",
+            f"{expert.vocab_size:,}",
+            f"{expert.max_positions:,}" if expert.max_positions else "?",
+            fingerprint,
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command; a `DecarError` is one line on stderr and exit code 1."""
+    try:
+        app()
+    except DecarError as error:
+        print(f"decar: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,468 @@
+"""`EnsembleClient`: K vLLM engines as one vLLM `EngineClient`. Knows requests, slots and engines, not HTTP.
+
+A request's path: score the prompt on every expert (posterior), choose weights and leader, take a slot, give
+the request to the leader with the user's sampling parameters and to every follower with trivial ones, and
+stream the leader's output. Everything else vLLM's own OpenAI layer does on top.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from decar.router import Ensemble, log_prior, log_weights_after
+from decar.server.plane import Plane
+from decar.server.routing import Call, ChoiceTrace, current_call
+from decar.server.seat import REQUEST_KEY, Member
+
+
+class Slots:
+    """Places in the plane, handed out in the order of asking."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self._free = list(range(total - 1, -1, -1))  # last freed, first reused: its memory is warm
+        self._generation = 0
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def in_use(self) -> int:
+        return self.total - len(self._free)
+
+    @contextlib.asynccontextmanager
+    async def take(self) -> AsyncIterator[tuple[int, int]]:
+        """A slot and its tenant's generation number, for as long as the context lasts."""
+        while not self._free:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled():
+                    self._wake_one()  # it was woken, and leaves: the slot is the next one's
+                raise
+            finally:
+                with contextlib.suppress(ValueError):
+                    self._waiters.remove(waiter)
+        slot = self._free.pop()
+        self._generation += 1
+        try:
+            yield slot, self._generation
+        finally:
+            self._free.append(slot)
+            self._wake_one()
+
+    def _wake_one(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+
+@dataclass
+class Expert:
+    """One expert as the gateway sees it."""
+
+    name: str
+    engine: AsyncLLM
+    pid: int
+    up: bool = True
+    leads: int = 0  # requests it leads now
+
+
+class EnsembleClient(EngineClient):
+    """K engines that decode as one model.
+
+    Args:
+        ensemble: what is served.
+        engines: one per expert, in manifest order, sharing ``plane``.
+        pids: process ids of the engines.
+        plane: made by the caller; removed by `shutdown`.
+    """
+
+    def __init__(self, ensemble: Ensemble, engines: Sequence[AsyncLLM], pids: Sequence[int], plane: Plane):
+        self.ensemble = ensemble
+        self.plane = plane
+        self.experts = [Expert(*of) for of in zip(ensemble.expert_names, engines, pids, strict=True)]
+        self.slots = Slots(plane.spec.slots)
+        # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only.
+        first = engines[0]
+        self.vllm_config = first.vllm_config
+        self.model_config = first.model_config
+        self.renderer = first.renderer
+        self.input_processor = first.input_processor
+        self._running: dict[int, tuple[Member, Any]] = {}  # slot -> its member and its leader's output queue
+        self._last_arrival = 0.0
+        self._stopped = False
+        self._watches: list[asyncio.Task[None]] = []
+
+    # --- the request's path -------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Decode ``prompt`` as the current `Call` asks: by one expert alone, or by all of them as one.
+
+        Raises:
+            VLLMValidationError: prompt log-probabilities are asked of the ensemble.
+            EngineDeadError: an engine that takes part died.
+        """
+        call = current_call.get() or Call("velocity", None, True, False)
+        first_choice = call.prompts * sampling_params.n
+        call.prompts += 1
+        return self._generate(call, first_choice, prompt, sampling_params, request_id, kwargs)
+
+    async def _generate(
+        self,
+        call: Call,
+        first_choice: int,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        kwargs: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        log_weights = call.log_weights
+        if log_weights is None:
+            self._refuse_prompt_logprobs(params)
+            log_weights = await self._posterior_of(prompt, request_id, kwargs)
+        active = [int(k) for k in np.flatnonzero(np.isfinite(log_weights))]
+        if len(active) == 1:
+            outputs = self._alone(call, first_choice, active[0], prompt, params, request_id, kwargs)
+        else:
+            self._refuse_prompt_logprobs(params)
+            children = [
+                self._mixed(call, first_choice + i, log_weights, active, prompt, child, f"{request_id}-{i}", kwargs)
+                for i, child in enumerate(_children(params))
+            ]
+            outputs = children[0] if len(children) == 1 else _merged(children, params)
+        try:
+            async for output in outputs:
+                output.request_id = request_id
+                yield output
+        finally:
+            await outputs.aclose()
+
+    async def _alone(
+        self,
+        call: Call,
+        first_choice: int,
+        expert: int,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        kwargs: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """One expert is active: plain vLLM, no plane."""
+        name = self.experts[expert].name
+        weights = [float(k == expert) for k in range(len(self.experts))]
+        traces = [ChoiceTrace([name], name) for _ in range(params.n)]
+        call.choices.update((first_choice + i, trace) for i, trace in enumerate(traces))
+        outputs = self.experts[expert].engine.generate(prompt, params, request_id, **kwargs)
+        try:
+            async for output in outputs:
+                if call.trace:
+                    for completion in output.outputs:
+                        traces[completion.index].weights += [weights] * len(completion.token_ids)
+                yield output
+        finally:
+            await outputs.aclose()
+
+    async def _mixed(
+        self,
+        call: Call,
+        choice: int,
+        log_weights: np.ndarray,
+        active: list[int],
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        kwargs: dict[str, Any],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Several experts are active: all of them run the request in lockstep, and its leader answers."""
+        async with self.slots.take() as (slot, generation):
+            leader = self._leader(log_weights, active)
+            member = Member(slot, generation, leader, tuple(active), call.rule, log_weights.tolist(), call.posterior)
+            trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
+            call.choices[choice] = trace
+            queues: dict[int, Any] = {}
+            finished = False
+            self.experts[leader].leads += 1
+            try:
+                arrival = self._next_arrival()
+                # Followers first: they have nothing to do for the leader that it could not do meanwhile.
+                for k in sorted(active, key=lambda k: k == leader):
+                    queues[k] = await self.experts[k].engine.add_request(
+                        request_id, prompt, _params_of(k, member, params), arrival_time=arrival, **kwargs
+                    )
+                queue = queues[leader]
+                self._running[slot] = (member, queue)
+                if not all(self.experts[k].up for k in active):
+                    raise EngineDeadError()
+                position = 0
+                while not finished:
+                    output = queue.get_nowait() or await queue.get()
+                    finished = output.finished
+                    if call.trace:
+                        for completion in output.outputs:
+                            end = position + len(completion.token_ids)
+                            weights = self.plane.blocks[leader].log_weights[slot, position:end]
+                            trace.weights += np.exp(weights.astype(np.float64)).tolist()
+                            position = end
+                    yield output
+            finally:
+                self._running.pop(slot, None)
+                self.experts[leader].leads -= 1
+                ended = {leader} if finished else set()
+                await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
+
+    async def _posterior_of(self, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> np.ndarray:
+        """Score ``prompt`` on every expert; return the posterior log weights [K] after it."""
+        prior = log_prior([expert.prior for expert in self.ensemble.experts])
+        scores = await asyncio.gather(
+            *(self._score(k, prompt, f"{request_id}-score", kwargs) for k in range(len(self.experts)))
+        )
+        return log_weights_after(prior, scores)
+
+    async def _score(self, expert: int, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> float:
+        """log p_k(prompt), the first token given; its keys and values stay in the engine's prefix cache."""
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = None
+        async for output in self.experts[expert].engine.generate(prompt, params, request_id, **kwargs):
+            pass
+        assert output is not None
+        total = 0.0
+        ids = output.prompt_token_ids or []
+        for token, candidates in zip(ids, output.prompt_logprobs or [], strict=False):
+            if candidates is not None:
+                total += candidates[token].logprob
+        return total
+
+    def _leader(self, log_weights: np.ndarray, active: list[int]) -> int:
+        """The expert with the largest weight; among equals, the one that leads the fewest requests."""
+        return max(active, key=lambda k: (round(float(log_weights[k]), 9), -self.experts[k].leads))
+
+    def _next_arrival(self) -> float:
+        """Arrival times are unique and the same for every engine: the order of age that holds yield by."""
+        self._last_arrival = max(time.time(), self._last_arrival + 1e-6)
+        return self._last_arrival
+
+    async def _abort(self, queues: dict[int, Any]) -> None:
+        for k, queue in queues.items():
+            if self.experts[k].up:
+                with contextlib.suppress(EngineDeadError):
+                    await self.experts[k].engine.abort(queue.request_id, internal=True)
+
+    @staticmethod
+    def _refuse_prompt_logprobs(params: SamplingParams) -> None:
+        if params.prompt_logprobs is not None:
+            raise VLLMValidationError(
+                "log-probabilities of the prompt are those of one model: ask for them with model id NAME/EXPERT, "
+                "or leave prompt_logprobs (and echo with logprobs) out",
+                parameter="prompt_logprobs",
+            )
+
+    # --- health -------------------------------------------------------------------------------------------
+
+    def watch_engines(self) -> None:
+        """Start noticing engines that die. Call once, inside the event loop."""
+        for k, expert in enumerate(self.experts):
+            expert.engine._run_output_handler()
+            self._watches.append(asyncio.create_task(self._watch(k)))
+
+    async def _watch(self, expert: int) -> None:
+        handler = self.experts[expert].engine.output_handler
+        assert handler is not None
+        await asyncio.wait([handler])
+        self.experts[expert].up = False
+        self.plane.alive[expert] = 0
+        for member, queue in list(self._running.values()):
+            if expert in member.active:
+                queue.put(EngineDeadError())
+
+    @property
+    def is_running(self) -> bool:
+        return not self._stopped  # a dead engine turns /health 503; it does not stop the server
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stopped
+
+    @property
+    def errored(self) -> bool:
+        return any(expert.engine.errored for expert in self.experts)
+
+    @property
+    def dead_error(self) -> BaseException:
+        return EngineDeadError()
+
+    async def check_health(self) -> None:
+        if self.errored or not all(expert.up for expert in self.experts):
+            raise self.dead_error
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Stop every engine and remove the plane."""
+        self._stopped = True
+        for expert in self.experts:
+            expert.engine.shutdown(timeout=timeout)
+        self.plane.unlink()
+
+    # --- what vLLM's app asks of an engine, asked of all --------------------------------------------------
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        for expert in self.experts:
+            expert.engine.check_admission(n, request_id)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        await self._all("abort", request_id)
+
+    async def get_supported_tasks(self) -> Any:
+        return await self.experts[0].engine.get_supported_tasks()
+
+    async def is_tracing_enabled(self) -> bool:
+        return await self.experts[0].engine.is_tracing_enabled()
+
+    async def do_log_stats(self) -> None:
+        await self._all("do_log_stats")
+
+    async def reset_mm_cache(self) -> None:
+        await self._all("reset_mm_cache")
+
+    async def reset_encoder_cache(self) -> None:
+        await self._all("reset_encoder_cache")
+
+    async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        return all(await self._all("reset_prefix_cache", *args, **kwargs))
+
+    async def start_profile(self, *args: Any, **kwargs: Any) -> None:
+        await self._all("start_profile", *args, **kwargs)
+
+    async def stop_profile(self) -> None:
+        await self._all("stop_profile")
+
+    async def pause_generation(self, **kwargs: Any) -> None:
+        await self._all("pause_generation", **kwargs)
+
+    async def resume_generation(self) -> None:
+        await self._all("resume_generation")
+
+    async def is_paused(self) -> bool:
+        return any(await self._all("is_paused"))
+
+    async def is_sleeping(self) -> bool:
+        return any(await self._all("is_sleeping"))
+
+    async def sleep(self, *args: Any, **kwargs: Any) -> None:
+        await self._all("sleep", *args, **kwargs)
+
+    async def wake_up(self, *args: Any, **kwargs: Any) -> bool:
+        return all(await self._all("wake_up", *args, **kwargs))
+
+    async def release_kv_cache_memory(self) -> None:
+        await self._all("release_kv_cache_memory")
+
+    async def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        return await asyncio.gather(*(getattr(e.engine, method)(*args, **kwargs) for e in self.experts if e.up))
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        raise VLLMValidationError("an ensemble generates text; it has no embeddings")
+
+    async def add_lora(self, lora_request: Any) -> bool:  # noqa: ARG002
+        raise VLLMValidationError("an ensemble serves whole experts; merge the adapter into its expert")
+
+    async def notify_kv_transfer_request_rejected(self, *args: Any, **kwargs: Any) -> None:
+        raise VLLMValidationError("an ensemble does not take keys and values from other servers")
+
+
+def _params_of(expert: int, member: Member, params: SamplingParams) -> SamplingParams:
+    """The leader's sampling parameters are the user's; a follower's only keep it running as long."""
+    wire = {REQUEST_KEY: member.to_wire()}
+    if expert == member.leader:
+        mine = copy(params)
+        mine.extra_args = {**(params.extra_args or {}), **wire}
+        return mine
+    return SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_reading_prefix_cache=params.skip_reading_prefix_cache,
+        extra_args=wire,
+    )
+
+
+def _children(params: SamplingParams) -> list[SamplingParams]:
+    """One set of sampling parameters per choice; as in vLLM, a seed differs by the choice's index."""
+    children = []
+    for i in range(params.n):
+        child = copy(params)
+        child.n = 1
+        if params.seed is not None:
+            child.seed = params.seed + i
+        children.append(child)
+    return children
+
+
+async def _merged(
+    children: list[AsyncGenerator[RequestOutput, None]], params: SamplingParams
+) -> AsyncGenerator[RequestOutput, None]:
+    """Run the choices of one request side by side; give their outputs as one request's."""
+    final_only = params.output_kind == RequestOutputKind.FINAL_ONLY
+    outputs: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue()
+
+    async def run(index: int, child: AsyncGenerator[RequestOutput, None]) -> None:
+        try:
+            async for output in child:
+                outputs.put_nowait((index, output))
+            outputs.put_nowait((index, None))
+        except Exception as error:
+            outputs.put_nowait((index, error))
+        finally:
+            await child.aclose()
+
+    tasks = [asyncio.create_task(run(i, child)) for i, child in enumerate(children)]
+    finals: dict[int, CompletionOutput] = {}
+    unfinished = len(children)
+    try:
+        while unfinished:
+            index, output = await outputs.get()
+            if output is None:
+                continue
+            if isinstance(output, BaseException):
+                raise output
+            for completion in output.outputs:
+                completion.index = index
+            if output.finished:
+                unfinished -= 1
+                output.finished = not unfinished
+                finals[index] = output.outputs[0]
+            if not final_only:
+                yield output
+            elif not unfinished:
+                output.outputs = [finals[i] for i in sorted(finals)]
+                yield output
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

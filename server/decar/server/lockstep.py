@@ -1,0 +1,175 @@
+"""One decode step of the lockstep: post, wait, mix, publish, adopt. Knows the plane, and nothing about vLLM.
+
+Every engine runs this after its forward pass, for the requests it shares with others. Each wait is bounded
+by what the peer is doing, never by a clock: a row or a token is worth waiting for only while the peer runs
+the very step that makes it. What is not worth waiting for is a *hold*: no token this step.
+
+Shapes: K experts, B batch rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from decar.kernels import mix
+from decar.router import log_weights_after
+from decar.server.plane import NOTHING, Block, Plane, entry_of, stamp_of
+from decar.server.seat import Member, yield_core
+
+
+@dataclass
+class Turn:
+    """One request's part in one step: the position to decide, and its row in this engine's batch."""
+
+    member: Member
+    position: int
+    row: int = -1
+
+    def __post_init__(self) -> None:
+        self.stamp = stamp_of(self.member.generation, self.position)
+        self.entry = entry_of(self.member.slot, self.stamp)
+
+
+class Lockstep:
+    """An engine's side of the plane.
+
+    Args:
+        plane: attached shared memory.
+        expert: this engine's index.
+    """
+
+    def __init__(self, plane: Plane, expert: int):
+        self.expert = expert
+        self.vocab_size = plane.spec.vocab_size
+        self.blocks = plane.blocks
+        self.mine: Block = plane.blocks[expert]
+        self.alive = plane.alive
+        self._tenants = [0] * plane.spec.slots  # newest generation seen per slot
+
+    def join(self, member: Member) -> None:
+        """Take part in a request. A newer tenant of a slot silences the older one, which is being aborted."""
+        self._tenants[member.slot] = max(self._tenants[member.slot], member.generation)
+
+    def holds_slot(self, member: Member) -> bool:
+        return self._tenants[member.slot] == member.generation
+
+    def announce(self, turns: Sequence[Turn]) -> None:
+        """Say, before the forward pass, which rows it will give."""
+        for turn in turns:
+            self.mine.running[turn.member.slot] = turn.stamp
+        self.mine.counters[0] += 1
+
+    def finish(self, turns: Sequence[Turn]) -> None:
+        """Say that this step gives nothing more."""
+        for turn in turns:
+            self.mine.running[turn.member.slot] = NOTHING
+
+    def post(self, turns: Sequence[Turn], logits: torch.Tensor) -> None:
+        """Write rows of ``logits`` [B, V'] (V' >= V) that are not there yet, then stamp them."""
+        new = [turn for turn in turns if not self.mine.row(turn.member.slot, turn.stamp)]
+        if not new:
+            return
+        rows = logits[[turn.row for turn in new], : self.vocab_size].float().cpu()
+        entries = torch.tensor([turn.entry for turn in new])
+        self.mine.rows[entries] = rows
+        self.mine.log_normaliser[entries] = rows.logsumexp(dim=-1)
+        for turn in new:
+            self.mine.row_stamp[turn.entry] = turn.stamp
+
+    def wait_for_rows(self, turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
+        """Split the turns this engine leads into those whose rows have all come, and holds."""
+        ready, held = [], []
+        started = time.perf_counter_ns()
+        for turn in turns:
+            (ready if all(self._row_comes(f, turn) for f in turn.member.followers) else held).append(turn)
+        self.mine.counters[5] += time.perf_counter_ns() - started
+        self.mine.counters[2] += len(held)
+        self.finish(held)
+        return ready, held
+
+    def mixed(self, turns: Sequence[Turn]) -> torch.Tensor:
+        """Mixture logits [len(turns), V] float32 of turns whose rows have all come.
+
+        They are the mixture's log-probabilities plus the mean log-normaliser of its experts, so that K
+        identical experts give exactly that expert's logits; softmax does not see the difference, a
+        repetition penalty does.
+        """
+        started = time.perf_counter_ns()
+        entries = torch.tensor([turn.entry for turn in turns])
+        rows = torch.stack([block.rows[entries] for block in self.blocks])
+        normalisers = torch.stack([block.log_normaliser[entries] for block in self.blocks])
+        log_weights = torch.tensor([turn.member.log_weights for turn in turns])
+        result = torch.empty(len(turns), self.vocab_size)
+        for rule in {turn.member.rule for turn in turns}:
+            chosen = [i for i, turn in enumerate(turns) if turn.member.rule == rule]
+            result[chosen] = mix(rows[:, chosen], log_weights[chosen], rule, normalisers[:, chosen])
+        weights = log_weights.exp()
+        result += torch.where(weights > 0, weights * normalisers.T, 0.0).sum(dim=1, keepdim=True)
+        for turn in turns:
+            self.mine.log_weights[turn.member.slot, turn.position] = turn.member.log_weights
+        self.mine.counters[1] += len(turns)
+        self.mine.counters[6] += time.perf_counter_ns() - started
+        return result
+
+    def publish(self, turns: Sequence[Turn], tokens: Sequence[int]) -> None:
+        """Tell the followers the token of each turn this engine decided, and move its weights on."""
+        for turn, token in zip(turns, tokens, strict=True):
+            self.mine.token[turn.entry] = token
+            self.mine.token_stamp[turn.entry] = turn.stamp
+        for turn, token in zip(turns, tokens, strict=True):
+            if turn.member.posterior:
+                turn.member.log_weights = self._posterior(turn, token)
+
+    def adopt(self, turns: Sequence[Turn]) -> list[int | None]:
+        """The leaders' tokens for turns this engine follows; None is a hold."""
+        started = time.perf_counter_ns()
+        tokens = [self._token_comes(turn) for turn in turns]
+        self.mine.counters[5] += time.perf_counter_ns() - started
+        self.mine.counters[3] += tokens.count(None)
+        return tokens
+
+    def rows_may_come(self, member: Member, position: int) -> bool:
+        """Whether every follower has given its row, or is about to: time to run a held turn again."""
+        stamp = stamp_of(member.generation, position)
+        return all(
+            self.blocks[f].row(member.slot, stamp) or self.blocks[f].running[member.slot] == stamp
+            for f in member.followers
+        )
+
+    def decided(self, member: Member, position: int) -> int | None:
+        """The leader's token for ``position``, if it has published it."""
+        return self.blocks[member.leader].published(member.slot, stamp_of(member.generation, position))
+
+    def _row_comes(self, follower: int, turn: Turn) -> bool:
+        block, slot, stamp = self.blocks[follower], turn.member.slot, turn.stamp
+        self._wait(lambda: block.row(slot, stamp), follower, slot, stamp)
+        return block.row(slot, stamp)
+
+    def _token_comes(self, turn: Turn) -> int | None:
+        block, slot, stamp = self.blocks[turn.member.leader], turn.member.slot, turn.stamp
+        self._wait(lambda: block.published(slot, stamp) is not None, turn.member.leader, slot, stamp)
+        return block.published(slot, stamp)
+
+    def _wait(self, there: Callable[[], bool], peer: int, slot: int, stamp: int) -> None:
+        """Wait while ``peer`` lives and runs the step of ``stamp``. The caller looks once more afterwards."""
+        running = self.blocks[peer].running
+        spins = 0
+        while not there() and running[slot] == stamp and self.alive[peer]:
+            spins += 1
+            if spins > 200:
+                time.sleep(20e-6)
+            else:
+                yield_core()
+
+    def _posterior(self, turn: Turn, token: int) -> list[float]:
+        likelihoods = np.zeros(len(self.blocks))
+        for expert in turn.member.active:
+            block = self.blocks[expert]
+            likelihoods[expert] = float(block.rows[turn.entry, token]) - float(block.log_normaliser[turn.entry])
+        weights: list[float] = log_weights_after(turn.member.log_weights, likelihoods).tolist()
+        return weights

@@ -1,0 +1,209 @@
+"""The plane: shared memory in which engines exchange rows, tokens and what they are doing.
+
+Knows slots, stamps and experts; knows nothing about vLLM. Every word is written by one engine only, so
+nothing here needs a lock.
+
+Shapes: K experts, S slots, V vocabulary, T positions.
+
+A *stamp* is ``generation << 32 | position + 1``: the slot's tenant and how many tokens it has produced.
+Data is written first and stamped after; x86 and the interpreter keep that order. A row, once stamped, is
+never rewritten. Two buffers per slot, by the position's parity, are enough: the leader needs every
+follower's row at t + 1 before it publishes token t + 1, so nobody is ever two positions ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from decar.router.errors import StartError
+
+DIRECTORY = Path("/dev/shm")
+PREFIX = "decar-"
+NOTHING = 0
+_ALIGNMENT = 64
+
+
+def entry_of(slot: int, stamp: int) -> int:
+    """Index of the (slot, parity) buffer that ``stamp`` uses."""
+    return 2 * slot + (stamp & 1)
+
+
+def stamp_of(generation: int, position: int) -> int:
+    """The stamp of ``position`` (tokens generated so far) for a slot's tenant."""
+    return generation << 32 | (position + 1)
+
+
+@dataclass(frozen=True)
+class PlaneSpec:
+    """What an engine needs to attach: sent to it as JSON.
+
+    Attributes:
+        name: file name under /dev/shm.
+        experts: K.
+        slots: S, requests that can be mixed at once.
+        vocab_size: V.
+        positions: T, tokens one request can generate.
+    """
+
+    name: str
+    experts: int
+    slots: int
+    vocab_size: int
+    positions: int
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Name, shape and dtype of one engine's block."""
+        s, v, t, k = self.slots, self.vocab_size, self.positions, self.experts
+        return {
+            "running": ((s,), np.int64),  # the stamp whose row this engine is computing now
+            "row_stamp": ((s, 2), np.int64),
+            "token_stamp": ((s, 2), np.int64),
+            "token": ((s, 2), np.int64),
+            "log_normaliser": ((s, 2), np.float32),
+            "counters": ((8,), np.int64),
+            "log_weights": ((s, t, k), np.float32),  # weights that mixed each position; leaders write it
+            "rows": ((s, 2, v), np.float32),
+        }
+
+    @property
+    def header_bytes(self) -> int:
+        """The gateway's own page: one word per expert, 1 while its engine lives."""
+        return mmap.PAGESIZE
+
+    def offsets(self) -> tuple[dict[str, int], int]:
+        """Byte offset of each field in an engine's block, and the block's size in bytes."""
+        offsets, end = {}, 0
+        for name, (shape, dtype) in self.fields().items():
+            offsets[name] = end
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return offsets, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    @property
+    def size_bytes(self) -> int:
+        return self.header_bytes + self.experts * self.offsets()[1]
+
+
+class Block:
+    """One engine's part of the plane, as numpy views and a torch view of its rows.
+
+    ``running``, ``row_stamp``, ``token_stamp`` and ``token`` are flat memoryviews, the fastest scalar
+    access Python has; entry ``2 * slot + parity`` of the three doubled ones.
+    """
+
+    COUNTERS = ("steps", "mixed_tokens", "leader_holds", "follower_holds", "yielded", "wait_ns", "mix_ns")
+
+    def __init__(self, spec: PlaneSpec, memory: mmap.mmap, expert: int):
+        offsets, size = spec.offsets()
+        base = spec.header_bytes + expert * size
+
+        def view(name: str) -> np.ndarray:
+            shape, dtype = spec.fields()[name]
+            count = int(np.prod(shape))
+            return np.frombuffer(memory, dtype, count, base + offsets[name]).reshape(shape)
+
+        self.running = memoryview(view("running"))
+        self.row_stamp = memoryview(view("row_stamp").reshape(-1))
+        self.token_stamp = memoryview(view("token_stamp").reshape(-1))
+        self.token = memoryview(view("token").reshape(-1))
+        self.log_normaliser = torch.from_numpy(view("log_normaliser").reshape(-1))  # [2S]
+        self.counters = view("counters")
+        self.log_weights = view("log_weights")
+        self.rows = torch.from_numpy(view("rows").reshape(-1, spec.vocab_size))  # [2S, V]
+
+    def counted(self) -> dict[str, int]:
+        return dict(zip(self.COUNTERS, self.counters.tolist(), strict=False))
+
+    def row(self, slot: int, stamp: int) -> bool:
+        """Whether this engine's row for ``stamp`` is there."""
+        return self.row_stamp[entry_of(slot, stamp)] == stamp
+
+    def published(self, slot: int, stamp: int) -> int | None:
+        """The token this engine, as leader, decided for ``stamp``."""
+        entry = entry_of(slot, stamp)
+        return self.token[entry] if self.token_stamp[entry] == stamp else None
+
+
+class Plane:
+    """The shared memory of one ensemble. The gateway creates it; every engine attaches."""
+
+    def __init__(self, spec: PlaneSpec, memory: mmap.mmap):
+        self.spec = spec
+        self.alive = memoryview(np.frombuffer(memory, np.int64, spec.experts))
+        self.blocks = [Block(spec, memory, expert) for expert in range(spec.experts)]
+
+    @classmethod
+    def create(cls, experts: int, slots: int, vocab_size: int, positions: int) -> Plane:
+        """Make the segment, owner-only readable.
+
+        Raises:
+            StartError: /dev/shm has too little room; says how much is needed.
+        """
+        name = f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
+        spec = PlaneSpec(name, experts, slots, vocab_size, positions)
+        free = os.statvfs(DIRECTORY).f_bavail * os.statvfs(DIRECTORY).f_frsize
+        if spec.size_bytes > free:
+            raise StartError(
+                f"the engines exchange rows through {DIRECTORY}, which has {_mib(free)} free of the "
+                f"{_mib(spec.size_bytes)} needed; lower --max-num-seqs (now {slots}) or --max-model-len (now "
+                f"{positions}), or enlarge it (docker run --shm-size)"
+            )
+        descriptor = os.open(DIRECTORY / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            os.ftruncate(descriptor, spec.size_bytes)
+            plane = cls(spec, mmap.mmap(descriptor, spec.size_bytes))
+        finally:
+            os.close(descriptor)
+        for expert in range(experts):
+            plane.alive[expert] = 1
+        return plane
+
+    @classmethod
+    def attach(cls, spec: PlaneSpec) -> Plane:
+        descriptor = os.open(DIRECTORY / spec.name, os.O_RDWR)
+        try:
+            return cls(spec, mmap.mmap(descriptor, spec.size_bytes))
+        finally:
+            os.close(descriptor)
+
+    def unlink(self) -> None:
+        """Remove the segment's name; memory goes when the last engine does. Safe to call twice."""
+        unlink(self.spec.name)
+
+
+def unlink(name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(DIRECTORY / name)
+
+
+def remove_stale() -> list[str]:
+    """Remove segments whose gateway is gone (killed with -9, say); return their names."""
+    stale = []
+    for path in DIRECTORY.glob(f"{PREFIX}*-*-*"):
+        pid, started = path.name.removeprefix(PREFIX).split("-")[:2]
+        if pid.isdigit() and _start_time(int(pid)) != started:
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                path.unlink()
+                stale.append(path.name)
+    return stale
+
+
+def _start_time(pid: int) -> str:
+    """When process ``pid`` started, in clock ticks since boot; "" if there is none. Tells a reused pid apart."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return after_name[19]
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.0f} MiB"

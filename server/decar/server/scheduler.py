@@ -1,0 +1,84 @@
+"""The scheduler: keeps a held request out of the batch until what it waits for is there. Knows vLLM's scheduler.
+
+A hold leaves a request with every token computed and no new one, which vLLM's scheduler already skips. When
+the follower's token has been published it is appended, with nothing to run again. When the leader's rows
+are there, one computed token is taken back, so that the position runs again and is sampled.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from decar.server.lockstep import Lockstep
+from decar.server.plane import Plane
+from decar.server.seat import Member, Seat, end_with
+
+
+class LockstepScheduler(Scheduler):
+    """vLLM's scheduler for an engine whose requests may be shared with other engines."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        seat: Seat = self.vllm_config.additional_config
+        end_with(seat.gateway_pid, seat.plane.name)
+        self.lockstep = Lockstep(Plane.attach(seat.plane), seat.expert)
+        self._held: dict[str, tuple[Request, Member]] = {}
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._release()
+        output = super().schedule(*args, **kwargs)
+        if self._held and not output.num_scheduled_tokens:
+            self._yield_memory()
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(request_id)
+            if request is None or request.status != RequestStatus.RUNNING:
+                continue
+            if request.num_computed_tokens >= request.num_tokens:
+                member = Member.of(request.sampling_params)
+                if member is not None:
+                    self._held[request_id] = (request, member)
+        return outputs
+
+    def _release(self) -> None:
+        """Make held requests runnable whose token is published, or whose rows are there or coming."""
+        for request_id, (request, member) in list(self._held.items()):
+            if request.status == RequestStatus.RUNNING:
+                position = request.num_output_tokens
+                if member.leader == self.lockstep.expert:
+                    if not self.lockstep.rows_may_come(member, position):
+                        continue
+                    request.num_computed_tokens -= 1
+                else:
+                    token = self.lockstep.decided(member, position)
+                    if token is None:
+                        continue
+                    request.append_output_token_ids(token)
+            del self._held[request_id]  # runnable; or preempted or finished, and then no longer a hold
+
+    def _yield_memory(self) -> None:
+        """Preempt the youngest held request if an older one waits for its memory.
+
+        Held requests wait for other engines, and those may wait for a request that waits here. Every engine
+        has the same order of age, so the oldest request can always run everywhere: no cycle of waits.
+        """
+        held = [request for request, _ in self._held.values() if request.status == RequestStatus.RUNNING]
+        if not self.waiting or not held:
+            return
+        oldest, youngest = self.waiting.peek_request(), max(held, key=_age)
+        if oldest.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and _age(oldest) < _age(youngest):
+            self.running.remove(youngest)
+            self._preempt_request(youngest, time.monotonic())
+            del self._held[youngest.request_id]
+            self.lockstep.mine.counters[4] += 1
+
+
+def _age(request: Request) -> tuple[int, float]:
+    return request.priority, request.arrival_time

@@ -1,0 +1,99 @@
+"""What one engine is told about its place in the ensemble. Knows no vLLM, so that both sides can import it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from decar.router.manifest import Rule
+from decar.server.plane import PlaneSpec, unlink
+
+REQUEST_KEY = "decar"
+"""Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Given to an engine's worker and scheduler as vLLM's ``additional_config``.
+
+    Attributes:
+        expert: this engine's index, 0 to K - 1.
+        plane: what to attach to.
+        cpus: cores this engine's threads are bound to; empty leaves them alone.
+        gateway_pid: the engine ends when this process does.
+    """
+
+    expert: int
+    plane: PlaneSpec
+    cpus: tuple[int, ...]
+    gateway_pid: int
+
+    def compute_hash(self) -> str:
+        """vLLM keys its compile cache with this: nothing here changes a compiled model."""
+        return "decar"
+
+
+@dataclass
+class Member:
+    """One request's part in the lockstep, as an engine sees it.
+
+    Attributes:
+        slot, generation: its place in the plane and which tenant of that place it is.
+        leader: index of the expert that mixes and samples.
+        active: indices of all experts that take part, the leader included.
+        rule: how rows are mixed.
+        log_weights: float64 [K], -inf for experts that do not take part; kept up to date by the leader.
+        posterior: whether each sampled token updates the weights.
+    """
+
+    slot: int
+    generation: int
+    leader: int
+    active: tuple[int, ...]
+    rule: Rule
+    log_weights: list[float] = field(repr=False)
+    posterior: bool
+
+    @property
+    def followers(self) -> tuple[int, ...]:
+        return tuple(expert for expert in self.active if expert != self.leader)
+
+    def to_wire(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def of(cls, sampling_params: Any) -> Member | None:
+        """The member in a request's sampling parameters; None for a request that runs alone."""
+        extra = getattr(sampling_params, "extra_args", None)
+        wire = extra.get(REQUEST_KEY) if extra else None
+        return cls(**wire) if wire else None
+
+
+def end_with(gateway_pid: int, plane_name: str) -> None:
+    """End this process when the gateway dies, however it dies, and leave no shared memory behind.
+
+    A signal on the parent's death would follow the parent's *thread*, and engines are started from threads.
+    """
+    try:
+        gateway = os.pidfd_open(gateway_pid)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([gateway], [], [])
+        unlink(plane_name)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="gateway-watch", daemon=True).start()
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def yield_core() -> None:
+    """Let another runnable thread have this core. Through ctypes, since Python's own call keeps the GIL."""
+    _libc.sched_yield()

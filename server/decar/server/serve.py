@@ -1,0 +1,288 @@
+"""Starting and stopping: from an ensemble directory to a listening server. Knows vLLM's launcher.
+
+Order: check the directory, take the port, clean up after a predecessor, make the plane, start K engines side
+by side, warm every path, and only then listen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from argparse import Namespace
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from decar.router import Ensemble
+from decar.router.errors import StartError
+from decar.server.plane import Plane, remove_stale
+from decar.server.routing import Call, current_call, model_ids
+from decar.server.seat import Seat
+
+logger = logging.getLogger("decar")
+
+DEFAULT_KV_BYTES = 1 << 30
+ENGINE_OVERHEAD_BYTES = 700 << 20  # a CPU engine's code and buffers, measured
+RESERVED_FLAGS = ("worker_cls", "scheduler_cls", "additional_config", "speculative_config", "scheduling_policy")
+
+
+def serve(directory: Path, flags: Sequence[str]) -> None:
+    """Serve the ensemble in ``directory`` until SIGINT or SIGTERM.
+
+    Args:
+        flags: vLLM's own server and engine flags, given to every engine.
+
+    Raises:
+        EnsembleError: the directory cannot be served.
+        StartError: port, memory or an engine.
+    """
+    ensemble = Ensemble.load(directory)
+    _prepare_environment()
+    args = _parse(ensemble, flags)
+    import uvloop
+
+    with _listening_socket(args) as sock:
+        for name in remove_stale():
+            logger.warning("removed shared memory %s of a server that is gone", name)
+        uvloop.run(_serve(ensemble, args, sock))
+
+
+async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket) -> None:
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.launcher import serve_http
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+    from decar.server.api import extend
+
+    async with _running_ensemble(ensemble, args) as client:
+        tasks = await client.get_supported_tasks()
+        app = build_app(args, tasks, client.model_config)
+        extend(app, client)
+        await init_app_state(client, app.state, args, tasks)
+        log_config = get_uvicorn_log_config(args)
+        host, port = sock.getsockname()[:2]
+        print(f"decar: {ensemble.name} listens on http://{host}:{port}/v1", flush=True)
+        stopped = await serve_http(
+            app,
+            sock=sock,
+            host=args.host,
+            port=port,
+            log_level=args.uvicorn_log_level,
+            access_log=not args.disable_uvicorn_access_log,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_certfile=args.ssl_certfile,
+            ssl_ca_certs=args.ssl_ca_certs,
+            ssl_cert_reqs=args.ssl_cert_reqs,
+            h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+            h11_max_header_count=args.h11_max_header_count,
+            **({"log_config": log_config} if log_config is not None else {}),
+        )
+    await stopped
+
+
+@contextlib.asynccontextmanager
+async def _running_ensemble(ensemble: Ensemble, args: Namespace) -> AsyncIterator[Any]:
+    """Engines started and warm; stopped, with their memory given back, on the way out."""
+    from decar.server.client import EnsembleClient
+
+    configs = [_engine_args(ensemble, expert, args) for expert in range(len(ensemble.experts))]
+    vllm_config = configs[0].create_engine_config()
+    _check_memory(ensemble, configs[0].kv_cache_memory_bytes)
+    plane = Plane.create(
+        len(ensemble.experts),
+        vllm_config.scheduler_config.max_num_seqs,
+        ensemble.vocab_size,
+        vllm_config.model_config.max_model_len,
+    )
+    started: list[Any] = []
+    try:
+        engines = await _start_engines(ensemble, configs, plane, started)
+        client = EnsembleClient(ensemble, engines, [_engine_pid(engine) for engine in engines], plane)
+        client.watch_engines()
+        await _warm_up(client)
+        try:
+            yield client
+        finally:
+            client.shutdown(timeout=args.shutdown_timeout)
+    finally:
+        for engine in started:
+            engine.shutdown(timeout=0)
+        for child in multiprocessing.active_children():
+            child.kill()
+        plane.unlink()
+
+
+async def _start_engines(ensemble: Ensemble, configs: Sequence[Any], plane: Plane, started: list[Any]) -> list[Any]:
+    """Build one `AsyncLLM` per expert, side by side; ``started`` holds those that came up, also on failure."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from decar.server.metrics import SharedMetrics
+
+    metrics = SharedMetrics(len(configs))
+    cpus = _share_cores(len(configs))
+
+    def start(expert: int) -> Any:
+        config = configs[expert]
+        config.additional_config = Seat(expert, plane.spec, cpus[expert], os.getpid())
+        engine = AsyncLLM.from_engine_args(
+            config, stat_loggers=None if config.disable_log_stats else [metrics.factory_for(expert)]
+        )
+        started.append(engine)
+        return engine
+
+    started_at = time.monotonic()
+    logger.info("starting %d engines", len(configs))
+    results = await asyncio.gather(
+        *(asyncio.to_thread(start, expert) for expert in range(len(configs))), return_exceptions=True
+    )
+    for name, result in zip(ensemble.expert_names, results, strict=True):
+        if isinstance(result, BaseException):
+            raise StartError(f"expert {name!r}: its engine did not start ({result}); the log above says why") from result
+    logger.info("engines ready after %.0f s", time.monotonic() - started_at)
+    return results
+
+
+async def _warm_up(client: Any) -> None:
+    """Run every kind of request once, so that no user waits for a compilation."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    from decar.router import log_prior
+
+    experts = len(client.experts)
+    everyone = log_prior([1.0] * experts)
+    calls = [Call("velocity", None, True, False)]
+    calls += [Call(rule, everyone, False, False) for rule in ("velocity", "logit")]
+    calls += [Call("velocity", log_prior([float(j == k) for j in range(experts)]), False, False) for k in range(experts)]
+
+    async def run(call: Call, params: SamplingParams) -> None:
+        current_call.set(call)
+        prompt = {"prompt_token_ids": [0, 1, 2, 3]}
+        async for _ in client.generate(prompt, params, f"warm-up-{id(call)}"):
+            pass
+
+    for kind in (RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA):
+        for extra in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 0, "logprobs": 2}):
+            params = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=kind, **extra)
+            await asyncio.gather(*(asyncio.create_task(run(call, params)) for call in calls))
+    await client.reset_prefix_cache()
+
+
+def _prepare_environment() -> None:
+    """vLLM settings that decar relies on. Where the user set one of them, it stays."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the worker's seams are those of the V1 runner
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _parse(ensemble: Ensemble, flags: Sequence[str]) -> Namespace:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="decar serve DIR", description="Serve an ensemble."))
+    defaults = parser.parse_args([])
+    args = parser.parse_args(list(flags))
+    for reserved in RESERVED_FLAGS:
+        if getattr(args, reserved, None) != getattr(defaults, reserved, None):
+            raise StartError(f"--{reserved.replace('_', '-')} is set by decar and cannot be passed through")
+    if args.model_tag is not None:
+        raise StartError(f"unexpected argument {args.model_tag!r}: the ensemble directory says which models to serve")
+    args.model = str(ensemble.directory)
+    args.served_model_name = model_ids(ensemble)
+    args.host = args.host or "127.0.0.1"
+    validate_parsed_serve_args(args)
+    return args
+
+
+@contextlib.contextmanager
+def _listening_socket(args: Namespace) -> Any:
+    """Take the port before the engines start, so that a taken one is known at once."""
+    from vllm.entrypoints.launchers.launcher import create_server_socket
+    from vllm.utils.system_utils import set_ulimit
+
+    try:
+        sock = create_server_socket((args.host, args.port), reuse_port=False)
+        sock.listen(1)
+        if psutil.LINUX:
+            sock.close()
+            sock = create_server_socket((args.host, args.port), reuse_port=False)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {args.host}:{args.port} ({error.strerror}); stop what uses it, or choose another --port"
+        ) from None
+    set_ulimit()
+    try:
+        yield sock
+    finally:
+        sock.close()
+
+
+def _engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
+    """The user's flags with what one expert's engine needs."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    engine = AsyncEngineArgs.from_cli_args(args)
+    engine.model = str(ensemble.experts[expert].path)
+    engine.tokenizer = engine.tokenizer or engine.model
+    engine.served_model_name = [ensemble.name]
+    engine.worker_cls = "decar.server.worker.LockstepWorker"
+    engine.scheduler_cls = "decar.server.scheduler.LockstepScheduler"
+    engine.async_scheduling = False
+    engine.scheduling_policy = "priority"  # every engine orders requests by the same arrival times
+    if engine.max_model_len is None:
+        engine.max_model_len = ensemble.max_positions
+    if current_platform.is_cpu():
+        if engine.tensor_parallel_size * engine.pipeline_parallel_size == 1:
+            engine.distributed_executor_backend = "decar.server.worker.InProcessExecutor"
+        if engine.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            engine.kv_cache_memory_bytes = DEFAULT_KV_BYTES
+    return engine
+
+
+def _check_memory(ensemble: Ensemble, kv_bytes: int | None) -> None:
+    """On CPU, refuse before anything starts what cannot fit."""
+    if kv_bytes is None:
+        return
+    available = psutil.virtual_memory().available
+    needed = sum(expert.weight_bytes + kv_bytes + ENGINE_OVERHEAD_BYTES for expert in ensemble.experts)
+    if needed > available:
+        raise StartError(
+            f"not enough memory: {len(ensemble.experts)} experts need about {needed / 2**30:.1f} GiB "
+            f"({kv_bytes / 2**30:.1f} GiB of it for each one's KV cache), {available / 2**30:.1f} GiB are free; "
+            "lower --kv-cache-memory-bytes"
+        )
+
+
+def _share_cores(engines: int) -> list[tuple[int, ...]]:
+    """Cores of this process, dealt out evenly; none where there are fewer cores than engines."""
+    from vllm.platforms import current_platform
+
+    cores = sorted(os.sched_getaffinity(0))
+    if not current_platform.is_cpu() or len(cores) < engines:
+        return [()] * engines if not current_platform.is_cpu() else [(cores[k % len(cores)],) for k in range(engines)]
+    each = len(cores) // engines
+    return [tuple(cores[k * each : (k + 1) * each]) for k in range(engines)]
+
+
+def _engine_pid(engine: Any) -> int:
+    """Process id of an engine's core."""
+    return int(engine.engine_core.resources.engine_manager.processes[0].pid)
+
+
+def raise_on_sigterm() -> None:
+    """Until the server handles signals itself, SIGTERM ends a start the way SIGINT does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -1,0 +1,157 @@
+"""The worker: where a vLLM engine's forward pass meets the lockstep. Knows vLLM's model runner (V1).
+
+Two seams. `sample_tokens` runs between the forward pass and sampling: rows are posted, and the leader's
+logits are replaced by the mixture's, before grammar, penalties and sampling. `_sample` gives the sampled
+tokens before the runner keeps them: leaders publish theirs, followers adopt.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from decar.server.lockstep import Lockstep, Turn
+from decar.server.plane import Plane
+from decar.server.seat import Member, Seat
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class InProcessExecutor(UniProcExecutor):
+    """The worker in the engine's own process. vLLM's CPU platform refuses "uni" only because it sets OpenMP
+    up through the environment of a new process; `LockstepWorker` binds its threads itself."""
+
+
+class LockstepWorker(_Worker):  # type: ignore[misc, valid-type]
+    """A vLLM worker whose requests may be shared with other engines."""
+
+    def init_device(self) -> None:
+        seat: Seat = self.vllm_config.additional_config
+        if seat.cpus:
+            torch.set_num_threads(len(seat.cpus))  # before the base class disables it
+            os.sched_setaffinity(0, seat.cpus)
+        super().init_device()
+        self.lockstep = Lockstep(Plane.attach(seat.plane), seat.expert)
+        self._members: dict[str, Member] = {}
+        self._turns: dict[str, Turn] = {}  # this step's, by request
+        self._ready: list[Turn] = []
+        self._held: list[Turn] = []
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        model = self.model_runner.model
+        self._compute_logits = model.compute_logits
+        model.compute_logits = self._shared_vocabulary_only
+        self._sample = self.model_runner._sample
+        self.model_runner._sample = self._sample_in_lockstep
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        self._turns = self._take_turns(scheduler_output)
+        self.lockstep.announce(self._turns.values())
+        return super().execute_model(scheduler_output)
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        runner, lockstep = self.model_runner, self.lockstep
+        state = runner.execute_model_state
+        if state is None or not self._turns:
+            return super().sample_tokens(grammar_output)
+        for request_id, turn in self._turns.items():
+            turn.row = runner.input_batch.req_id_to_index[request_id]
+        turns = [turn for turn in self._turns.values() if lockstep.holds_slot(turn.member)]
+        lockstep.post(turns, state.logits)
+        led = [turn for turn in turns if turn.member.leader == lockstep.expert]
+        self._ready, self._held = lockstep.wait_for_rows(led)
+        if self._ready:
+            logits = state.logits.float()
+            rows = [turn.row for turn in self._ready]
+            logits[rows] = -torch.inf
+            logits[rows, : lockstep.vocab_size] = lockstep.mixed(self._ready).to(logits.device)
+            runner.execute_model_state = state._replace(logits=logits)
+        generators = runner.input_batch.generators
+        kept = {turn.row: generators.pop(turn.row) for turn in self._held if turn.row in generators}
+        output = super().sample_tokens(grammar_output)
+        generators.update(kept)  # a held turn draws no random number
+        lockstep.finish(turns)
+        return output
+
+    def _sample_in_lockstep(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
+        output = self._sample(logits, spec_decode_metadata)
+        if not self._turns:
+            return output
+        lockstep, tokens = self.lockstep, output.sampled_token_ids
+        if self._ready:
+            lockstep.publish(self._ready, tokens[[turn.row for turn in self._ready], 0].tolist())
+        followed = [
+            turn
+            for turn in self._turns.values()
+            if turn.member.leader != lockstep.expert and lockstep.holds_slot(turn.member)
+        ]
+        decided = set(map(id, self._ready))
+        for turn, token in zip(followed, lockstep.adopt(followed), strict=True):
+            if token is not None:
+                tokens[turn.row, 0] = token
+                decided.add(id(turn))
+        for turn in self._turns.values():
+            if id(turn) not in decided:
+                self.model_runner.discard_request_mask.np[turn.row] = True
+        return output
+
+    def _take_turns(self, scheduler_output: SchedulerOutput) -> dict[str, Turn]:
+        """Turns of this step: shared requests whose last known token is computed in it."""
+        for request_id in scheduler_output.finished_req_ids:
+            self._members.pop(request_id, None)
+        turns = {}
+        for new in scheduler_output.scheduled_new_reqs:
+            member = Member.of(new.sampling_params)
+            if member is None:
+                continue
+            self._members[new.req_id] = member
+            self.lockstep.join(member)
+            scheduled = scheduler_output.num_scheduled_tokens[new.req_id]
+            if new.num_computed_tokens + scheduled >= len(new.prompt_token_ids):
+                turns[new.req_id] = Turn(member, position=0)
+        cached = scheduler_output.scheduled_cached_reqs
+        if not self._members:
+            return turns
+        for i, request_id in enumerate(cached.req_ids):
+            member = self._members.get(request_id)
+            if member is None:
+                continue
+            state = self.model_runner.requests[request_id]
+            if cached.num_output_tokens[i] > len(state.output_token_ids):
+                self._adopt_late(request_id, member, state)
+            scheduled = scheduler_output.num_scheduled_tokens[request_id]
+            if cached.num_computed_tokens[i] + scheduled >= state.num_tokens:
+                turns[request_id] = Turn(member, position=len(state.output_token_ids))
+        return turns
+
+    def _adopt_late(self, request_id: str, member: Member, state: Any) -> None:
+        """Catch up with the scheduler, which took a held follower's token from the plane between two steps."""
+        token = self.lockstep.decided(member, len(state.output_token_ids))
+        assert token is not None, "the scheduler saw a token that is not in the plane"
+        state.output_token_ids.append(token)
+        batch = self.model_runner.input_batch
+        row = batch.req_id_to_index.get(request_id)
+        if row is not None:
+            end = batch.num_tokens_no_spec[row]
+            batch.token_ids_cpu[row, end] = token
+            batch.is_token_ids[row, end] = True
+            batch.num_tokens_no_spec[row] = end + 1
+
+    def _shared_vocabulary_only(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Logits with ids that some expert has no row for masked: they could not be fed to every expert."""
+        logits = self._compute_logits(hidden_states, *args, **kwargs)
+        if logits is not None and logits.shape[-1] > self.lockstep.vocab_size:
+            logits[..., self.lockstep.vocab_size :] = -torch.inf
+        return logits
