@@ -1,0 +1,62 @@
+"""Real servers over tiny ensembles. Each is started once, and has to leave nothing behind."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import EXACT, Server
+from tests.reference import Reference
+
+CHUNK_TOKENS = 256
+MAX_NUM_SEQS = 32
+NUM_BLOCKS = 64  # of 32 tokens: about eight requests of the load test fit, where 32 run at once
+
+LOADED = (
+    *EXACT,
+    *("--max-num-seqs", str(MAX_NUM_SEQS)),
+    *("--max-num-batched-tokens", str(CHUNK_TOKENS)),
+    *("--block-size", "32"),  # the only size, with its multiples, that vLLM's CPU attention has
+    *("--num-gpu-blocks-override", str(NUM_BLOCKS)),
+    # A random model would fill its answer with the blanks that a JSON grammar otherwise allows everywhere.
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and "_server" in " ".join(item.fixturenames):  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.engines)
+
+
+@contextmanager
+def running(reference: Reference, log: Path, flags: tuple[str, ...] = EXACT) -> Iterator[Server]:
+    """A server for as long as the context lasts; it has to end cleanly."""
+    server = Server.start(reference.directory, log, flags)
+    try:
+        yield server
+        assert server.stop() == 0, server.log_tail()
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def duo_server(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """K=2, with a KV cache that is too small for many requests at once."""
+    with running(duo, tmp_path_factory.mktemp("logs") / "duo.log", LOADED) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trio_server(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """K=3: one of another architecture, one with a padded vocabulary."""
+    with running(trio, tmp_path_factory.mktemp("logs") / "trio.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def twins_server(twins: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """K=2 with equal weights."""
+    with running(twins, tmp_path_factory.mktemp("logs") / "twins.log") as server:
+        yield server

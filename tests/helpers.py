@@ -1,0 +1,276 @@
+"""A real server as a child process, and what tests ask of it over HTTP. Knows no internals of the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+START_DEADLINE_S = 300  # engines take about 20 s each on an idle core; other tests may keep the cores busy
+STOP_DEADLINE_S = 60
+REQUEST_DEADLINE_S = 180
+SHARED_MEMORY = Path("/dev/shm")
+_MARKER = "DECAR_TEST_SERVER"
+
+EXACT = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
+"""fp32, so that answers compare with the reference; eager, since compiling tiny models saves nothing."""
+
+
+class NeverHappened(AssertionError):
+    """A condition did not come true in time."""
+
+
+def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
+    """Poll ``condition`` until it is truthy, and return what it gave."""
+    end = time.monotonic() + deadline_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise NeverHappened(f"not within {deadline_s} s: {what}")
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def serve_command(directory: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "decar.server", "serve", str(directory), *flags]
+
+
+def serve_environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **extra}
+
+
+def run_serve(directory: Path, *flags: str, deadline_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a `decar serve` that is expected to end by itself."""
+    return subprocess.run(
+        serve_command(directory, *flags),
+        env=serve_environment(),
+        capture_output=True,
+        text=True,
+        timeout=deadline_s,
+        check=False,
+    )
+
+
+@dataclass
+class Server:
+    """A running `decar serve`. All its processes carry a mark in their environment, so that none can hide."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    mark: str
+    shared_memory: set[Path] = field(default_factory=set)
+
+    @classmethod
+    def start(cls, directory: Path, log: Path, flags: Sequence[str] = EXACT) -> Server:
+        """Start a server and wait until it is healthy."""
+        port, mark = free_port(), uuid.uuid4().hex
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                serve_command(directory, "--port", str(port), *flags),
+                env=serve_environment(**{_MARKER: mark}),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C meant for pytest must not reach it before the fixtures do
+            )
+        server = cls(process, port, log, mark)
+        try:
+            wait_until(
+                server._is_up, START_DEADLINE_S, f"{directory} is served; its log ends:\n{server.log_tail()}"
+            )
+        except BaseException:
+            server.kill()
+            raise
+        server.shared_memory = server._mapped_shared_memory()
+        return server
+
+    def _is_up(self) -> bool:
+        assert self.process.poll() is None, f"the server ended by itself:\n{self.log_tail()}"
+        return self.health() == 200
+
+    # ---- processes
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process that the server started, itself included, whatever its parent is by now."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if process.environ().get(_MARKER) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def _mapped_shared_memory(self) -> set[Path]:
+        """Files that this server's processes keep in shared memory under decar's name."""
+        mapped = set()
+        for process in self.processes():
+            with suppress(OSError):
+                for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                    path = Path(line.rpartition(" ")[2])
+                    if path.parent == SHARED_MEMORY and path.name.startswith("decar-"):
+                        mapped.add(path)
+        return mapped
+
+    def leftovers(self) -> list[str]:
+        """What a stopped server has left behind."""
+        return [str(process) for process in self.processes()] + [
+            str(path) for path in sorted(self.shared_memory) if path.exists()
+        ]
+
+    def stop(self, sent: signal.Signals = signal.SIGTERM) -> int:
+        """End the server with ``sent``; return its exit code once nothing of it is left."""
+        self.process.send_signal(sent)
+        try:
+            code = self.process.wait(STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            raise NeverHappened(f"{sent.name} does not end the server:\n{self.log_tail()}") from None
+        wait_until(lambda: not self.leftovers(), STOP_DEADLINE_S, f"nothing left of {self.leftovers()}")
+        return code
+
+    def kill(self) -> None:
+        """Make sure that nothing of the server outlives the tests, also when they fail."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
+        self.process.wait(STOP_DEADLINE_S)
+        for path in self.shared_memory:
+            path.unlink(missing_ok=True)
+
+    def log_tail(self, lines: int = 60) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    # ---- HTTP
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=REQUEST_DEADLINE_S)
+
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=REQUEST_DEADLINE_S
+        )
+
+    def async_openai(self) -> openai.AsyncOpenAI:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=REQUEST_DEADLINE_S,
+            http_client=httpx.AsyncClient(limits=limits, timeout=REQUEST_DEADLINE_S),
+        )
+
+    def health(self) -> int | None:
+        """The status of /health; None while nothing listens."""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=10).status_code
+        except httpx.TransportError:
+            return None
+
+    def ensemble(self) -> dict[str, Any]:
+        response = httpx.get(f"{self.url}/v1/ensemble", timeout=30)
+        response.raise_for_status()
+        body: dict[str, Any] = response.json()
+        return body
+
+    def metric(self, name: str) -> list[float]:
+        """Values of all samples of metric ``name``, of all engines."""
+        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        return [
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name
+        ]
+
+    def is_idle(self) -> bool:
+        """No request runs or waits anywhere, no slot and no KV block is taken."""
+        gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        values = [self.metric(name) for name in gauges]
+        assert all(values), f"/metrics lacks one of {gauges}"
+        return not any(map(any, values)) and self.ensemble()["slots"]["in_use"] == 0
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+@dataclass
+class Answer:
+    """One choice of a completion, without regard to how it was transported."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    top: list[dict[int, float]]
+    weights: list[list[float]]
+    active: list[str]
+    finish_reason: str | None
+
+
+COMPLETION_EXTRAS = {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
+"""vLLM's options that make an answer comparable token by token."""
+
+
+def answer_of(choice: Any) -> Answer:
+    """Read a completion choice that was asked for with `COMPLETION_EXTRAS`."""
+    extra = choice.model_extra
+    logprobs, trace = choice.logprobs, extra.get("decar") or {}
+    return Answer(
+        text=choice.text,
+        tokens=extra["token_ids"],
+        logprobs=list(logprobs.token_logprobs) if logprobs else [],
+        top=[by_token_id(entries) for entries in logprobs.top_logprobs] if logprobs else [],
+        weights=trace.get("weights", []),
+        active=trace.get("active", []),
+        finish_reason=choice.finish_reason,
+    )
+
+
+def by_token_id(entries: dict[str, float]) -> dict[int, float]:
+    """Top logprobs keyed ``"token_id:N"``, as ``return_tokens_as_token_ids`` gives them."""
+    return {int(key.removeprefix("token_id:")): value for key, value in entries.items()}
+
+
+def in_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def assert_error(response: httpx.Response, status: int, *words: str) -> dict[str, Any]:
+    """The response is an error of OpenAI's form whose message has all ``words``, and no traceback or path."""
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) >= {"message", "type", "param", "code"}
+    assert error["message"]
+    for word in words:
+        assert word in error["message"], error["message"]
+    for leak in ("Traceback", 'File "', "/site-packages/"):
+        assert leak not in response.text
+    return error
+
+
+def names(models: Iterable[Any]) -> set[str]:
+    return {model.id for model in models}
