@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -74,6 +75,8 @@ def _describe(ensemble: Ensemble, console: Console) -> None:
 
 def main() -> None:
     """Run the command; a `DecarError` is one line on stderr and exit code 1."""
+    for command in importlib.metadata.entry_points(group="decar.commands"):
+        app.command(name=command.name)(command.load())
     try:
         app()
     except DecarError as error:

@@ -1,0 +1,29 @@
+# Every target sets up what it needs: `make demo` and `make test` each work alone on a fresh machine.
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/.ready  ## build the virtual environment
+
+$(VENV)/.ready: pyproject.toml tools/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
+
+demo: setup  ## train two experts, serve them as one model, and chat
+	$(BIN)/python -m decar.clients.demo
+
+test: setup  ## unit tests and end-to-end tests on real engines
+	$(BIN)/python -m pytest
+
+lint: setup  ## formatting, style, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup  ## a short throughput measurement
+	$(BIN)/python -m decar.benchmarks.throughput --quick
+
+clean:
+	rm -rf $(VENV) runs

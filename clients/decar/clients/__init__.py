@@ -1,0 +1,1 @@
+"""Clients of a running server. They speak HTTP, and know nobody's internals."""
