@@ -33,8 +33,20 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHAPES: dict[str, dict[str, int]] = {
-    "3M": {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "heads": 6},
-    "40M": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "heads": 8},
+    "3M": {
+        "vocab_size": 4096,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "heads": 6,
+    },
+    "40M": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "heads": 8,
+    },
 }
 START_DEADLINE_S = 300.0
 REQUEST_DEADLINE_S = 600.0
@@ -66,7 +78,7 @@ def build_ensemble(directory: Path, shape: str) -> Path:
     heads = sizes.pop("heads")
     vocabulary = {f"w{i}": i for i in range(sizes["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0")
     config = LlamaConfig(
         **sizes,
@@ -96,9 +108,21 @@ def server(command: list[str], cores: set[int], log: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     base = f"http://127.0.0.1:{port}"
-    confined = ["taskset", "-c", ",".join(map(str, sorted(cores))), *command, "--host", "127.0.0.1", "--port", str(port)]
+    confined = [
+        "taskset",
+        "-c",
+        ",".join(map(str, sorted(cores))),
+        *command,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("wb") as output, subprocess.Popen(confined, stdout=output, stderr=output, env=environment) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(confined, stdout=output, stderr=output, env=environment) as process,
+    ):
         try:
             deadline = time.monotonic() + START_DEADLINE_S
             while True:
@@ -108,7 +132,9 @@ def server(command: list[str], cores: set[int], log: Path) -> Iterator[str]:
                     if httpx.get(f"{base}/health", timeout=5).status_code == 200:
                         break
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"{command[2]} was not healthy within {START_DEADLINE_S:.0f} s; see {log}")
+                    raise RuntimeError(
+                        f"{command[2]} was not healthy within {START_DEADLINE_S:.0f} s; see {log}"
+                    )
                 time.sleep(0.2)
             yield base
         finally:
@@ -169,7 +195,9 @@ def run(shape: str, load: Load, repeats: int, flags: list[str], console: Console
         plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", expert, *flags]
         ensemble = [sys.executable, "-m", "decar.server", "serve", str(directory), *flags]
         both = {"decar": {"weights": {"a": 0.5, "b": 0.5}}}
-        with server([*plain, "--served-model-name", "one"], {cores[0]}, Path(temporary) / "plain.log") as base:
+        with server(
+            [*plain, "--served-model-name", "one"], {cores[0]}, Path(temporary) / "plain.log"
+        ) as base:
             asyncio.run(measure(base, "one", warm, vocabulary, {}))
             singles = [asyncio.run(measure(base, "one", load, vocabulary, {})) for _ in range(repeats)]
         with server(ensemble, set(cores), Path(temporary) / "ensemble.log") as base:
@@ -181,8 +209,14 @@ def run(shape: str, load: Load, repeats: int, flags: list[str], console: Console
                 counted = _difference(before, after)
                 ratio = dense.tokens_per_s / single.tokens_per_s
                 results.append(
-                    {"shape": shape, "repeat": i, "ratio": ratio, "single": asdict(single), "dense": asdict(dense),
-                     "lockstep": counted}
+                    {
+                        "shape": shape,
+                        "repeat": i,
+                        "ratio": ratio,
+                        "single": asdict(single),
+                        "dense": asdict(dense),
+                        "lockstep": counted,
+                    }
                 )
                 console.print(f"{shape} repeat {i + 1}: {ratio:.3f}  {counted}")
     return results
@@ -231,10 +265,20 @@ def main() -> None:
     if args.quick:
         shapes, repeats, requests = ["3M"], 1, 16
     load = Load(concurrency=16, requests=requests, prompt_tokens=32, output_tokens=args.output_tokens)
-    flags = ["--max-model-len", "1024", "--max-num-seqs", "32", "--kv-cache-memory-bytes", str(1 << 29), *args.flags]
+    flags = [
+        "--max-model-len",
+        "1024",
+        "--max-num-seqs",
+        "32",
+        "--kv-cache-memory-bytes",
+        str(1 << 29),
+        *args.flags,
+    ]
     console = Console()
     results = [result for shape in shapes for result in run(shape, load, repeats, flags, console)]
-    table = Table("model", "repeat", "one expert, 1 core", "ensemble, 2 cores", "ratio", "slowest / median request")
+    table = Table(
+        "model", "repeat", "one expert, 1 core", "ensemble, 2 cores", "ratio", "slowest / median request"
+    )
     for result in results:
         single, dense = result["single"], result["dense"]
         table.add_row(
@@ -248,7 +292,9 @@ def main() -> None:
     console.print(table)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"environment": environment(), "load": asdict(load), "results": results}, indent=2))
+        args.output.write_text(
+            json.dumps({"environment": environment(), "load": asdict(load), "results": results}, indent=2)
+        )
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import openai
 import typer
+from openai.types.chat import ChatCompletionChunk
 from rich.console import Console
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
@@ -37,7 +38,7 @@ def stream_chat(
         stream=True,
         extra_body={"decar": decar} if decar else None,
     )
-    for chunk in chunks:
+    for chunk in cast(openai.Stream[ChatCompletionChunk], chunks):
         for choice in chunk.choices:
             extra = getattr(choice, "decar", None) or {}
             yield choice.delta.content or "", extra.get("weights", [])
@@ -45,7 +46,7 @@ def stream_chat(
 
 def ensemble_of(client: openai.OpenAI) -> dict[str, Any]:
     """What the server says of its ensemble."""
-    return client.get("/ensemble", cast_to=dict)  # type: ignore[type-var]
+    return client.get("/ensemble", cast_to=dict)
 
 
 def chat(
@@ -53,7 +54,7 @@ def chat(
     base_url: Annotated[str, typer.Option(help="The server's /v1 address.")] = DEFAULT_URL,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its key, if it has one.")] = "none",
     model: Annotated[str | None, typer.Option(help="A model id; default: the ensemble.")] = None,
-    weights: Annotated[str | None, typer.Option(help='Fixed weights as JSON, e.g. \'{"code": 1}\'.')] = None,
+    weights: Annotated[str | None, typer.Option(help="Fixed weights as JSON, e.g. '{\"code\": 1}'.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
     trace: Annotated[bool, typer.Option(help="Show each expert's mean weight after an answer.")] = True,

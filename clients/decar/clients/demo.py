@@ -69,7 +69,9 @@ def main() -> None:
             console.print(f"[bold]{ensemble['name']}:[/bold] ", end="")
             weights: list[list[float]] = []
             messages = [{"role": "user", "content": question}]
-            for text, token_weights in stream_chat(client, messages, ensemble["name"], 64, 0.7, {"trace": True}):
+            for text, token_weights in stream_chat(
+                client, messages, ensemble["name"], 64, 0.7, {"trace": True}
+            ):
                 console.print(text, end="", markup=False, soft_wrap=True)
                 weights += token_weights
             console.print()

@@ -30,7 +30,9 @@ class ExpertEntry(_Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
     path: str
-    prior: float = Field(gt=0, allow_inf_nan=False, description="share of the training data; normalised on use")
+    prior: float = Field(
+        gt=0, allow_inf_nan=False, description="share of the training data; normalised on use"
+    )
 
 
 class RouterEntry(_Strict):
@@ -191,7 +193,9 @@ class Ensemble:
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
-        raise EnsembleError(f"{directory} is not a directory; give the path of an ensemble made by `decar-train export`")
+        raise EnsembleError(
+            f"{directory} is not a directory; give the path of an ensemble made by `decar-train export`"
+        )
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
@@ -240,12 +244,16 @@ def _field_names(model: type[BaseModel], seen: set[type] | None = None) -> list[
 def _read_expert(directory: Path, entry: ExpertEntry) -> Expert:
     path = (directory / entry.path).resolve()
     if not path.is_relative_to(directory.resolve()):
-        raise EnsembleError(f"expert {entry.name!r}: path {entry.path!r} leaves the ensemble directory; copy it inside")
+        raise EnsembleError(
+            f"expert {entry.name!r}: path {entry.path!r} leaves the ensemble directory; copy it inside"
+        )
     config_path = path / "config.json"
     try:
         config = json.loads(config_path.read_text())
     except FileNotFoundError:
-        raise EnsembleError(f"expert {entry.name!r}: {config_path} is missing; export the expert again") from None
+        raise EnsembleError(
+            f"expert {entry.name!r}: {config_path} is missing; export the expert again"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EnsembleError(f"expert {entry.name!r}: {config_path} is not valid JSON ({error})") from None
     expert = Expert(entry.name, path, entry.prior, config)
@@ -268,7 +276,9 @@ def _weight_problems(expert: Expert) -> list[str]:
         try:
             expected = _safetensors_bytes(file)
         except FileNotFoundError:
-            problems.append(f"expert {expert.name!r}: weights {file} are missing; copy or export the expert again")
+            problems.append(
+                f"expert {expert.name!r}: weights {file} are missing; copy or export the expert again"
+            )
             continue
         except (ValueError, KeyError, UnicodeDecodeError) as error:
             problems.append(f"expert {expert.name!r}: {file} is not a safetensors file ({error})")

@@ -37,4 +37,6 @@ def log_weights_after(log_weights: npt.ArrayLike, log_likelihoods: npt.ArrayLike
     This is the paper's p_t(S_k | z): the posterior of the subset given what has been generated
     (arXiv 2601.03184), the same product as c-BTM's and DEMix's domain posterior over a whole prefix.
     """
-    return log_normalise(np.asarray(log_weights, dtype=np.float64) + np.asarray(log_likelihoods, dtype=np.float64))
+    return log_normalise(
+        np.asarray(log_weights, dtype=np.float64) + np.asarray(log_likelihoods, dtype=np.float64)
+    )

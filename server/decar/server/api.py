@@ -34,7 +34,9 @@ def extend(app: FastAPI, client: EnsembleClient) -> None:
     app.middleware_stack = app.build_middleware_stack()  # vLLM's app has already built its own
 
 
-def error_response(message: str, status: int, param: str | None, kind: str = "BadRequestError") -> JSONResponse:
+def error_response(
+    message: str, status: int, param: str | None, kind: str = "BadRequestError"
+) -> JSONResponse:
     """An error body as OpenAI's API gives it."""
     error = {"message": message, "type": kind, "param": param, "code": status}
     return JSONResponse({"error": error}, status_code=status)
@@ -181,7 +183,8 @@ def _text(value: Any) -> str | None:
 
 async def _read_body(receive: Receive) -> bytes | None:
     """The whole body, or None if it is too large."""
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     while True:
         message = await receive()
         if message["type"] != "http.request":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -53,7 +54,9 @@ def inspect(directory: Directory) -> None:
 def _describe(ensemble: Ensemble, console: Console) -> None:
     manifest = ensemble.manifest
     console.print(f"[bold]{ensemble.name}[/bold]: router {manifest.router.kind}, rule {manifest.mixing.rule}")
-    table = Table("expert", "architecture", "parameters", "size", "prior", "vocabulary", "positions", "tokenizer")
+    table = Table(
+        "expert", "architecture", "parameters", "size", "prior", "vocabulary", "positions", "tokenizer"
+    )
     total = sum(expert.prior for expert in manifest.experts)
     for expert in ensemble.experts:
         try:
@@ -75,6 +78,8 @@ def _describe(ensemble: Ensemble, console: Console) -> None:
 
 def main() -> None:
     """Run the command; a `DecarError` is one line on stderr and exit code 1."""
+    logging.basicConfig(format="decar: %(message)s")
+    logging.getLogger("decar").setLevel(logging.INFO)
     for command in importlib.metadata.entry_points(group="decar.commands"):
         app.command(name=command.name)(command.load())
     try:

@@ -121,6 +121,10 @@ class EnsembleClient(EngineClient):
             VLLMValidationError: prompt log-probabilities are asked of the ensemble.
             EngineDeadError: an engine that takes part died.
         """
+        if isinstance(prompt, AsyncGenerator):
+            raise VLLMValidationError("an ensemble does not take a prompt as a stream", parameter="prompt")
+        if REQUEST_KEY in (sampling_params.extra_args or {}):
+            raise VLLMValidationError(f"vllm_xargs.{REQUEST_KEY} is decar's own", parameter="vllm_xargs")
         call = current_call.get() or Call("velocity", None, True, False)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
@@ -145,7 +149,9 @@ class EnsembleClient(EngineClient):
         else:
             self._refuse_prompt_logprobs(params)
             children = [
-                self._mixed(call, first_choice + i, log_weights, active, prompt, child, f"{request_id}-{i}", kwargs)
+                self._mixed(
+                    call, first_choice + i, log_weights, active, prompt, child, f"{request_id}-{i}", kwargs
+                )
                 for i, child in enumerate(_children(params))
             ]
             outputs = children[0] if len(children) == 1 else _merged(children, params)
@@ -195,7 +201,9 @@ class EnsembleClient(EngineClient):
         """Several experts are active: all of them run the request in lockstep, and its leader answers."""
         async with self.slots.take() as (slot, generation):
             leader = self._leader(log_weights, active)
-            member = Member(slot, generation, leader, tuple(active), call.rule, log_weights.tolist(), call.posterior)
+            member = Member(
+                slot, generation, leader, tuple(active), call.rule, log_weights.tolist(), call.posterior
+            )
             trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
             call.choices[choice] = trace
             queues: dict[int, Any] = {}
@@ -247,10 +255,8 @@ class EnsembleClient(EngineClient):
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = None
-        async for output in self.experts[expert].engine.generate(prompt, params, request_id, **kwargs):
-            pass
-        assert output is not None
+        outputs = self.experts[expert].engine.generate(prompt, params, request_id, **kwargs)
+        (output,) = [output async for output in outputs]
         total = 0.0
         ids = output.prompt_token_ids or []
         for token, candidates in zip(ids, output.prompt_logprobs or [], strict=False):
@@ -382,12 +388,14 @@ class EnsembleClient(EngineClient):
         await self._all("release_kv_cache_memory")
 
     async def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        return await asyncio.gather(*(getattr(e.engine, method)(*args, **kwargs) for e in self.experts if e.up))
+        return await asyncio.gather(
+            *(getattr(e.engine, method)(*args, **kwargs) for e in self.experts if e.up)
+        )
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         raise VLLMValidationError("an ensemble generates text; it has no embeddings")
 
-    async def add_lora(self, lora_request: Any) -> bool:  # noqa: ARG002
+    async def add_lora(self, lora_request: Any) -> bool:
         raise VLLMValidationError("an ensemble serves whole experts; merge the adapter into its expert")
 
     async def notify_kv_transfer_request_rejected(self, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ Shapes: K experts, B batch rows, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,10 +58,11 @@ class Lockstep:
     def holds_slot(self, member: Member) -> bool:
         return self._tenants[member.slot] == member.generation
 
-    def announce(self, turns: Sequence[Turn]) -> None:
+    def announce(self, turns: Iterable[Turn]) -> None:
         """Say, before the forward pass, which rows it will give."""
         for turn in turns:
-            self.mine.running[turn.member.slot] = turn.stamp
+            if self.holds_slot(turn.member):
+                self.mine.running[turn.member.slot] = turn.stamp
         self.mine.counters[0] += 1
 
     def finish(self, turns: Sequence[Turn]) -> None:
@@ -83,7 +84,8 @@ class Lockstep:
 
     def wait_for_rows(self, turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
         """Split the turns this engine leads into those whose rows have all come, and holds."""
-        ready, held = [], []
+        ready: list[Turn] = []
+        held: list[Turn] = []
         started = time.perf_counter_ns()
         for turn in turns:
             (ready if all(self._row_comes(f, turn) for f in turn.member.followers) else held).append(turn)
@@ -170,6 +172,8 @@ class Lockstep:
         likelihoods = np.zeros(len(self.blocks))
         for expert in turn.member.active:
             block = self.blocks[expert]
-            likelihoods[expert] = float(block.rows[turn.entry, token]) - float(block.log_normaliser[turn.entry])
+            likelihoods[expert] = float(block.rows[turn.entry, token]) - float(
+                block.log_normaliser[turn.entry]
+            )
         weights: list[float] = log_weights_after(turn.member.log_weights, likelihoods).tolist()
         return weights

@@ -29,8 +29,8 @@ class SharedMetrics:
         """A stat logger class, as `AsyncLLM` asks for one, that records as engine ``expert``."""
         shared = self
 
-        class ExpertMetrics(PrometheusStatLogger):  # type: ignore[misc]
-            def __init__(self, vllm_config: Any, engine_indexes: Any = None):  # noqa: ARG002
+        class ExpertMetrics(PrometheusStatLogger):
+            def __init__(self, vllm_config: Any, engine_indexes: Any = None):
                 self._logger = shared.logger(vllm_config)
 
             def record(self, *args: Any, **kwargs: Any) -> None:

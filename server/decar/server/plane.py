@@ -110,10 +110,10 @@ class Block:
             count = int(np.prod(shape))
             return np.frombuffer(memory, dtype, count, base + offsets[name]).reshape(shape)
 
-        self.running = memoryview(view("running"))
-        self.row_stamp = memoryview(view("row_stamp").reshape(-1))
-        self.token_stamp = memoryview(view("token_stamp").reshape(-1))
-        self.token = memoryview(view("token").reshape(-1))
+        self.running = view("running").data
+        self.row_stamp = view("row_stamp").reshape(-1).data
+        self.token_stamp = view("token_stamp").reshape(-1).data
+        self.token = view("token").reshape(-1).data
         self.log_normaliser = torch.from_numpy(view("log_normaliser").reshape(-1))  # [2S]
         self.counters = view("counters")
         self.log_weights = view("log_weights")
@@ -137,7 +137,7 @@ class Plane:
 
     def __init__(self, spec: PlaneSpec, memory: mmap.mmap):
         self.spec = spec
-        self.alive = memoryview(np.frombuffer(memory, np.int64, spec.experts))
+        self.alive = np.frombuffer(memory, np.int64, spec.experts).data
         self.blocks = [Block(spec, memory, expert) for expert in range(spec.experts)]
 
     @classmethod

@@ -125,11 +125,16 @@ def _explicit(ensemble: Ensemble, weights: dict[str, float]) -> np.ndarray:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the experts are {', '.join(map(repr, names))}"
-            raise RequestError(f"decar.weights names {name!r}, which is no expert of {ensemble.name!r}; {hint}", "decar.weights")
+            raise RequestError(
+                f"decar.weights names {name!r}, which is no expert of {ensemble.name!r}; {hint}",
+                "decar.weights",
+            )
         if not math.isfinite(weight) or weight < 0:
             raise RequestError(
                 f"decar.weights.{name} is {weight}; give a number that is zero or more", "decar.weights"
             )
     if not sum(weights.values()) > 0:
-        raise RequestError("decar.weights are all zero; give at least one expert a positive weight", "decar.weights")
+        raise RequestError(
+            "decar.weights are all zero; give at least one expert a positive weight", "decar.weights"
+        )
     return log_prior([weights.get(name, 0.0) for name in names])

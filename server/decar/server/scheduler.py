@@ -73,7 +73,9 @@ class LockstepScheduler(Scheduler):
         if not self.waiting or not held:
             return
         oldest, youngest = self.waiting.peek_request(), max(held, key=_age)
-        if oldest.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and _age(oldest) < _age(youngest):
+        if oldest.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and _age(oldest) < _age(
+            youngest
+        ):
             self.running.remove(youngest)
             self._preempt_request(youngest, time.monotonic())
             del self._held[youngest.request_id]

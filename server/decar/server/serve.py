@@ -31,7 +31,13 @@ logger = logging.getLogger("decar")
 
 DEFAULT_KV_BYTES = 1 << 30
 ENGINE_OVERHEAD_BYTES = 700 << 20  # a CPU engine's code and buffers, measured
-RESERVED_FLAGS = ("worker_cls", "scheduler_cls", "additional_config", "speculative_config", "scheduling_policy")
+RESERVED_FLAGS = (
+    "worker_cls",
+    "scheduler_cls",
+    "additional_config",
+    "speculative_config",
+    "scheduling_policy",
+)
 
 
 def serve(directory: Path, flags: Sequence[str]) -> None:
@@ -56,8 +62,8 @@ def serve(directory: Path, flags: Sequence[str]) -> None:
 
 
 async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket) -> None:
-    from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.launcher import serve_http
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
@@ -121,7 +127,9 @@ async def _running_ensemble(ensemble: Ensemble, args: Namespace) -> AsyncIterato
         plane.unlink()
 
 
-async def _start_engines(ensemble: Ensemble, configs: Sequence[Any], plane: Plane, started: list[Any]) -> list[Any]:
+async def _start_engines(
+    ensemble: Ensemble, configs: Sequence[Any], plane: Plane, started: list[Any]
+) -> list[Any]:
     """Build one `AsyncLLM` per expert, side by side; ``started`` holds those that came up, also on failure."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -146,7 +154,9 @@ async def _start_engines(ensemble: Ensemble, configs: Sequence[Any], plane: Plan
     )
     for name, result in zip(ensemble.expert_names, results, strict=True):
         if isinstance(result, BaseException):
-            raise StartError(f"expert {name!r}: its engine did not start ({result}); the log above says why") from result
+            raise StartError(
+                f"expert {name!r}: its engine did not start ({result}); the log above says why"
+            ) from result
     logger.info("engines ready after %.0f s", time.monotonic() - started_at)
     return results
 
@@ -161,7 +171,10 @@ async def _warm_up(client: Any) -> None:
     everyone = log_prior([1.0] * experts)
     calls = [Call("velocity", None, True, False)]
     calls += [Call(rule, everyone, False, False) for rule in ("velocity", "logit")]
-    calls += [Call("velocity", log_prior([float(j == k) for j in range(experts)]), False, False) for k in range(experts)]
+    calls += [
+        Call("velocity", log_prior([float(j == k) for j in range(experts)]), False, False)
+        for k in range(experts)
+    ]
 
     async def run(call: Call, params: SamplingParams) -> None:
         current_call.set(call)
@@ -195,7 +208,12 @@ def _parse(ensemble: Ensemble, flags: Sequence[str]) -> Namespace:
         if getattr(args, reserved, None) != getattr(defaults, reserved, None):
             raise StartError(f"--{reserved.replace('_', '-')} is set by decar and cannot be passed through")
     if args.model_tag is not None:
-        raise StartError(f"unexpected argument {args.model_tag!r}: the ensemble directory says which models to serve")
+        raise StartError(
+            f"unexpected argument {args.model_tag!r}: the ensemble directory says which models to serve"
+        )
+    for parallel in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if getattr(args, parallel) != 1:
+            raise StartError(f"--{parallel.replace('_', '-')} must be 1: an expert's engine is one process")
     args.model = str(ensemble.directory)
     args.served_model_name = model_ids(ensemble)
     args.host = args.host or "127.0.0.1"
@@ -211,10 +229,6 @@ def _listening_socket(args: Namespace) -> Any:
 
     try:
         sock = create_server_socket((args.host, args.port), reuse_port=False)
-        sock.listen(1)
-        if psutil.LINUX:
-            sock.close()
-            sock = create_server_socket((args.host, args.port), reuse_port=False)
     except OSError as error:
         raise StartError(
             f"cannot listen on {args.host}:{args.port} ({error.strerror}); stop what uses it, or choose another --port"
@@ -242,8 +256,7 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
     if engine.max_model_len is None:
         engine.max_model_len = ensemble.max_positions
     if current_platform.is_cpu():
-        if engine.tensor_parallel_size * engine.pipeline_parallel_size == 1:
-            engine.distributed_executor_backend = "decar.server.worker.InProcessExecutor"
+        engine.distributed_executor_backend = "decar.server.worker.InProcessExecutor"
         if engine.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             engine.kv_cache_memory_bytes = DEFAULT_KV_BYTES
     return engine
@@ -264,12 +277,14 @@ def _check_memory(ensemble: Ensemble, kv_bytes: int | None) -> None:
 
 
 def _share_cores(engines: int) -> list[tuple[int, ...]]:
-    """Cores of this process, dealt out evenly; none where there are fewer cores than engines."""
+    """On CPU, the cores of this process dealt out evenly: engines that share cores drift apart."""
     from vllm.platforms import current_platform
 
+    if not current_platform.is_cpu():
+        return [()] * engines
     cores = sorted(os.sched_getaffinity(0))
-    if not current_platform.is_cpu() or len(cores) < engines:
-        return [()] * engines if not current_platform.is_cpu() else [(cores[k % len(cores)],) for k in range(engines)]
+    if len(cores) < engines:
+        return [(cores[k % len(cores)],) for k in range(engines)]
     each = len(cores) // engines
     return [tuple(cores[k * each : (k + 1) * each]) for k in range(engines)]
 

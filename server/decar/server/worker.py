@@ -32,7 +32,7 @@ class InProcessExecutor(UniProcExecutor):
     up through the environment of a new process; `LockstepWorker` binds its threads itself."""
 
 
-class LockstepWorker(_Worker):  # type: ignore[misc, valid-type]
+class LockstepWorker(_Worker):
     """A vLLM worker whose requests may be shared with other engines."""
 
     def init_device(self) -> None:
