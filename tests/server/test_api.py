@@ -1,0 +1,112 @@
+"""The middleware alone: what it takes from a request, and what it adds to a response."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.middleware import Middleware
+
+from decar.router import Ensemble
+from decar.server import api
+from decar.server.routing import ChoiceTrace, current_call
+
+from .test_routing import ensemble
+
+__all__ = ["ensemble"]  # the fixture
+
+Answer = Callable[[Request], Any]
+
+
+def client_of(ensemble: Ensemble, answer: Answer) -> httpx.AsyncClient:
+    app = FastAPI(middleware=[Middleware(api.DecarMiddleware, ensemble=ensemble)])
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Any:
+        return await answer(request)
+
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+async def echo(request: Request) -> JSONResponse:
+    call = current_call.get()
+    assert call is not None
+    call.choices[0] = ChoiceTrace(["code", "prose"], "prose", [[0.1, 0.9], [0.2, 0.8]])
+    return JSONResponse({"got": await request.json(), "choices": [{"index": 0, "text": "hi"}]})
+
+
+async def stream(request: Request) -> StreamingResponse:
+    call = current_call.get()
+    assert call is not None
+
+    async def events() -> AsyncIterator[str]:
+        trace = ChoiceTrace(["code", "prose"], "prose")
+        call.choices[0] = trace
+        for i in range(2):
+            trace.weights += [[i / 10, 1 - i / 10]] * (i + 1)
+            yield f"data: {json.dumps({'choices': [{'index': 0, 'text': str(i)}]})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+async def test_decar_is_taken_out_and_a_summary_put_in(ensemble: Ensemble) -> None:
+    async with client_of(ensemble, echo) as client:
+        response = await client.post("/v1/completions", json={"prompt": "é", "decar": {"rule": "logit"}})
+    body = response.json()
+    assert body["got"] == {"prompt": "é"}
+    assert body["decar"] == {"experts": ["code", "prose"], "leader": "prose", "degraded": []}
+    assert "decar" not in body["choices"][0]
+    assert int(response.headers["content-length"]) == len(response.content)
+
+
+async def test_a_trace_is_put_on_the_choice(ensemble: Ensemble) -> None:
+    async with client_of(ensemble, echo) as client:
+        body = (await client.post("/v1/completions", json={"decar": {"trace": True}})).json()
+    assert body["choices"][0]["decar"] == {"weights": [[0.1, 0.9], [0.2, 0.8]], "active": ["code", "prose"]}
+
+
+@pytest.mark.parametrize("trace", [True, False])
+async def test_a_stream_says_it_once_and_traces_each_chunk(ensemble: Ensemble, trace: bool) -> None:
+    async with client_of(ensemble, stream) as client:
+        text = (await client.post("/v1/completions", json={"decar": {"trace": trace}})).text
+    *events, done = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    chunks = [json.loads(event) for event in events]
+    assert done == "[DONE]"
+    assert [chunk.get("decar", {}).get("leader") for chunk in chunks] == ["prose", None]
+    traced = [chunk["choices"][0].get("decar", {}).get("weights") for chunk in chunks]
+    assert traced == ([[[0.0, 1.0]], [[0.1, 0.9], [0.1, 0.9]]] if trace else [None, None])
+
+
+async def test_a_bad_decar_is_refused_before_the_app_sees_it(ensemble: Ensemble) -> None:
+    async def never(request: Request) -> Any:
+        raise AssertionError("the app was called")
+
+    async with client_of(ensemble, never) as client:
+        response = await client.post("/v1/completions", json={"decar": {"weights": {"code": -1}}})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "decar.weights"
+    assert error["code"] == 400
+    assert "zero or more" in error["message"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"", b'"text"', b"[" * 100_000])
+async def test_what_is_no_json_object_is_left_to_the_app(ensemble: Ensemble, body: bytes) -> None:
+    async def raw(request: Request) -> JSONResponse:
+        return JSONResponse({"length": len(await request.body())})
+
+    async with client_of(ensemble, raw) as client:
+        response = await client.post("/v1/completions", content=body)
+    assert response.json() == {"length": len(body)}
+
+
+async def test_a_body_without_end_is_cut_off(ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "MAX_BODY_BYTES", 1000)
+    async with client_of(ensemble, echo) as client:
+        response = await client.post("/v1/completions", content=b"x" * 1001)
+    assert response.status_code == 413
+    assert response.json()["error"]["type"] == "BadRequestError"

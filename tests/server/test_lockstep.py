@@ -1,0 +1,149 @@
+"""The plane's rules, engine against engine: threads stand in for processes, memory and protocol are real."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from decar.router.errors import StartError
+from decar.server import plane as plane_module
+from decar.server.lockstep import Lockstep, Turn
+from decar.server.plane import DIRECTORY, Plane, remove_stale, stamp_of
+from decar.server.seat import Member
+
+VOCABULARY = 12
+
+
+@pytest.fixture
+def plane() -> Iterator[Plane]:
+    made = Plane.create(experts=2, slots=4, vocab_size=VOCABULARY, positions=16)
+    try:
+        yield made
+    finally:
+        made.unlink()
+
+
+def engines(plane: Plane) -> tuple[Lockstep, Lockstep]:
+    return Lockstep(Plane.attach(plane.spec), 0), Lockstep(Plane.attach(plane.spec), 1)
+
+
+def member(slot: int = 0, generation: int = 1, leader: int = 0, posterior: bool = False) -> Member:
+    return Member(slot, generation, leader, (0, 1), "velocity", np.log([0.25, 0.75]).tolist(), posterior)
+
+
+def test_a_step_decides_one_token_that_both_engines_keep(plane: Plane) -> None:
+    leader, follower = engines(plane)
+    rows = torch.randn(2, 1, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    adopted: list[int | None] = []
+
+    def follow() -> None:
+        turn = Turn(member(posterior=True), 0, row=0)
+        follower.join(turn.member)
+        follower.announce([turn])
+        follower.post([turn], rows[1])
+        adopted.extend(follower.adopt([turn]))
+        follower.finish([turn])
+
+    turn = Turn(member(posterior=True), 0, row=0)
+    leader.join(turn.member)
+    leader.announce([turn])
+    thread = threading.Thread(target=follow)
+    thread.start()
+    # Both announce before either waits, as both engines' steps overlap.
+    while not leader.rows_may_come(turn.member, 0):
+        pass
+    leader.post([turn], rows[0])
+    ready, held = leader.wait_for_rows([turn])
+    assert (ready, held) == ([turn], [])
+    mixed = leader.mixed(ready)
+    token = int(mixed.argmax())
+    leader.publish(ready, [token])
+    thread.join(timeout=30)
+    leader.finish([turn])
+    log_probs = rows[:, 0].double().log_softmax(-1)
+    expected = (log_probs + torch.tensor([0.25, 0.75]).double().log()[:, None]).logsumexp(0)
+    torch.testing.assert_close(mixed[0].log_softmax(-1).double(), expected, atol=1e-5, rtol=0)
+    assert adopted == [token]
+    posterior = np.array([0.25, 0.75]) * log_probs[:, token].exp().numpy()
+    np.testing.assert_allclose(np.exp(turn.member.log_weights), posterior / posterior.sum(), atol=1e-6)
+    np.testing.assert_allclose(np.exp(plane.blocks[0].log_weights[0, 0]), [0.25, 0.75], atol=1e-6)
+
+
+def test_what_nobody_is_computing_is_a_hold_at_once(plane: Plane) -> None:
+    leader, follower = engines(plane)
+    led, followed = Turn(member(), 0, row=0), Turn(member(), 0, row=0)
+    for engine, turn in ((leader, led), (follower, followed)):
+        engine.join(turn.member)
+    leader.announce([led])
+    leader.post([led], torch.zeros(1, VOCABULARY))
+    assert leader.wait_for_rows([led]) == ([], [led])
+    assert not leader.rows_may_come(led.member, 0)
+    follower.announce([followed])
+    assert leader.rows_may_come(led.member, 0), "a row that is being computed is worth running for"
+    follower.post([followed], torch.zeros(1, VOCABULARY))
+    assert follower.adopt([followed]) == [None], "the leader held, and runs nothing for this slot"
+    follower.finish([followed])
+    assert leader.rows_may_come(led.member, 0), "a posted row stays"
+
+
+def test_a_posted_row_is_never_rewritten(plane: Plane) -> None:
+    leader, follower = engines(plane)
+    turn = Turn(member(), 0, row=0)
+    follower.join(turn.member)
+    follower.post([turn], torch.arange(VOCABULARY).float()[None])
+    follower.post([turn], torch.zeros(1, VOCABULARY))
+    assert leader.blocks[1].rows[turn.entry].tolist() == list(range(VOCABULARY))
+
+
+def test_a_dead_peer_is_not_waited_for(plane: Plane) -> None:
+    leader, follower = engines(plane)
+    turn = Turn(member(), 0, row=0)
+    follower.join(turn.member)
+    follower.announce([turn])
+    leader.join(turn.member)
+    leader.post([turn], torch.zeros(1, VOCABULARY))
+    plane.alive[1] = 0
+    assert leader.wait_for_rows([turn]) == ([], [turn])
+
+
+def test_an_older_tenant_of_a_slot_is_silent(plane: Plane) -> None:
+    leader, follower = engines(plane)
+    old, new = member(generation=1), member(generation=2)
+    follower.join(old)
+    assert follower.holds_slot(old)
+    follower.join(new)
+    assert not follower.holds_slot(old)
+    assert follower.holds_slot(new)
+    follower.announce([Turn(new, 0), Turn(old, 0)])
+    assert leader.blocks[1].running[0] == stamp_of(2, 0)
+
+
+def test_ids_beyond_the_shared_vocabulary_are_not_posted(plane: Plane) -> None:
+    _, follower = engines(plane)
+    turn = Turn(member(), 0, row=0)
+    wide = torch.zeros(1, VOCABULARY + 5)
+    wide[0, VOCABULARY:] = 100.0
+    follower.post([turn], wide)
+    assert plane.blocks[1].log_normaliser[turn.entry].item() == pytest.approx(np.log(VOCABULARY))
+
+
+def test_segments_are_private_and_those_of_dead_gateways_are_removed(plane: Plane) -> None:
+    path = DIRECTORY / plane.spec.name
+    assert path.stat().st_mode & 0o077 == 0
+    orphan = DIRECTORY / "decar-4194305-1-abcd"  # beyond the largest pid Linux gives out
+    orphan.write_bytes(b"x")
+    assert orphan.name in remove_stale()
+    assert not orphan.exists()
+    assert path.exists(), "a living gateway's segment stays"
+
+
+def test_too_little_shared_memory_is_said_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(plane_module, "DIRECTORY", tmp_path)
+    with pytest.raises(StartError, match="--max-num-seqs"):
+        Plane.create(experts=16, slots=1 << 20, vocab_size=1 << 20, positions=1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,89 @@
+"""What requests may ask, and what they are told when they may not."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from decar.router import Ensemble
+from decar.router.errors import RequestError
+from decar.router.manifest import ExpertEntry, Manifest
+from decar.server.routing import Call, ChoiceTrace, model_ids, parse_call
+
+
+@pytest.fixture
+def ensemble() -> Ensemble:
+    entries = (
+        ExpertEntry(name="code", path="code", prior=1),
+        ExpertEntry(name="prose", path="prose", prior=3),
+    )
+    manifest = Manifest(name="demo", experts=entries)
+    return Ensemble(Path("demo"), manifest, entries)  # type: ignore[arg-type]
+
+
+def weights(call: Call) -> list[float]:
+    assert call.log_weights is not None
+    return np.exp(call.log_weights).round(6).tolist()
+
+
+def test_defaults_are_the_manifests(ensemble: Ensemble) -> None:
+    call = parse_call(ensemble, "demo", None)
+    assert (call.posterior, call.rule, call.trace) == (True, "velocity", False)
+    assert call.log_weights is None
+
+
+def test_prior_explicit_weights_and_one_expert(ensemble: Ensemble) -> None:
+    assert weights(parse_call(ensemble, None, {"route": "prior"})) == [0.25, 0.75]
+    assert weights(parse_call(ensemble, "demo", {"weights": {"prose": 4, "code": 1}})) == [0.2, 0.8]
+    assert weights(parse_call(ensemble, "demo", {"weights": {"prose": 2}})) == [0.0, 1.0]
+    assert weights(parse_call(ensemble, "demo/code", {"trace": True})) == [1.0, 0.0]
+
+
+def test_null_means_absent(ensemble: Ensemble) -> None:
+    nothing = {"route": None, "weights": None, "rule": None, "trace": None}
+    assert parse_call(ensemble, "demo", nothing).posterior
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "param", "says"),
+    [
+        ("demo", {"weights": {"cod": 1}}, "decar.weights", "did you mean 'code'"),
+        ("demo", {"weights": {"zebra": 1}}, "decar.weights", "'code', 'prose'"),
+        ("demo", {"weights": {"code": -1}}, "decar.weights", "zero or more"),
+        ("demo", {"weights": {"code": math.nan}}, "decar.weights", "zero or more"),
+        ("demo", {"weights": {"code": math.inf}}, "decar.weights", "zero or more"),
+        ("demo", {"weights": {"code": 0.0}}, "decar.weights", "all zero"),
+        ("demo", {"weights": {}}, "decar.weights", "all zero"),
+        ("demo", {"weights": [1, 2]}, "decar.weights", "dict"),
+        ("demo", {"wieghts": {"code": 1}}, "decar.wieghts", "did you mean 'weights'"),
+        ("demo", {"rule": "mean"}, "decar.rule", "velocity"),
+        ("demo", {"route": "oracle"}, "decar.route", "posterior"),
+        ("demo", {"route": "prior", "weights": {"code": 1}}, "decar.route", "leave decar.route out"),
+        ("demo", "posterior", "decar", "must be an object"),
+        ("demo/code", {"weights": {"code": 1}}, "decar", "one expert alone"),
+    ],
+)
+def test_bad_options_name_the_field_and_the_fix(
+    ensemble: Ensemble, model: str, options: Any, param: str, says: str
+) -> None:
+    with pytest.raises(RequestError, match="decar") as raised:
+        parse_call(ensemble, model, options)
+    assert raised.value.param == param
+    assert says in str(raised.value)
+
+
+def test_ids_are_the_ensembles_then_the_experts(ensemble: Ensemble) -> None:
+    assert model_ids(ensemble) == ["demo", "demo/code", "demo/prose"]
+
+
+def test_a_summary_unites_the_choices_and_is_json(ensemble: Ensemble) -> None:
+    call = parse_call(ensemble, "demo", None)
+    call.choices = {1: ChoiceTrace(["prose"], "prose"), 0: ChoiceTrace(["code", "prose"], "code")}
+    assert json.loads(json.dumps(call.summary())) == {
+        "experts": ["code", "prose"],
+        "leader": "code",
+        "degraded": [],
+    }
