@@ -171,7 +171,9 @@ class _Annotated:
         """``data`` with the weights of tokens that no earlier chunk has carried."""
         for choice in data.get("choices") or []:
             trace = self._call.choices.get(choice.get("index"))
-            if trace is not None:
+            delta = choice.get("delta") or {}
+            announces = "role" in delta and not delta.get("content") and not choice.get("finish_reason")
+            if trace is not None and not announces:  # a stream's first chunk names the role, and has no token
                 choice["decar"] = {"weights": trace.weights[trace.sent :], "active": trace.experts}
                 trace.sent = len(trace.weights)
         return {**data, "decar": self._call.summary()} if once else data
