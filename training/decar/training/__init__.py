@@ -1,0 +1,1 @@
+"""`decar-train`: from raw text to an ensemble directory. Knows nothing about how ensembles are served."""

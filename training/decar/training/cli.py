@@ -1,0 +1,181 @@
+"""The `decar-train` command: stages in order, tables, one line per error. Knows no stage's inside."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from decar.router.errors import DecarError
+from decar.training.config import TrainConfig, load_config
+
+app = typer.Typer(
+    name="decar-train",
+    help="Train independent experts and export them as one ensemble.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the training configuration")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a field; may be repeated")
+]
+
+
+@app.command()
+def run(config: ConfigPath, set_: Overrides = None) -> None:
+    """All stages, in order; finished ones are not redone."""
+    settings = _load(config, set_)
+    _partition(settings)
+    for name in settings.expert_names:
+        _expert(settings, name)
+    _export(settings)
+
+
+@app.command()
+def partition(config: ConfigPath, set_: Overrides = None) -> None:
+    """Split the data into one shard per expert, and make the tokenizer they share."""
+    _partition(_load(config, set_))
+
+
+@app.command()
+def expert(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="which expert")],
+    config: ConfigPath,
+    set_: Overrides = None,
+) -> None:
+    """Train one expert on its shard; an interrupted one continues."""
+    settings = _load(config, set_)
+    settings.model_of(name)
+    _expert(settings, name)
+
+
+@app.command()
+def export(config: ConfigPath, set_: Overrides = None) -> None:
+    """Write the ensemble directory."""
+    _export(_load(config, set_))
+
+
+def main() -> None:
+    """Entry point: errors that the user can mend end in one line and exit code 1."""
+    try:
+        app()
+    except (DecarError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {error}", style="red", markup=False, highlight=False
+        )
+        sys.exit(1)
+
+
+def _load(path: Path, overrides: list[str] | None) -> TrainConfig:
+    from decar.training.expert import check_model
+
+    config = load_config(path, overrides)
+    for name in config.expert_names:
+        check_model(config, name)
+    return config
+
+
+def _partition(config: TrainConfig) -> None:
+    from decar.training.partition import make_partition, partition_stage, read_report
+    from decar.training.tokenizer import make_tokenizer, tokenizer_stage
+
+    stage = partition_stage(config)
+    if stage.is_done:
+        report = read_report(stage)
+        console.print("partition: done before")
+    else:
+        with console.status("partition: reading and clustering the documents"):
+            report = make_partition(config, stage)
+    table = Table("expert", "train", "held out", "sources", "top terms")
+    for shard in report.shards:
+        sources = ", ".join(f"{source} {count}" for source, count in shard.sources.items())
+        numbers = f"{shard.train_documents:,}", f"{shard.held_out_documents:,}"
+        table.add_row(shard.expert, *numbers, sources, " ".join(shard.top_terms))
+    console.print(table, markup=False)
+
+    stage = tokenizer_stage(config)
+    if stage.is_done:
+        console.print("tokenizer: done before")
+    else:
+        with console.status("tokenizer: training"):
+            make_tokenizer(config, stage)
+        console.print("tokenizer: done")
+
+
+def _expert(config: TrainConfig, name: str) -> None:
+    from decar.training.expert import expert_stage, read_expert_report, train_expert
+
+    stage = expert_stage(config, name)
+    if stage.is_done:
+        report = read_expert_report(config, name)
+        verb = "done before"
+    else:
+        try:
+            report = train_expert(config, name, stage, [_progress_callback(name)])
+        except KeyboardInterrupt:
+            console.print(f"expert {name}: interrupted; the same command continues from its last checkpoint")
+            raise typer.Exit(130) from None
+        verb = f"done in {report.train_time_s:.0f} s"
+    console.print(
+        f"expert {name}: {verb}, {report.num_parameters / 1e6:.1f}M parameters, {report.train_tokens:,} tokens, "
+        f"{report.steps:,} steps, held-out loss {report.held_out_loss:.3f} nats/token "
+        f"(perplexity {math.exp(min(report.held_out_loss, 100)):.1f})",
+        soft_wrap=True,
+    )
+
+
+def _export(config: TrainConfig) -> None:
+    from decar.router import Ensemble
+    from decar.training.export import export as write_ensemble
+    from decar.training.export import export_stage, is_exported
+
+    stage = export_stage(config)
+    if is_exported(config, stage):
+        ensemble, verb = Ensemble.load(config.ensemble_path), "done before"
+    else:
+        ensemble, verb = write_ensemble(config, stage), "done"
+    priors = ", ".join(f"{expert.name} {expert.prior:.3f}" for expert in ensemble.experts)
+    console.print(f"export: {verb}, {ensemble.directory} (priors: {priors})", soft_wrap=True)
+
+
+def _progress_callback(name: str) -> Any:
+    """A bar on a terminal, a line per ``log_steps`` elsewhere."""
+    from transformers import TrainerCallback
+
+    columns = (
+        TextColumn(f"expert {name}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+
+    class ShowProgress(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.task = bar.add_task(name, total=state.max_steps, completed=state.global_step, loss="")
+            bar.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            bar.update(self.task, completed=state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" not in (logs or {}):
+                return
+            loss = f"loss {float(logs['loss']):.3f}"
+            bar.update(self.task, loss=loss)
+            if not console.is_terminal:
+                console.print(f"expert {name}: step {state.global_step}/{state.max_steps}, {loss}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            bar.stop()
+
+    return ShowProgress()

@@ -1,0 +1,241 @@
+"""The training configuration: one pydantic model per concern, with its defaults here and nowhere else.
+
+Knows YAML and `--set`, never what a stage does with a value.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from decar.router.errors import TrainingError
+from decar.router.manifest import Mixing, describe_validation_error
+
+Builtin = Literal["python-stdlib", "python-docstrings", "pydoc-topics"]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+# A plain language model continues text, so the default template adds nothing that its training text lacks:
+# the messages as they are, bos in front, an answer glued to the message it continues.
+CONTINUATION_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if not loop.first and message['role'] != 'assistant' %}{{ '\\n\\n' }}{% endif %}"
+    "{{ message['content'] }}{% endfor %}"
+)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Strict):
+    """Where the documents come from.
+
+    ``files`` are paths or globs of .txt, .md (one document each), .jsonl and .parquet (one per row) files.
+    ``builtin`` sources are part of every Python: ``python-stdlib`` is the standard library's code without
+    its docstrings, ``python-docstrings`` those docstrings, ``pydoc-topics`` the language reference.
+    """
+
+    files: list[str] = []
+    text_field: str = "text"
+    builtin: list[Builtin] = []
+    builtin_max_bytes: int = Field(2_000_000, gt=0, description="cap on each built-in source")
+
+    @pydantic.model_validator(mode="after")
+    def _not_empty(self) -> DataConfig:
+        if not self.files and not self.builtin:
+            raise ValueError("no data; list `files` or `builtin` sources")
+        return self
+
+
+class DocumentConfig(_Strict):
+    """How long texts are cut, at line ends where possible, into the documents that are partitioned."""
+
+    max_chars: int = Field(2_000, gt=0)
+    min_chars: int = Field(32, ge=0, description="shorter pieces are dropped")
+
+
+class TokenizerConfig(_Strict):
+    """One tokenizer for all experts: the one at ``path``, or a byte-level BPE trained on all shards.
+
+    ``chat_tokens`` are reserved in a trained vocabulary, so that chat tuning later needs no resizing.
+    ``chat_template`` (Jinja) replaces that of a tokenizer at ``path``; a trained one gets the default.
+    """
+
+    path: Path | None = None
+    vocab_size: int = Field(4_096, ge=300)
+    bos_token: str = "<|bos|>"
+    eos_token: str = "<|eos|>"
+    pad_token: str = "<|pad|>"
+    chat_tokens: list[str] = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    chat_template: str | None = None
+
+
+class PartitionConfig(_Strict):
+    """TF-IDF, truncated SVD, unit length, balanced spherical k-means.
+
+    ``name_by`` maps an expert to a data source (a built-in's or a file's name): clusters are named so that
+    each such expert holds as much of its source as possible. Without it, clusters are named in order.
+    ``held_out_by`` says what is held out whole: an input ``document``, or a ``piece`` of one.
+    """
+
+    num_features: int = Field(20_000, gt=0)
+    num_components: int = Field(64, gt=0)
+    restarts: int = Field(4, gt=0)
+    max_iterations: int = Field(50, gt=0)
+    held_out: float = Field(0.05, gt=0, lt=1)
+    held_out_by: Literal["document", "piece"] = "document"
+    name_by: dict[str, str] = {}
+
+
+class ExpertConfig(_Strict):
+    """One expert. ``model`` is laid over the common ``model``; a ``checkpoint`` in it replaces that."""
+
+    name: str = Field(pattern=NAME_PATTERN, max_length=64)
+    model: dict[str, Any] = {}
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class TrainingConfig(_Strict):
+    """How each expert is trained. One step is ``batch_size`` blocks of ``sequence_length`` tokens."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="overrides epochs")
+    batch_size: int = Field(8, gt=0)
+    sequence_length: int = Field(512, gt=1, description="tokens")
+    learning_rate: float = Field(1e-3, gt=0)
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="where the cosine ends, of the peak")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.1, ge=0)
+    adam_beta2: float = Field(0.95, gt=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    save_steps: int = Field(100, gt=0)
+    log_steps: int = Field(10, gt=0)
+
+
+class TrainConfig(_Strict):
+    """A whole run of `decar-train`. Paths are relative to the working directory."""
+
+    name: str = Field(pattern=NAME_PATTERN, max_length=64)
+    work_dir: Path
+    ensemble_dir: Path | None = Field(None, description="default: WORK_DIR/ensemble")
+    seed: int = Field(0, ge=0, lt=2**32)
+    data: DataConfig
+    documents: DocumentConfig = DocumentConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    partition: PartitionConfig = PartitionConfig()
+    experts: list[ExpertConfig] = Field(min_length=1, max_length=16)
+    model: dict[str, Any] = {}
+    training: TrainingConfig = TrainingConfig()
+    mixing: Mixing = Mixing()
+
+    @pydantic.model_validator(mode="after")
+    def _names_fit(self) -> TrainConfig:
+        names = self.expert_names
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two experts are named {twice[0]!r}; give each expert its own name")
+        for name in self.partition.name_by:
+            if name not in names:
+                raise ValueError(f"partition.name_by names {name!r}, which is not one of the experts {names}")
+        for name in names:
+            model = self.model_of(name)
+            if "checkpoint" in model and len(model) > 1:
+                other = next(key for key in model if key != "checkpoint")
+                raise ValueError(
+                    f"the model of {name!r} is a checkpoint, which leaves no room for {other!r}; drop one"
+                )
+            if "checkpoint" in model and self.tokenizer.path is None:
+                raise ValueError(
+                    f"the model of {name!r} is a checkpoint; set tokenizer.path to its tokenizer"
+                )
+            if "checkpoint" not in model and "model_type" not in model:
+                raise ValueError(f"the model of {name!r} needs a model_type (e.g. llama) or a checkpoint")
+        return self
+
+    @property
+    def expert_names(self) -> list[str]:
+        return [expert.name for expert in self.experts]
+
+    @property
+    def ensemble_path(self) -> Path:
+        return self.ensemble_dir or self.work_dir / "ensemble"
+
+    def model_of(self, name: str) -> dict[str, Any]:
+        """The model description of expert ``name``: ``{"checkpoint": path}`` or a Hugging Face configuration.
+
+        Raises:
+            TrainingError: no expert has that name.
+        """
+        for expert in self.experts:
+            if expert.name == name:
+                base = {} if "checkpoint" in expert.model else dict(self.model)
+                if "model_type" in expert.model:
+                    base.pop("checkpoint", None)
+                return base | expert.model
+        raise TrainingError(
+            f"no expert is named {name!r}; the configuration has {', '.join(self.expert_names)}"
+        )
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Read ``path`` and lay ``overrides`` (``"a.b=value"``, the value in YAML) over it.
+
+    Raises:
+        TrainingError: the first problem, naming the file and the field.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TrainingError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path} cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise TrainingError(f"{path} is not valid YAML ({_one_line(error)})") from None
+    if not isinstance(data, dict):
+        raise TrainingError(f"{path} has to be a YAML mapping, e.g. `name: demo`")
+    for override in overrides or []:
+        _override(data, override)
+    try:
+        return TrainConfig.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise TrainingError(f"{path}: {describe_validation_error(error, TrainConfig)}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"[^.\s]+(\.[^.\s]+)*", key):
+        raise TrainingError(f"--set {override!r}: write it as a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TrainingError(f"--set {override!r}: the value is not valid YAML ({_one_line(error)})") from None
+    *parents, last = key.split(".")
+    node: Any = data
+    for parent in parents:
+        if isinstance(node, dict) and node.get(parent) is None:
+            node[parent] = {}
+        node = node[_index(node, parent, override)]
+    node[_index(node, last, override)] = value
+
+
+def _index(node: Any, part: str, override: str) -> Any:
+    """``part`` as an index of ``node``: a key of a mapping, a position in a list."""
+    if isinstance(node, dict):
+        return part
+    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+        return int(part)
+    raise TrainingError(f"--set {override!r}: there is no {part!r} to set")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,221 @@
+"""The partition stage: documents into one shard per expert, by balanced spherical k-means on TF-IDF features.
+
+Knows nothing about tokens or models.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from decar.router.errors import TrainingError
+from decar.training.cluster import balanced_kmeans
+from decar.training.config import PartitionConfig, TrainConfig
+from decar.training.sources import Document, input_files, read_documents
+from decar.training.stages import Stage, digest, fingerprint
+
+Labels = NDArray[np.int64]
+_TOP_TERMS = 12
+# Words, and single punctuation marks: brackets and operators tell code from prose better than most words do.
+_TERM = r"(?u)\b\w\w+\b|[^\w\s]"
+
+
+class ShardReport(BaseModel):
+    """What one expert received."""
+
+    expert: str
+    train_documents: int
+    held_out_documents: int
+    train_chars: int
+    sources: dict[str, int]
+    top_terms: list[str]
+
+
+class PartitionReport(BaseModel):
+    """``report.json`` of a partition; ``mean_cosine`` is of the documents to their cluster's centroid."""
+
+    mean_cosine: float
+    shards: list[ShardReport]
+
+
+def partition_stage(config: TrainConfig) -> Stage:
+    """The stage as ``config`` and the input files are now.
+
+    Raises:
+        TrainingError: ``data.files`` matches nothing.
+    """
+    files = input_files(config.data)
+    return Stage(
+        config.work_dir / "partition",
+        fingerprint(config.data, config.documents, config.partition, config.expert_names, config.seed),
+        # The built-in sources change with Python.
+        fingerprint(digest(*files), sys.version if config.data.builtin else ""),
+    )
+
+
+def shard_file(config: TrainConfig, expert: str, split: str) -> Path:
+    """The parquet file (columns ``text``, ``source``) of a shard; ``split`` is ``train`` or ``held_out``."""
+    return config.work_dir / "partition" / expert / f"{split}.parquet"
+
+
+def read_shard(config: TrainConfig, expert: str, split: str) -> list[str]:
+    """The texts of a shard.
+
+    Raises:
+        TrainingError: the partition has not been made, or is damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    file = shard_file(config, expert, split)
+    try:
+        return pyarrow.parquet.read_table(file, columns=["text"]).column("text").to_pylist()
+    except FileNotFoundError:
+        raise TrainingError(f"{file} is missing; run `decar-train partition` first") from None
+    except pyarrow.ArrowException as error:
+        raise TrainingError(
+            f"{file} is damaged ({error}); delete it and run `decar-train partition`"
+        ) from None
+
+
+def read_report(stage: Stage) -> PartitionReport:
+    """The report of a finished partition.
+
+    Raises:
+        TrainingError: its file is missing or damaged.
+    """
+    file = stage.directory / "report.json"
+    try:
+        return PartitionReport.model_validate_json(file.read_text())
+    except (OSError, pydantic.ValidationError):
+        raise TrainingError(f"{file} cannot be read; delete {stage.directory} and run again") from None
+
+
+def make_partition(config: TrainConfig, stage: Stage) -> PartitionReport:
+    """Read the documents, cluster them, and write shards and report.
+
+    Raises:
+        TrainingError: unreadable data, fewer documents than experts, or an expert left without training or
+            held-out documents.
+    """
+    documents = read_documents(config.data, config.documents, config.seed)
+    if len(documents) < len(config.experts):
+        raise TrainingError(
+            f"{len(documents)} documents cannot be split among {len(config.experts)} experts; "
+            "add data, lower documents.max_chars or list fewer experts"
+        )
+    tfidf, terms = _tfidf([document.text for document in documents], config.partition)
+    clustering = balanced_kmeans(
+        _embed(tfidf, config.partition.num_components, config.seed),
+        len(config.experts),
+        seed=config.seed,
+        restarts=config.partition.restarts,
+        max_iterations=config.partition.max_iterations,
+    )
+    cluster_of = _name_clusters(clustering.labels, documents, config)
+    held_out = _choose_held_out(documents, config.partition, config.seed)
+    shards = []
+    with stage.writing() as directory:
+        for name in config.expert_names:
+            members = clustering.labels == cluster_of[name]
+            train, kept = np.flatnonzero(members & ~held_out), np.flatnonzero(members & held_out)
+            if not len(train) or not len(kept):
+                raise TrainingError(
+                    f"expert {name!r} is left without {'training' if not len(train) else 'held-out'} documents; "
+                    "change partition.held_out, set partition.held_out_by to 'piece', or add data"
+                )
+            _write_shard([documents[i] for i in train], directory / name / "train.parquet")
+            _write_shard([documents[i] for i in kept], directory / name / "held_out.parquet")
+            shards.append(
+                ShardReport(
+                    expert=name,
+                    train_documents=len(train),
+                    held_out_documents=len(kept),
+                    train_chars=sum(len(documents[i].text) for i in train),
+                    sources=dict(Counter(documents[i].source for i in np.flatnonzero(members)).most_common()),
+                    top_terms=_top_terms(tfidf, members, terms),
+                )
+            )
+        report = PartitionReport(mean_cosine=clustering.objective, shards=shards)
+        (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def _tfidf(texts: list[str], config: PartitionConfig) -> tuple[Any, list[str]]:
+    """(sparse matrix [N, F], the F terms)."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(
+        max_features=config.num_features, sublinear_tf=True, token_pattern=_TERM, dtype=np.float64
+    )
+    try:
+        return vectorizer.fit_transform(texts), list(vectorizer.get_feature_names_out())
+    except ValueError:
+        raise TrainingError("the documents hold no words to tell them apart by") from None
+
+
+def _embed(tfidf: Any, num_components: int, seed: int) -> NDArray[np.float64]:
+    """Rows of unit length [N, D], D at most ``num_components``."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.preprocessing import normalize
+
+    num_components = min(num_components, min(tfidf.shape) - 1)
+    if num_components < 1:
+        return normalize(tfidf.toarray())
+    return normalize(TruncatedSVD(num_components, random_state=seed).fit_transform(tfidf))
+
+
+def _name_clusters(labels: Labels, documents: list[Document], config: TrainConfig) -> dict[str, int]:
+    """The cluster of each expert: as ``name_by`` asks, the rest in order of their first document."""
+    from scipy.optimize import linear_sum_assignment
+
+    order = list(dict.fromkeys(labels.tolist()))
+    name_by = config.partition.name_by
+    per_source = Counter(document.source for document in documents)
+    for name, source in name_by.items():
+        if source not in per_source:
+            raise TrainingError(
+                f"partition.name_by.{name}: no source {source!r}; the sources are {', '.join(per_source)}"
+            )
+    share = np.zeros((len(name_by), len(order)))
+    for row, source in enumerate(name_by.values()):
+        members = np.array([document.source == source for document in documents])
+        share[row] = np.bincount(labels[members], minlength=len(order)) / per_source[source]
+    _, columns = linear_sum_assignment(share, maximize=True)
+    named = dict(zip(name_by, columns.tolist(), strict=True))
+    rest = [cluster for cluster in order if cluster not in named.values()]
+    return named | dict(zip([name for name in config.expert_names if name not in named], rest, strict=True))
+
+
+def _choose_held_out(documents: list[Document], config: PartitionConfig, seed: int) -> NDArray[np.bool_]:
+    """Marks [N] of whole inputs (or pieces), drawn until the held-out share of the documents is reached."""
+    if config.held_out_by == "document":
+        groups = np.array([document.origin for document in documents])
+    else:
+        groups = np.arange(len(documents))
+    ids, sizes = np.unique(groups, return_counts=True)
+    shuffled = np.random.default_rng(seed).permutation(len(ids))
+    before = np.concatenate([[0], np.cumsum(sizes[shuffled])[:-1]])
+    return np.isin(groups, ids[shuffled[before < config.held_out * len(documents)]])
+
+
+def _top_terms(tfidf: Any, members: NDArray[np.bool_], terms: list[str]) -> list[str]:
+    """The terms whose mean TF-IDF weight stands out most from that of all documents."""
+    contrast = np.asarray(tfidf[members].mean(axis=0) - tfidf.mean(axis=0)).ravel()
+    return [terms[i] for i in np.argsort(-contrast, kind="stable")[:_TOP_TERMS]]
+
+
+def _write_shard(documents: list[Document], file: Path) -> None:
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    file.parent.mkdir(exist_ok=True)
+    columns = {"text": [d.text for d in documents], "source": [d.source for d in documents]}
+    Dataset.from_dict(columns).to_parquet(str(file))

@@ -1,0 +1,101 @@
+"""Finished work that is not done twice, and directories that are never half written.
+
+Knows fingerprints and renames, nothing about what a stage produces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+MARKER = "DONE"
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits of JSON-like ``parts`` (pydantic models and paths included)."""
+    text = json.dumps(parts, sort_keys=True, default=_jsonable)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest(*files: Path) -> str:
+    """16 hex digits of the contents of ``files``, in order."""
+    total = hashlib.sha256()
+    for file in files:
+        one = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                one.update(block)
+        total.update(one.digest())
+    return total.hexdigest()[:16]
+
+
+def _jsonable(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write ``text`` so that a reader sees the old file or the new one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+@contextmanager
+def replaced_directory(directory: Path) -> Iterator[Path]:
+    """A temporary sibling to fill; it takes the place of ``directory`` on success and vanishes on failure."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's output directory. It is done when its marker holds what the stage would depend on now.
+
+    ``config`` and ``inputs`` are fingerprints: of the stage's part of the configuration, and of its input files.
+    """
+
+    directory: Path
+    config: str
+    inputs: str
+
+    @property
+    def is_done(self) -> bool:
+        return read_marker(self.directory) == {"config": self.config, "inputs": self.inputs}
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A directory to fill, put in place with its marker on success."""
+        with replaced_directory(self.directory) as temporary:
+            yield temporary
+            write_atomically(
+                temporary / MARKER, json.dumps({"config": self.config, "inputs": self.inputs}) + "\n"
+            )
+
+
+def read_marker(directory: Path) -> dict[str, str] | None:
+    """The marker of a finished stage in ``directory``, or None."""
+    try:
+        data = json.loads((directory / MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None

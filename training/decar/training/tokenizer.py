@@ -1,0 +1,105 @@
+"""The tokenizer stage: one tokenizer for all experts, given or trained. Knows nothing about models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from decar.router.errors import TrainingError
+from decar.training.config import CONTINUATION_TEMPLATE, TokenizerConfig, TrainConfig
+from decar.training.partition import read_shard, shard_file
+from decar.training.stages import Stage, digest, fingerprint
+
+
+def tokenizer_stage(config: TrainConfig) -> Stage:
+    """The stage as ``config`` and the shards (or the given tokenizer's files) are now.
+
+    Raises:
+        TrainingError: the tokenizer at ``tokenizer.path`` or the shards are missing.
+    """
+    given = config.tokenizer.path
+    if given is not None:
+        if not (given / "tokenizer.json").is_file():
+            raise TrainingError(
+                f"tokenizer.path: {given} holds no tokenizer.json; save a fast tokenizer there"
+            )
+        files = sorted(file for file in given.glob("*token*") if file.is_file())
+    else:
+        files = [shard_file(config, name, "train") for name in config.expert_names]
+        for file in files:
+            if not file.is_file():
+                raise TrainingError(f"{file} is missing; run `decar-train partition` first")
+    return Stage(config.work_dir / "tokenizer", fingerprint(config.tokenizer), digest(*files))
+
+
+def make_tokenizer(config: TrainConfig, stage: Stage) -> None:
+    """Train the tokenizer on all shards, or copy the given one, with its chat template.
+
+    Raises:
+        TrainingError: a given tokenizer cannot be read or has no end-of-text token.
+    """
+    if config.tokenizer.path is not None:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+    else:
+        tokenizer = _train(_texts(config), config.tokenizer)
+        tokenizer.chat_template = CONTINUATION_TEMPLATE
+    if tokenizer.eos_token_id is None:
+        raise TrainingError(
+            f"the tokenizer at {config.tokenizer.path} has no eos_token, which has to end a document"
+        )
+    if config.tokenizer.chat_template is not None:
+        tokenizer.chat_template = config.tokenizer.chat_template
+    with stage.writing() as directory:
+        # The template goes into tokenizer_config.json, where every server looks for it.
+        tokenizer.save_pretrained(directory, save_jinja_files=False)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The transformers tokenizer in ``directory``; never asks the network.
+
+    Raises:
+        TrainingError: it is missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingError(f"no tokenizer can be read from {directory} ({error})") from None
+
+
+def _texts(config: TrainConfig) -> Iterator[str]:
+    for name in config.expert_names:
+        yield from read_shard(config, name, "train")
+
+
+def _train(texts: Iterator[str], config: TokenizerConfig) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = list(dict.fromkeys([config.bos_token, config.eos_token, config.pad_token, *config.chat_tokens]))
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # Every text starts with bos, in training and in serving alike.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{config.bos_token} $A",
+        pair=f"{config.bos_token} $A $B",
+        special_tokens=[(config.bos_token, tokenizer.token_to_id(config.bos_token))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=config.bos_token,
+        eos_token=config.eos_token,
+        pad_token=config.pad_token,
+        extra_special_tokens=config.chat_tokens,
+        clean_up_tokenization_spaces=False,
+    )
