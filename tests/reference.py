@@ -225,7 +225,7 @@ class Reference:
         )
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text)["input_ids"])
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -243,8 +243,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def log_probs(model: Any, sequences: Sequence[Sequence[int]], vocab_size: int) -> torch.Tensor:
-    """log p(next token | tokens so far) at every position: [B, T, V] float64, T the longest sequence.
+def logits_of(model: Any, sequences: Sequence[Sequence[int]], vocab_size: int) -> torch.Tensor:
+    """Logits of the next token at every position: [B, T, V] float64, T the longest sequence.
 
     A whole forward without cache. Shorter sequences are padded on the right, which a causal model cannot see.
     """
@@ -252,7 +252,16 @@ def log_probs(model: Any, sequences: Sequence[Sequence[int]], vocab_size: int) -
     ids = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in sequences])
     with _one_thread():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return torch.log_softmax(logits[..., :vocab_size].double(), dim=-1)
+    return torch.as_tensor(logits[..., :vocab_size].double())
+
+
+def log_likelihood(model: Any, sequences: Sequence[Sequence[int]], vocab_size: int) -> torch.Tensor:
+    """log p(each sequence without its first token | its first token): [B] float64. Nothing predicts the first."""
+    scores = logits_of(model, sequences, vocab_size).log_softmax(dim=-1)
+    later = [torch.tensor(sequence[1:], dtype=torch.long) for sequence in sequences]
+    return torch.stack(
+        [row[torch.arange(len(ids)), ids].sum() for row, ids in zip(scores, later, strict=True)]
+    )
 
 
 def mix(log_weights: torch.Tensor, rows: torch.Tensor, rule: Rule) -> torch.Tensor:
@@ -298,7 +307,8 @@ def mixture_decode(
         weights: by expert name, fixed for the whole answer; experts left out have none. Overrides ``route``.
         eos_token_id: ends an answer, and is its last token; None: never.
         logit_bias, repetition_penalty, frequency_penalty, presence_penalty: as vLLM defines them, applied in
-            this order to the mixture's log-probs.
+            this order to the mixture's logits: its log-probs plus the weighted mean of the experts' log-normalisers.
+            Only the repetition penalty sees that shift; with it, identical experts are one expert here too.
         allowed: from the tokens generated so far to a mask [V] of the tokens that may follow.
     """
     fixed = weights is not None
@@ -310,14 +320,8 @@ def mixture_decode(
     log_weights = log_start.repeat(len(prompts), 1)  # [B, K]
     follow_posterior = route == "posterior" and not fixed
     if follow_posterior:
-        for k, model in enumerate(reference.models):
-            scores = log_probs(model, prompts, vocab_size)
-            for b, prompt in enumerate(prompts):
-                later = torch.tensor(
-                    prompt[1:], dtype=torch.long
-                )  # the first token has nothing to be predicted from
-                log_weights[b, k] += scores[b, torch.arange(len(later)), later].sum()
-        log_weights = log_weights.log_softmax(dim=1)
+        scored = [log_likelihood(model, prompts, vocab_size) for model in reference.models]
+        log_weights = (log_weights + torch.stack(scored, dim=1)).log_softmax(dim=1)
 
     for _ in range(max_tokens):
         running = [b for b, answer in enumerate(answers) if not answer.finished]
@@ -325,17 +329,19 @@ def mixture_decode(
             break
         sequences = [answers[b].prompt + answers[b].tokens for b in running]
         last = torch.tensor([len(sequence) - 1 for sequence in sequences])
-        rows = torch.stack(
+        logits = torch.stack(
             [
-                log_probs(model, sequences, vocab_size)[torch.arange(len(running)), last]
+                logits_of(model, sequences, vocab_size)[torch.arange(len(running)), last]
                 for model in reference.models
             ],
             dim=1,
         )  # [B, K, V]
-        for row, b in zip(rows, running, strict=True):
+        normalisers = logits.logsumexp(dim=-1)  # [B, K]
+        rows = logits - normalisers[..., None]
+        for row, normaliser, b in zip(rows, normalisers, running, strict=True):
             answer = answers[b]
             mixed = mix(log_weights[b], row, rule)
-            scores = mixed.clone()
+            scores = mixed + log_weights[b].exp() @ normaliser
             for token, bias in (logit_bias or {}).items():
                 scores[token] += bias
             scores = _penalised(scores, answer, repetition_penalty, frequency_penalty, presence_penalty)
@@ -369,13 +375,7 @@ def _penalised(
 
 def sequence_log_probs(reference: Reference, sequence: Sequence[int]) -> torch.Tensor:
     """log p_k(sequence without its first token | its first token): [K]."""
-    later = torch.tensor(sequence[1:], dtype=torch.long)
-    return torch.stack(
-        [
-            log_probs(model, [sequence], reference.vocab_size)[0, torch.arange(len(later)), later].sum()
-            for model in reference.models
-        ]
-    )
+    return torch.cat([log_likelihood(model, [sequence], reference.vocab_size) for model in reference.models])
 
 
 # ---------------------------------------------------------------------------------------------- prompts

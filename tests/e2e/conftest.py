@@ -11,7 +11,7 @@ from tests.reference import Reference
 
 CHUNK_TOKENS = 256
 MAX_NUM_SEQS = 32
-NUM_BLOCKS = 64  # of 32 tokens: about eight requests of the load test fit, where 32 run at once
+NUM_BLOCKS = 28  # of 32 tokens: three or four requests of the load test fit, where 32 run at once
 
 LOADED = (
     *EXACT,

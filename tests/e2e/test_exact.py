@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.e2e.conftest import CHUNK_TOKENS
 from tests.helpers import COMPLETION_EXTRAS, Answer, Server, answer_of
-from tests.reference import Decoded, Reference, Rule, mixture_decode, prompt_texts
+from tests.reference import Decoded, Reference, Rule, mixture_decode, prompt_texts, stdlib_text
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
@@ -170,6 +171,21 @@ async def test_identical_experts_are_one(
         if "route" in decar:  # nothing tells the two apart, so the posterior stays at the prior
             for weights in answer.weights:
                 assert weights == pytest.approx(list(twins.prior), abs=WEIGHT_TOLERANCE)
+
+
+@pytest.mark.parametrize("rule", RULES)
+async def test_prompts_longer_than_a_prefill_chunk(duo_server: Server, duo: Reference, rule: Rule) -> None:
+    text = stdlib_text("bisect", "colorsys", "sched").encode("ascii", "ignore").decode()
+    tokens = duo.encode(text)
+    prompts = [tokens[i * 480 :][: CHUNK_TOKENS + 1 + 40 * i] for i in range(4)]
+    answers = mixture_decode(duo, prompts, MAX_TOKENS, rule=rule)
+    expected = [answer for answer in answers if answer.margin > LEAD]
+    assert len(expected) >= 2
+    decar = {"route": "posterior", "rule": rule, "trace": True}
+    found = await complete_all(duo_server, duo.name, [one.prompt for one in expected], decar)
+    for one, (answer, summary) in zip(expected, found, strict=True):
+        assert_equal(duo, one, answer)
+        assert_trace(duo, one, answer, summary)
 
 
 async def test_posterior_answers_obey_the_chain_rule(duo_server: Server, duo: Reference) -> None:
