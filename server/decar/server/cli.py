@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,12 +37,15 @@ def serve(directory: Directory, context: typer.Context) -> None:
 
     raise_on_sigterm()
     serve(directory, context.args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is stopped; native libraries would only report their leaks from here on
 
 
 @app.command()
 def inspect(directory: Directory) -> None:
     """Show an ensemble's experts, sizes, priors, router and tokenizer, and every problem found."""
-    console = Console()
+    console = Console(highlight=False)
     ensemble, problems = Ensemble.inspect(directory)
     if ensemble is not None:
         _describe(ensemble, console)
@@ -54,15 +59,16 @@ def inspect(directory: Directory) -> None:
 def _describe(ensemble: Ensemble, console: Console) -> None:
     manifest = ensemble.manifest
     console.print(f"[bold]{ensemble.name}[/bold]: router {manifest.router.kind}, rule {manifest.mixing.rule}")
-    table = Table(
-        "expert", "architecture", "parameters", "size", "prior", "vocabulary", "positions", "tokenizer"
-    )
+    columns = ("expert", "architecture", "parameters", "size", "prior", "vocab", "positions")
+    table = Table(*columns, box=box.SIMPLE_HEAD)
     total = sum(expert.prior for expert in manifest.experts)
+    fingerprints: dict[str, list[str]] = {}
     for expert in ensemble.experts:
         try:
             parameters, fingerprint = f"{expert.num_parameters / 1e6:,.1f} M", expert.tokenizer_fingerprint
         except (DecarError, OSError, ValueError):
             parameters = fingerprint = "unreadable"
+        fingerprints.setdefault(fingerprint, []).append(expert.name)
         table.add_row(
             expert.name,
             expert.architecture,
@@ -71,9 +77,10 @@ def _describe(ensemble: Ensemble, console: Console) -> None:
             f"{expert.prior / total:.3f}",
             f"{expert.vocab_size:,}",
             f"{expert.max_positions:,}" if expert.max_positions else "?",
-            fingerprint,
         )
     console.print(table)
+    for fingerprint, names in fingerprints.items():
+        console.print(f"tokenizer {fingerprint}: {', '.join(names)}")
 
 
 def main() -> None:

@@ -1,0 +1,6 @@
+"""`python -m decar.training` is `decar-train`."""
+
+from decar.training.cli import main
+
+if __name__ == "__main__":
+    main()
