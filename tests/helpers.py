@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,18 @@ class NeverHappened(AssertionError):
     """A condition did not come true in time."""
 
 
-def wait_until(condition: Callable[[], Any], deadline_s: float, what: str) -> Any:
-    """Poll ``condition`` until it is truthy, and return what it gave."""
+def wait_until(
+    condition: Callable[[], Any], deadline_s: float, what: str | Callable[[], str], poll_s: float = 0.05
+) -> Any:
+    """Poll ``condition`` until it is truthy, and return what it gave; ``what`` says what did not happen."""
     end = time.monotonic() + deadline_s
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > end:
-            raise NeverHappened(f"not within {deadline_s} s: {what}")
-        time.sleep(0.05)
+            raise NeverHappened(f"not within {deadline_s} s: {what if isinstance(what, str) else what()}")
+        time.sleep(poll_s)
 
 
 def free_port() -> int:
@@ -83,8 +86,8 @@ class Server:
     shared_memory: set[Path] = field(default_factory=set)
 
     @classmethod
-    def start(cls, directory: Path, log: Path, flags: Sequence[str] = EXACT) -> Server:
-        """Start a server and wait until it is healthy."""
+    def launch(cls, directory: Path, log: Path, flags: Sequence[str] = EXACT) -> Server:
+        """Start a server, and return at once."""
         port, mark = free_port(), uuid.uuid4().hex
         with log.open("wb") as stream:
             process = subprocess.Popen(
@@ -94,10 +97,15 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C meant for pytest must not reach it before the fixtures do
             )
-        server = cls(process, port, log, mark)
+        return cls(process, port, log, mark)
+
+    @classmethod
+    def start(cls, directory: Path, log: Path, flags: Sequence[str] = EXACT) -> Server:
+        """Start a server and wait until it is healthy."""
+        server = cls.launch(directory, log, flags)
         try:
             wait_until(
-                server._is_up, START_DEADLINE_S, f"{directory} is served; its log ends:\n{server.log_tail()}"
+                server._is_up, START_DEADLINE_S, lambda: f"it serves:\n{server.log_tail()}", poll_s=0.5
             )
         except BaseException:
             server.kill()
@@ -143,16 +151,20 @@ class Server:
 
     def stop(self, sent: signal.Signals = signal.SIGTERM) -> int:
         """End the server with ``sent``; return its exit code once nothing of it is left."""
+        self.shared_memory |= self._mapped_shared_memory()
         self.process.send_signal(sent)
         try:
             code = self.process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
             raise NeverHappened(f"{sent.name} does not end the server:\n{self.log_tail()}") from None
-        wait_until(lambda: not self.leftovers(), STOP_DEADLINE_S, f"nothing left of {self.leftovers()}")
+        wait_until(
+            lambda: not self.leftovers(), STOP_DEADLINE_S, lambda: f"none is left of {self.leftovers()}"
+        )
         return code
 
     def kill(self) -> None:
         """Make sure that nothing of the server outlives the tests, also when they fail."""
+        self.shared_memory |= self._mapped_shared_memory()
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
@@ -165,8 +177,10 @@ class Server:
 
     # ---- HTTP
 
+    @cached_property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=REQUEST_DEADLINE_S)
+        # Certificates are not needed here, and reading them is most of what a client costs.
+        return httpx.Client(base_url=self.url, timeout=REQUEST_DEADLINE_S, verify=False)
 
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(
@@ -186,19 +200,19 @@ class Server:
     def health(self) -> int | None:
         """The status of /health; None while nothing listens."""
         try:
-            return httpx.get(f"{self.url}/health", timeout=10).status_code
+            return self.http.get("/health", timeout=10).status_code
         except httpx.TransportError:
             return None
 
     def ensemble(self) -> dict[str, Any]:
-        response = httpx.get(f"{self.url}/v1/ensemble", timeout=30)
+        response = self.http.get("/v1/ensemble")
         response.raise_for_status()
         body: dict[str, Any] = response.json()
         return body
 
     def metric(self, name: str) -> list[float]:
         """Values of all samples of metric ``name``, of all engines."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        text = self.http.get("/metrics").text
         return [
             sample.value
             for family in text_string_to_metric_families(text)

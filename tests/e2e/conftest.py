@@ -24,12 +24,6 @@ LOADED = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent) and "_server" in " ".join(item.fixturenames):  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.engines)
-
-
 @contextmanager
 def running(reference: Reference, log: Path, flags: tuple[str, ...] = EXACT) -> Iterator[Server]:
     """A server for as long as the context lasts; it has to end cleanly."""

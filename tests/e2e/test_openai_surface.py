@@ -36,7 +36,7 @@ def client(duo_server: Server) -> openai.OpenAI:
 
 @pytest.fixture
 def http(duo_server: Server) -> httpx.Client:
-    return duo_server.http()
+    return duo_server.http
 
 
 def clear_answer(

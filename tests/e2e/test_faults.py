@@ -1,0 +1,136 @@
+"""Processes that die, are killed, or are told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.helpers import EXACT, Server, assert_error, wait_until
+from tests.reference import Reference
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+
+LONG = {"max_tokens": 480, "temperature": 0, "prompt": [5, 6, 7]}
+GONE_WITHIN_S = 15
+
+
+@pytest.fixture
+def server(duo: Reference, tmp_path: Path) -> Iterator[Server]:
+    """A server of the test's own, to be broken."""
+    started = Server.start(duo.directory, tmp_path / "server.log", EXACT)
+    try:
+        yield started
+    finally:
+        started.kill()
+
+
+def read_stream(server: Server, model: str, underway: threading.Barrier, decar: dict[str, Any] | None) -> int:
+    """Tokens of a long stream, read to its end; meets ``underway`` after the first ones."""
+    extra: dict[str, Any] = {"ignore_eos": True, "decar": decar}
+    stream = server.openai().completions.create(model=model, stream=True, extra_body=extra, **LONG)
+    tokens = 0
+    for _ in stream:
+        tokens += 1
+        if tokens == 3:
+            underway.wait(timeout=60)
+    return tokens
+
+
+def read_whole(server: Server, model: str) -> Any:
+    return server.openai().completions.create(model=model, extra_body={"ignore_eos": True}, **LONG)
+
+
+def test_an_engine_dies(server: Server, duo: Reference) -> None:
+    routes: list[dict[str, Any]] = [
+        {"weights": {"code": 0.8, "prose": 0.2}},
+        {"weights": {"code": 0.2, "prose": 0.8}},
+        {"route": "posterior"},
+        {"route": "prior"},
+    ]
+    victim = server.ensemble()["experts"][1]
+    underway = threading.Barrier(len(routes) + 3)
+    with ThreadPoolExecutor(len(routes) + 3) as pool:
+        mixed = [pool.submit(read_stream, server, duo.name, underway, route) for route in routes]
+        alone = pool.submit(read_stream, server, f"{duo.name}/prose", underway, None)
+        other = pool.submit(read_stream, server, f"{duo.name}/code", underway, None)
+        whole = pool.submit(read_whole, server, duo.name)
+        underway.wait(timeout=60)
+        os.kill(victim["pid"], signal.SIGKILL)
+        # Every request that the dead engine takes part in ends, with an error that the client sees.
+        for future in [*mixed, alone, whole]:
+            with pytest.raises(openai.APIError):
+                future.result(timeout=60)
+        # One that it has no part in is not its business.
+        assert other.result(timeout=60) == LONG["max_tokens"]
+
+    wait_until(
+        lambda: server.health() == 503, GONE_WITHIN_S, "/health says that the ensemble cannot be served"
+    )
+    experts = {expert["name"]: expert["up"] for expert in server.ensemble()["experts"]}
+    assert experts == {"code": True, "prose": False}
+    wait_until(lambda: server.ensemble()["slots"]["in_use"] == 0, GONE_WITHIN_S, "no slot is left taken")
+    request = {"prompt": "x", "max_tokens": 1}
+    for model in (duo.name, f"{duo.name}/prose"):
+        response = server.http.post("/v1/completions", json={"model": model, **request})
+        assert response.status_code >= 500
+        assert_error(response, response.status_code)
+    response = server.http.post("/v1/completions", json={"model": f"{duo.name}/code", **request})
+    assert response.status_code == 200
+    assert server.stop() == 0
+
+
+def test_the_gateway_is_killed(server: Server, duo: Reference) -> None:
+    underway = threading.Barrier(2)
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(read_stream, server, duo.name, underway, None)
+        underway.wait(timeout=60)
+        assert len(server.processes()) > len(duo.experts)
+        assert server.shared_memory
+        server.process.kill()
+        with pytest.raises(openai.APIError):
+            stream.result(timeout=60)
+    wait_until(lambda: not server.leftovers(), GONE_WITHIN_S, "engines and their shared memory are gone")
+
+
+def test_the_next_start_cleans_up_and_sigint_ends_it(duo: Reference, tmp_path: Path) -> None:
+    """Where the engines were killed together with their gateway, nobody was left to remove the shared memory."""
+    first = Server.start(duo.directory, tmp_path / "first.log", EXACT)
+    try:
+        remains = set(first.shared_memory)
+        assert remains
+        for process in first.processes():
+            process.suspend()  # so that no survivor cleans up for the others
+        for process in first.processes():
+            process.kill()
+        first.process.wait(GONE_WITHIN_S)
+        assert all(path.exists() for path in remains)
+        second = Server.start(duo.directory, tmp_path / "second.log", EXACT)
+        try:
+            assert not any(path.exists() for path in remains)
+            assert second.stop(signal.SIGINT) == 0
+        finally:
+            second.kill()
+    finally:
+        first.kill()
+
+
+def test_sigterm_while_starting(duo: Reference, tmp_path: Path) -> None:
+    server = Server.launch(duo.directory, tmp_path / "server.log", EXACT)
+    try:
+        wait_until(
+            lambda: any("EngineCore" in process.name() for process in server.processes()),
+            120,
+            "engines are starting",
+        )
+        assert server.health() is None
+        assert server.stop() not in (0, None)
+    finally:
+        server.kill()

@@ -1,0 +1,155 @@
+"""What documents and the layout promise about the source, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+ARROWS = {
+    "server": {"server", "router", "kernels"},
+    "training": {"training", "router"},
+    "router": {"router"},
+    "kernels": {"kernels"},
+    "clients": {"clients"},
+    "benchmarks": {"benchmarks"},
+}
+"""Which part may import which."""
+
+
+def sources(part: str) -> list[Path]:
+    return sorted((ROOT / part / "decar" / part).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of all modules that the file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            assert node.module is not None
+            yield node.module
+            # `from decar import router` names a part as well
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def external(part: str) -> set[str]:
+    """Top-level names of all modules outside decar that ``part`` imports."""
+    return {name.split(".")[0] for path in sources(part) for name in imported(path)} - {"decar"}
+
+
+@pytest.mark.parametrize("part", ARROWS)
+def test_parts_import_only_what_the_arrows_allow(part: str) -> None:
+    for path in sources(part):
+        parts = {name.split(".")[1] for name in imported(path) if name.startswith("decar.")}
+        assert parts <= ARROWS[part], f"{path} imports decar.{parts - ARROWS[part]}"
+
+
+def test_every_part_has_sources_and_is_typed() -> None:
+    for part in ARROWS:
+        assert sources(part), part
+        assert (ROOT / part / "decar" / part / "py.typed").exists()
+        # With an __init__.py these two would stop being a namespace, or shadow other packages.
+        assert not (ROOT / part / "decar" / "__init__.py").exists()
+        assert not (ROOT / part / "__init__.py").exists()
+
+
+def test_the_router_knows_neither_http_nor_vllm() -> None:
+    assert not external("router") & {"fastapi", "starlette", "uvicorn", "vllm"}
+
+
+def test_the_kernels_know_only_torch_and_triton() -> None:
+    libraries = external("kernels") - {"__future__", "typing", "collections"}
+    assert libraries
+    assert libraries <= {"torch", "triton"}
+
+
+def test_clients_and_benchmarks_reach_a_server_only_over_http() -> None:
+    for part in ("clients", "benchmarks"):
+        assert "vllm" not in external(part)
+
+
+def test_only_tests_know_the_reference() -> None:
+    for path in (ROOT / "tests/reference.py", ROOT / "tests/helpers.py"):
+        assert not any(name.split(".")[0] == "decar" for name in imported(path))
+
+
+# ---------------------------------------------------------------------------------------------- documents
+
+PATH = re.compile(r"`([\w./-]+/[\w./-]*\.(?:py|md|toml|yaml|json|sh))`")
+NAMED_IN = re.compile(r"((?:`[A-Za-z_][\w.]*`(?:,| and|, and)? )+)in `([\w./-]+\.py)`")
+LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+
+
+def text_of(document: Path) -> str:
+    """The document on one line, so that a phrase is found wherever it is wrapped."""
+    return " ".join(document.read_text().split())
+
+
+def named_in_documents() -> list[tuple[str, str]]:
+    """(name, path) wherever a document says "`name` in `path`"."""
+    return [
+        (name, path)
+        for document in DOCUMENTS
+        for names, path in NAMED_IN.findall(text_of(document))
+        for name in re.findall(r"`([\w.]+)`", names)
+    ]
+
+
+def defined(path: Path) -> set[str]:
+    """Functions, classes and `Class.member` that a file defines."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        names |= _names_of(node)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{name}" for member in node.body for name in _names_of(member)}
+    return names
+
+
+def _names_of(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def test_documents_name_much_of_the_source() -> None:
+    """Else the patterns above have stopped matching, and the next test says nothing."""
+    assert len(named_in_documents()) >= 15
+    assert ("EnsembleClient.generate", "server/decar/server/client.py") in named_in_documents()
+
+
+@pytest.mark.parametrize(("name", "path"), named_in_documents(), ids=str)
+def test_what_documents_name_exists(name: str, path: str) -> None:
+    assert (ROOT / path).is_file()
+    assert name in defined(ROOT / path), f"{path} defines no {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_and_links_in_documents_exist(document: Path) -> None:
+    text = document.read_text()
+    inside = [path for path in PATH.findall(text) if (ROOT / path.split("/")[0]).exists()]
+    missing = [path for path in inside if not (ROOT / path).exists()]
+    missing += [link for link in LINK.findall(text) if not (document.parent / link).exists()]
+    assert not missing
+
+
+def test_the_readme_names_only_targets_and_commands_that_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("#")[0].split() for block in blocks for line in block.splitlines()]
+    made = {word for line in lines if line[:1] == ["make"] for word in line[1:] if "=" not in word}
+    assert {"demo", "test"} <= made
+    assert made <= targets
+    scripts = re.findall(r"^([\w-]+) = \"decar\.", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    used = {line[0] for line in lines if line} - {"make"}
+    assert used <= {*scripts, "curl", "pip", "git", "cd", "docker", "python", ".venv/bin/python"}
+    configs = [word for line in lines for word in line if word.startswith("configs/")]
+    assert all((ROOT / path).exists() for path in configs)
