@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_PRICE_SWEEPS = 20
+# Prices converge ever more slowly: the last misfits, and ties, are cheaper to move one chain at a time.
+_MAX_SWEEPS = 1_000
+_MISFITS = 1 / 2_000
+_SMALL_STEP = 1e-9
 # Relative to the largest score. Rounding (about 1e-16) must not look like a cycle that improves the assignment.
 _TOLERANCE = 1e-12
 
@@ -46,10 +49,11 @@ def _one_run(
     features: Floats, num_clusters: int, rng: np.random.Generator, max_iterations: int
 ) -> Clustering:
     centroids = _spread_seeds(features, num_clusters, rng)
-    labels = balanced_assignment(features @ centroids.T)
+    labels, prices = _assign(features @ centroids.T, np.zeros(num_clusters))
     for _ in range(max_iterations):
         centroids = _centroids(features, labels, centroids)
-        previous, labels = labels, balanced_assignment(features @ centroids.T)
+        previous = labels
+        labels, prices = _assign(features @ centroids.T, prices)
         if np.array_equal(previous, labels):
             break
     centroids = _centroids(features, labels, centroids)
@@ -92,13 +96,17 @@ def balanced_assignment(scores: Floats) -> Ints:
     Returns:
         labels [N].
     """
+    return _assign(scores, np.zeros(scores.shape[1]))[0]
+
+
+def _assign(scores: Floats, prices: Floats) -> tuple[Ints, Floats]:
+    """(labels [N], prices [K]); the prices of a similar problem are a good start."""
     num_samples, num_clusters = scores.shape
     sizes = np.full(num_clusters, num_samples // num_clusters)
     sizes[: num_samples % num_clusters] += 1
-    labels = np.argmax(scores - _prices(scores, sizes), axis=1)
+    prices = _prices(scores, sizes, prices)
+    labels = np.argmax(scores - prices, axis=1)
     excess = np.bincount(labels, minlength=num_clusters) - sizes
-    if not excess.any():
-        return labels
     loss = np.full((num_clusters, num_clusters), np.inf)
     stale: Iterable[int] = range(num_clusters)
     tolerance = _TOLERANCE * float(np.abs(scores).max(initial=1.0))
@@ -120,23 +128,27 @@ def balanced_assignment(scores: Floats) -> Ints:
         excess[path[0]] -= count
         excess[path[-1]] += count
         stale = path
-    return labels
+    return labels, prices
 
 
-def _prices(scores: Floats, sizes: Ints) -> Floats:
+def _prices(scores: Floats, sizes: Ints, start: Floats) -> Floats:
     """Prices [K] under which about ``sizes[k]`` samples like cluster k best."""
-    num_samples, num_clusters = scores.shape
-    prices = np.zeros(num_clusters)
-    if num_clusters == 1:
-        return prices
-    for _ in range(_PRICE_SWEEPS):
-        before = prices.copy()
-        for cluster in range(num_clusters):
-            others = np.delete(scores - prices, cluster, axis=1).max(axis=1)
-            margin = np.sort(scores[:, cluster] - others)[::-1]
-            size = int(sizes[cluster])
-            prices[cluster] = (margin[size - 1] + margin[size]) / 2
-        if np.allclose(prices, before, rtol=0, atol=1e-9):
+    prices = start.copy()
+    net = (scores - prices).T.copy()
+    num_clusters, num_samples = net.shape
+    for _ in range(_MAX_SWEEPS if num_clusters > 1 else 0):
+        largest_step = 0.0
+        for cluster, size in enumerate(sizes):
+            below = net[:cluster].max(axis=0, initial=-np.inf)
+            above = net[cluster + 1 :].max(axis=0, initial=-np.inf)
+            margin = net[cluster] - np.maximum(below, above)
+            border = np.partition(margin, [num_samples - size - 1, num_samples - size])
+            step = (border[num_samples - size - 1] + border[num_samples - size]) / 2
+            net[cluster] -= step
+            prices[cluster] += step
+            largest_step = max(largest_step, abs(step))
+        misfits = np.abs(np.bincount(net.argmax(axis=0), minlength=num_clusters) - sizes).sum()
+        if misfits <= num_samples * _MISFITS or largest_step < _SMALL_STEP:
             break
     return prices
 

@@ -43,7 +43,7 @@ class DataConfig(_Strict):
     files: list[str] = []
     text_field: str = "text"
     builtin: list[Builtin] = []
-    builtin_max_bytes: int = Field(2_000_000, gt=0, description="cap on each built-in source")
+    builtin_max_bytes: int = Field(default=2_000_000, gt=0, description="cap on each built-in source")
 
     @pydantic.model_validator(mode="after")
     def _not_empty(self) -> DataConfig:
@@ -55,8 +55,8 @@ class DataConfig(_Strict):
 class DocumentConfig(_Strict):
     """How long texts are cut, at line ends where possible, into the documents that are partitioned."""
 
-    max_chars: int = Field(2_000, gt=0)
-    min_chars: int = Field(32, ge=0, description="shorter pieces are dropped")
+    max_chars: int = Field(default=2_000, gt=0)
+    min_chars: int = Field(default=32, ge=0, description="shorter pieces are dropped")
 
 
 class TokenizerConfig(_Strict):
@@ -67,7 +67,7 @@ class TokenizerConfig(_Strict):
     """
 
     path: Path | None = None
-    vocab_size: int = Field(4_096, ge=300)
+    vocab_size: int = Field(default=4_096, ge=300)
     bos_token: str = "<|bos|>"
     eos_token: str = "<|eos|>"
     pad_token: str = "<|pad|>"
@@ -83,11 +83,11 @@ class PartitionConfig(_Strict):
     ``held_out_by`` says what is held out whole: an input ``document``, or a ``piece`` of one.
     """
 
-    num_features: int = Field(20_000, gt=0)
-    num_components: int = Field(64, gt=0)
-    restarts: int = Field(4, gt=0)
-    max_iterations: int = Field(50, gt=0)
-    held_out: float = Field(0.05, gt=0, lt=1)
+    num_features: int = Field(default=20_000, gt=0)
+    num_components: int = Field(default=64, gt=0)
+    restarts: int = Field(default=4, gt=0)
+    max_iterations: int = Field(default=50, gt=0)
+    held_out: float = Field(default=0.05, gt=0, lt=1)
     held_out_by: Literal["document", "piece"] = "document"
     name_by: dict[str, str] = {}
 
@@ -107,19 +107,21 @@ class ExpertConfig(_Strict):
 class TrainingConfig(_Strict):
     """How each expert is trained. One step is ``batch_size`` blocks of ``sequence_length`` tokens."""
 
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, gt=0, description="overrides epochs")
-    batch_size: int = Field(8, gt=0)
-    sequence_length: int = Field(512, gt=1, description="tokens")
-    learning_rate: float = Field(1e-3, gt=0)
-    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="where the cosine ends, of the peak")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(0.1, ge=0)
-    adam_beta2: float = Field(0.95, gt=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, gt=0, description="overrides epochs")
+    batch_size: int = Field(default=8, gt=0)
+    sequence_length: int = Field(default=512, gt=1, description="tokens")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    min_learning_rate_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="where the cosine ends, of the peak"
+    )
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(default=0.1, ge=0)
+    adam_beta2: float = Field(default=0.95, gt=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
-    save_steps: int = Field(100, gt=0)
-    log_steps: int = Field(10, gt=0)
+    save_steps: int = Field(default=100, gt=0)
+    log_steps: int = Field(default=10, gt=0)
 
 
 class TrainConfig(_Strict):
@@ -127,8 +129,8 @@ class TrainConfig(_Strict):
 
     name: str = Field(pattern=NAME_PATTERN, max_length=64)
     work_dir: Path
-    ensemble_dir: Path | None = Field(None, description="default: WORK_DIR/ensemble")
-    seed: int = Field(0, ge=0, lt=2**32)
+    ensemble_dir: Path | None = Field(default=None, description="default: WORK_DIR/ensemble")
+    seed: int = Field(default=0, ge=0, lt=2**32)
     data: DataConfig
     documents: DocumentConfig = DocumentConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pydantic
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -28,6 +29,8 @@ from decar.training.tokenizer import load_tokenizer
 
 IGNORED = -100
 _COMPLETE = "COMPLETE"
+# What transformers raises at a configuration or checkpoint that makes no model.
+_REFUSED = (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError)
 
 
 class ExpertReport(BaseModel):
@@ -93,7 +96,7 @@ def expert_fingerprint(config: TrainConfig, name: str) -> str:
 
 
 def check_model(config: TrainConfig, name: str) -> None:
-    """Refuse a model description that transformers would misread.
+    """Refuse a model description that transformers would misread or refuse.
 
     Raises:
         TrainingError: unknown ``model_type`` or field, or a checkpoint that is not there.
@@ -115,6 +118,14 @@ def check_model(config: TrainConfig, name: str) -> None:
         # transformers keeps a field it does not know and then never reads it.
         if field not in known:
             raise TrainingError(f"model.{field}: unknown field of {kind}{_did_you_mean(field, known)}")
+    try:
+        CONFIG_MAPPING[kind](**model)
+    except _REFUSED as error:
+        raise _cannot_be_built(name, error) from None
+
+
+def _cannot_be_built(name: str, error: Exception) -> TrainingError:
+    return TrainingError(f"the model of {name!r} cannot be built ({' '.join(str(error).split())})")
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

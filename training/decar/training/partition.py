@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from decar.router.errors import TrainingError
 from decar.training.cluster import balanced_kmeans
 from decar.training.config import PartitionConfig, TrainConfig
-from decar.training.sources import Document, input_files, read_documents
+from decar.training.sources import Document, input_files, read_documents, read_parquet
 from decar.training.stages import Stage, digest, fingerprint
 
 Labels = NDArray[np.int64]
@@ -71,18 +71,11 @@ def read_shard(config: TrainConfig, expert: str, split: str) -> list[str]:
     Raises:
         TrainingError: the partition has not been made, or is damaged.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     file = shard_file(config, expert, split)
     try:
-        return pyarrow.parquet.read_table(file, columns=["text"]).column("text").to_pylist()
+        return read_parquet(file, "text")
     except FileNotFoundError:
         raise TrainingError(f"{file} is missing; run `decar-train partition` first") from None
-    except pyarrow.ArrowException as error:
-        raise TrainingError(
-            f"{file} is damaged ({error}); delete it and run `decar-train partition`"
-        ) from None
 
 
 def read_report(stage: Stage) -> PartitionReport:

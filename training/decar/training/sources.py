@@ -65,7 +65,7 @@ def read_documents(data: DataConfig, cutting: DocumentConfig, seed: int) -> list
 
 
 def cut(text: str, max_chars: int) -> Iterator[str]:
-    """``text`` in pieces of at most ``max_chars``, cut at line ends unless a line is longer; joined they are ``text``."""
+    """``text`` in pieces of at most ``max_chars``, cut at line ends unless a line is longer; joined, the same text."""
     piece = ""
     for line in text.splitlines(keepends=True):
         if piece and len(piece) + len(line) > max_chars:
@@ -102,7 +102,7 @@ def _read_file(file: Path, text_field: str) -> Iterable[str]:
         if file.suffix == ".jsonl":
             return _read_jsonl(file, text_field)
         if file.suffix == ".parquet":
-            return _read_parquet(file, text_field)
+            return read_parquet(file, text_field)
     except UnicodeDecodeError as error:
         raise TrainingError(f"{file} is not UTF-8 text ({error})") from None
     except OSError as error:
@@ -130,15 +130,21 @@ def _read_jsonl(file: Path, text_field: str) -> list[str]:
     return texts
 
 
-def _read_parquet(file: Path, text_field: str) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
+def read_parquet(file: Path, text_field: str) -> list[str]:
+    """The strings of one column.
+
+    Raises:
+        FileNotFoundError: no such file.
+        TrainingError: not a parquet file, no such column, or a row of it is no string.
+    """
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
     try:
-        names = pyarrow.parquet.read_schema(file).names
+        names = parquet.read_schema(file).names
         if text_field not in names:
             raise TrainingError(f"{file}: {_no_field(text_field, names)}")
-        column = pyarrow.parquet.read_table(file, columns=[text_field]).column(text_field).to_pylist()
+        column = parquet.read_table(file, columns=[text_field]).column(text_field).to_pylist()
     except pyarrow.ArrowException as error:
         raise TrainingError(f"{file} is not a parquet file ({error})") from None
     for number, text in enumerate(column, start=1):

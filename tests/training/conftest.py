@@ -1,0 +1,84 @@
+"""A training configuration so small that every stage takes a second or two."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from decar.training.config import TrainConfig, load_config
+
+CODE = [
+    "def",
+    "return",
+    "self",
+    "None",
+    "import",
+    "for",
+    "while",
+    "yield",
+    "class",
+    "(",
+    ")",
+    "[",
+    "]",
+    "=",
+    ":",
+]
+PROSE = ["the", "of", "and", "whale", "ocean", "captain", "sailor", "wind", "morning", "quiet", ",", ".", ";"]
+
+WriteConfig = Callable[..., Path]
+
+
+def tiny_config(root: Path) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "work_dir": str(root / "work"),
+        "data": {"files": [str(root / "code.jsonl"), str(root / "prose.jsonl")]},
+        "documents": {"min_chars": 1},
+        "tokenizer": {"vocab_size": 300},
+        "partition": {"held_out": 0.2, "name_by": {"code": "code.jsonl"}},
+        "experts": ["code", "prose"],
+        "model": {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "max_position_embeddings": 128,
+        },
+        "training": {"max_steps": 6, "batch_size": 2, "sequence_length": 32, "save_steps": 2, "log_steps": 1},
+    }
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> WriteConfig:
+    """Writes 15 documents of code-like and 15 of prose-like words, and a configuration changed by its arguments."""
+    rng = random.Random(0)
+    for name, words in (("code", CODE), ("prose", PROSE)):
+        rows = [{"text": " ".join(rng.choices(words, k=30))} for _ in range(15)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(**changes: Any) -> Path:
+        data = tiny_config(tmp_path)
+        for key, value in changes.items():
+            data[key] = (
+                data[key] | value if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+            )
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def config(write_config: WriteConfig) -> TrainConfig:
+    return load_config(write_config())

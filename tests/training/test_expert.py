@@ -1,0 +1,164 @@
+"""Training one expert: packing, resuming to the same weights, not training twice."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from decar.router.errors import TrainingError
+from decar.training.config import TrainConfig, load_config
+from decar.training.expert import (
+    IGNORED,
+    build_model,
+    expert_directory,
+    expert_stage,
+    last_checkpoint,
+    mean_loss,
+    pack,
+    train_expert,
+)
+from decar.training.partition import make_partition, partition_stage, read_shard
+from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from tests.training.conftest import WriteConfig
+
+
+@pytest.fixture
+def prepared(config: TrainConfig) -> TrainConfig:
+    make_partition(config, partition_stage(config))
+    make_tokenizer(config, tokenizer_stage(config))
+    return config
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class CountSteps(TrainerCallback):
+    steps = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps += 1
+
+
+def weights(config: TrainConfig, name: str) -> dict[str, torch.Tensor]:
+    return load_file(expert_directory(config, name) / "model.safetensors")
+
+
+def test_packing_keeps_every_token_between_bos_and_eos(prepared: TrainConfig) -> None:
+    tokenizer = load_tokenizer(prepared.work_dir / "tokenizer")
+    texts = ["def f", "(x):\n    return"]
+    blocks = pack(texts, tokenizer, length=8)
+    expected: list[int] = []
+    for text in texts:
+        expected += [tokenizer.bos_token_id, *tokenizer.encode(text)[1:], tokenizer.eos_token_id]
+    assert tokenizer.encode(texts[0])[0] == tokenizer.bos_token_id
+    assert blocks.num_tokens == len(expected)
+    assert blocks.input_ids.flatten()[: len(expected)].tolist() == expected
+    assert blocks.labels[blocks.labels != IGNORED].tolist() == expected
+    assert blocks.input_ids.shape == (math.ceil(len(expected) / 8), 8)
+    assert tokenizer.decode(expected, skip_special_tokens=True) == "".join(texts)
+
+
+def test_training_lowers_the_held_out_loss_it_reports(prepared: TrainConfig) -> None:
+    config = prepared.model_copy(
+        update={"training": prepared.training.model_copy(update={"learning_rate": 1e-2})}
+    )
+    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    held_out = pack(read_shard(config, "prose", "held_out"), tokenizer, 32)
+    untrained = mean_loss(build_model(config, "prose", tokenizer), held_out, 2)
+    assert untrained == pytest.approx(math.log(len(tokenizer)), rel=0.05)
+    report = train_expert(config, "prose", expert_stage(config, "prose"))
+    assert report.held_out_loss < untrained - 0.1
+    assert report.steps == 6
+    assert report.held_out_tokens == held_out.num_tokens
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_an_interrupted_expert_ends_with_the_same_weights(prepared: TrainConfig, stop: int) -> None:
+    stage = expert_stage(prepared, "code")
+    train_expert(prepared, "code", stage)
+    whole = weights(prepared, "code")
+    (stage.directory / "DONE").unlink()
+
+    with pytest.raises(KeyboardInterrupt):
+        train_expert(prepared, "code", stage, [StopAt(stop)])
+    assert not stage.is_done
+    counter = CountSteps()
+    train_expert(prepared, "code", stage, [counter])
+    assert counter.steps == 6 - (stop - 1)
+    assert stage.is_done
+    resumed = weights(prepared, "code")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    assert not list((prepared.work_dir / "checkpoints").rglob("checkpoint-*"))
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step, complete in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "COMPLETE").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-12").exists()
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_an_expert_needs_only_its_own_shard(prepared: TrainConfig) -> None:
+    for file in (prepared.work_dir / "partition" / "prose").iterdir():
+        file.unlink()
+    for file in prepared.data.files:
+        Path(file).unlink()
+    train_expert(prepared, "code", expert_stage(prepared, "code"))
+    with pytest.raises(
+        TrainingError, match=r"prose/train.parquet is missing; run `decar-train partition` first"
+    ):
+        expert_stage(prepared, "prose")
+
+
+def test_done_until_what_it_depends_on_changes(prepared: TrainConfig, write_config: WriteConfig) -> None:
+    train_expert(prepared, "code", expert_stage(prepared, "code"))
+    assert expert_stage(prepared, "code").is_done
+    assert expert_stage(load_config(write_config(), ["training.save_steps=50"]), "code").is_done
+    for change in ("training.max_steps=7", "model.hidden_size=64", "seed=1"):
+        assert not expert_stage(load_config(write_config(), [change]), "code").is_done
+
+
+def test_a_checkpoint_is_trained_on(prepared: TrainConfig, write_config: WriteConfig) -> None:
+    train_expert(prepared, "code", expert_stage(prepared, "code"))
+    directory = expert_directory(prepared, "code")
+    model = {"checkpoint": str(directory)}
+    config = load_config(
+        write_config(tokenizer={"path": str(directory)}, experts=["code", "prose"]), [f"model={model}"]
+    )
+    tokenizer = load_tokenizer(directory)
+    loaded = build_model(config, "prose", tokenizer)
+    assert torch.equal(loaded.state_dict()["lm_head.weight"], weights(prepared, "code")["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.vocab_size=10", "10 output rows for the 300 tokens"),
+        ("training.sequence_length=999", "longer than the max_position_embeddings 128 of 'code'"),
+        ("model={checkpoint: /nowhere}", "/nowhere, holds no config.json"),
+    ],
+)
+def test_models_that_do_not_fit(
+    prepared: TrainConfig, write_config: WriteConfig, change: str, message: str
+) -> None:
+    tokenizer = load_tokenizer(prepared.work_dir / "tokenizer")
+    changes = {"tokenizer": {"path": str(prepared.work_dir / "tokenizer")}}
+    with pytest.raises(TrainingError, match=message):
+        build_model(load_config(write_config(**changes), [change]), "code", tokenizer)

@@ -1,0 +1,81 @@
+"""Documents from files and from Python: what is read, how it is cut, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from decar.router.errors import TrainingError
+from decar.training.config import DataConfig, DocumentConfig
+from decar.training.sources import cut, read_documents
+
+SHORT = DocumentConfig(min_chars=1)
+
+
+def read(**data: Any) -> list[tuple[str, str]]:
+    return [
+        (document.text, document.source) for document in read_documents(DataConfig(**data), SHORT, seed=0)
+    ]
+
+
+def test_txt_jsonl_and_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    (tmp_path / "b.jsonl").write_text('{"body": "three"}\n\n{"body": "four", "x": 1}\n')
+    Dataset.from_dict({"body": ["five"], "x": [2]}).to_parquet(str(tmp_path / "c.parquet"))
+    found = read(files=[str(tmp_path / "*"), str(tmp_path / "a.txt")], text_field="body")
+    assert found == [("one\ntwo", "a.txt"), ("three", "b.jsonl"), ("four", "b.jsonl"), ("five", "c.parquet")]
+
+
+def test_pieces_keep_the_text_and_the_limit() -> None:
+    text = "short\n" * 5 + "x" * 40 + "\r\nlast"
+    pieces = list(cut(text, 16))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 16
+    assert pieces[0] == "short\nshort\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x.jsonl, line 2: not valid JSON"),
+        ("x.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', r"x.jsonl, line 3: not valid JSON"),
+        ("x.jsonl", b'{"text": 3}\n', r"x.jsonl, line 1: field 'text' is not a string"),
+        ("x.jsonl", b'{"texts": "a"}\n', r"x.jsonl, line 1: no field 'text' .*did you mean 'texts'\?"),
+        ("x.jsonl", b'["a"]\n', r"x.jsonl, line 1: expected an object"),
+        ("x.txt", b"\xff\xfe", r"x.txt is not UTF-8"),
+        ("x.parquet", b"PAR1 not really", r"x.parquet is not a parquet file"),
+        ("x.csv", b"a,b", r"x.csv: unknown kind of file"),
+        ("x.txt", b" \n", r"holds no documents"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TrainingError, match=message):
+        read(files=[str(tmp_path / name)])
+
+
+def test_parquet_without_the_field(tmp_path: Path) -> None:
+    Dataset.from_dict({"body": ["five"]}).to_parquet(str(tmp_path / "c.parquet"))
+    with pytest.raises(TrainingError, match=r"c.parquet: no field 'text' .*it has body"):
+        read(files=[str(tmp_path / "c.parquet")])
+
+
+def test_a_pattern_without_files() -> None:
+    with pytest.raises(TrainingError, match=r"'/nowhere/\*.txt' matches no file"):
+        read(files=["/nowhere/*.txt"])
+
+
+def test_builtin_sources_are_capped_and_share_no_docstring() -> None:
+    config = DataConfig(builtin=["python-stdlib", "python-docstrings"], builtin_max_bytes=60_000)
+    documents = read_documents(config, DocumentConfig(max_chars=10**6), seed=0)
+    by_source = {name: [d.text for d in documents if d.source == name] for name in config.builtin}
+    for texts in by_source.values():
+        assert texts
+        assert sum(len(text.encode()) for text in texts) <= 60_000
+    code = "".join(by_source["python-stdlib"])
+    for docstring in by_source["python-docstrings"]:
+        longest = max(docstring.splitlines(), key=len)
+        assert longest not in code
