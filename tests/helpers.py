@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ START_DEADLINE_S = 300  # engines take about 20 s each on an idle core; other te
 STOP_DEADLINE_S = 60
 REQUEST_DEADLINE_S = 180
 SHARED_MEMORY = Path("/dev/shm")
-_MARKER = "DECAR_TEST_SERVER"
 
 EXACT = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
 """fp32, so that answers compare with the reference; eager, since compiling tiny models saves nothing."""
@@ -59,8 +57,8 @@ def serve_command(directory: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "decar.server", "serve", str(directory), *flags]
 
 
-def serve_environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **extra}
+def serve_environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def run_serve(directory: Path, *flags: str, deadline_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -77,27 +75,26 @@ def run_serve(directory: Path, *flags: str, deadline_s: float = 120) -> subproce
 
 @dataclass
 class Server:
-    """A running `decar serve`. All its processes carry a mark in their environment, so that none can hide."""
+    """A running `decar serve`, in a session of its own: that is how all its processes are found again."""
 
     process: subprocess.Popen[bytes]
     port: int
     log: Path
-    mark: str
     shared_memory: set[Path] = field(default_factory=set)
 
     @classmethod
     def launch(cls, directory: Path, log: Path, flags: Sequence[str] = EXACT) -> Server:
         """Start a server, and return at once."""
-        port, mark = free_port(), uuid.uuid4().hex
+        port = free_port()
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 serve_command(directory, "--port", str(port), *flags),
-                env=serve_environment(**{_MARKER: mark}),
+                env=serve_environment(),
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C meant for pytest must not reach it before the fixtures do
+                start_new_session=True,
             )
-        return cls(process, port, log, mark)
+        return cls(process, port, log)
 
     @classmethod
     def start(cls, directory: Path, log: Path, flags: Sequence[str] = EXACT) -> Server:
@@ -128,7 +125,7 @@ class Server:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if process.environ().get(_MARKER) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 

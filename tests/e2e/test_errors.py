@@ -101,7 +101,6 @@ def test_one_expert_alone_takes_no_mixing_options(http: httpx.Client, decar: Any
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"prompt": [5] * 510, "max_tokens": 16}, ("512",)),
         ({"prompt": [5] * 600}, ("512",)),
         ({"prompt": [600]}, ("600",)),
         ({"prompt": [-1]}, ()),
@@ -131,22 +130,30 @@ def test_invalid_requests(http: httpx.Client, fields: dict[str, Any], words: tup
     assert_error(post(http, "/v1/completions", **fields), 400, *words)
 
 
+WRONG_BODIES: dict[str, bytes] = {
+    "nothing": b"",
+    "unfinished": b"{",
+    "no-value": b'{"model": "duo", "prompt": "x", "decar": }',
+    "list": b"[]",
+    "null": b"null",
+    "text": b'"text"',
+    "not-utf-8": b'{"model": "\xff"}',
+    "too-deep": b"[" * 100_000,
+}
+
+
 @pytest.mark.engines
-def test_invalid_bodies_and_routes(http: httpx.Client) -> None:
-    as_json = {"content-type": "application/json"}
-    for body in (
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b'"text"',
-        b"\xff",
-        b'{"model": "duo", "prompt": "x", "decar": }',
-    ):
-        assert_error(http.post("/v1/completions", content=body, headers=as_json), 400)
-    assert_error(http.post("/v1/completions", content=b"[" * 100_000, headers=as_json), 400)
-    assert_error(http.get("/v1/no-such-route"), 404)
+@pytest.mark.parametrize("body", WRONG_BODIES.values(), ids=WRONG_BODIES)
+def test_bodies_that_are_no_json_object(http: httpx.Client, body: bytes) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        assert_error(http.post(path, content=body, headers={"content-type": "application/json"}), 400)
+
+
+@pytest.mark.engines
+def test_unknown_routes_and_methods(http: httpx.Client) -> None:
     assert_error(http.get("/v1/models/duo/stranger"), 404, "duo/stranger")
+    assert_error(http.get("/v1/no-such-route"), 404)
+    assert_error(http.get("/v1/completions"), 405)
 
 
 @pytest.mark.engines
@@ -259,7 +266,6 @@ def test_an_engine_that_cannot_start_takes_the_others_along(tmp_path: Path) -> N
     before = set(Path("/dev/shm").glob("decar-*"))
     done = run_serve(directory, "--port", "0", "--enforce-eager", "--max-model-len", "512", deadline_s=240)
     assert done.returncode > 0
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("decar: error: ")
-    assert "'prose'" in last
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("decar: error: ")]
+    assert "'prose'" in error
     assert set(Path("/dev/shm").glob("decar-*")) <= before

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.helpers import EXACT, Server, assert_error, wait_until
+from tests.helpers import COMPLETION_EXTRAS, EXACT, Server, answer_of, assert_error, wait_until
 from tests.reference import Reference
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -34,12 +34,12 @@ def server(duo: Reference, tmp_path: Path) -> Iterator[Server]:
 
 def read_stream(server: Server, model: str, underway: threading.Barrier, decar: dict[str, Any] | None) -> int:
     """Tokens of a long stream, read to its end; meets ``underway`` after the first ones."""
-    extra: dict[str, Any] = {"ignore_eos": True, "decar": decar}
+    extra = {**COMPLETION_EXTRAS, "decar": decar}
     stream = server.openai().completions.create(model=model, stream=True, extra_body=extra, **LONG)
     tokens = 0
-    for _ in stream:
-        tokens += 1
-        if tokens == 3:
+    for index, chunk in enumerate(stream):
+        tokens += len(answer_of(chunk.choices[0]).tokens)
+        if index == 2:
             underway.wait(timeout=60)
     return tokens
 
