@@ -131,8 +131,11 @@ def test_done_until_what_it_depends_on_changes(prepared: TrainConfig, write_conf
     train_expert(prepared, "code", expert_stage(prepared, "code"))
     assert expert_stage(prepared, "code").is_done
     assert expert_stage(load_config(write_config(), ["training.save_steps=50"]), "code").is_done
-    for change in ("training.max_steps=7", "model.hidden_size=64", "seed=1"):
+    for change in ("training.max_steps=7", "model.hidden_size=64"):
         assert not expert_stage(load_config(write_config(), [change]), "code").is_done
+    for change in ("seed=1", "tokenizer.vocab_size=310", "partition.held_out=0.3"):
+        with pytest.raises(TrainingError, match="was made with another configuration"):
+            expert_stage(load_config(write_config(), [change]), "code")
 
 
 def test_a_checkpoint_is_trained_on(prepared: TrainConfig, write_config: WriteConfig) -> None:

@@ -16,8 +16,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # Prices converge ever more slowly: the last misfits, and ties, are cheaper to move one chain at a time.
-_MAX_SWEEPS = 1_000
-_MISFITS = 1 / 2_000
+_MAX_SWEEPS = 200
+_MISFITS = 1 / 200
 _SMALL_STEP = 1e-9
 # Relative to the largest score. Rounding (about 1e-16) must not look like a cycle that improves the assignment.
 _TOLERANCE = 1e-12

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, TrainingConfig
-from decar.training.partition import read_shard, shard_file
-from decar.training.stages import Stage, digest, fingerprint, write_atomically
+from decar.training.partition import partition_fingerprint, read_shard, shard_file
+from decar.training.stages import Stage, digest, fingerprint, read_marker, write_atomically
 from decar.training.tokenizer import load_tokenizer
 
 IGNORED = -100
@@ -68,7 +68,7 @@ def expert_stage(config: TrainConfig, name: str) -> Stage:
     """The stage of expert ``name`` as ``config``, its shard and the tokenizer are now.
 
     Raises:
-        TrainingError: no such expert, or its shard or the tokenizer is missing.
+        TrainingError: no such expert, or its shard or the tokenizer is missing or was made with another configuration.
     """
     files = [shard_file(config, name, split) for split in ("train", "held_out")]
     files.append(config.work_dir / "tokenizer" / "tokenizer.json")
@@ -77,6 +77,16 @@ def expert_stage(config: TrainConfig, name: str) -> Stage:
     for file in files:
         if not file.is_file():
             raise TrainingError(f"{file} is missing; run `decar-train partition` first")
+    # Where an expert is trained on another machine, the partition's marker may not have come along with the shard.
+    for directory, wanted in (
+        ("partition", partition_fingerprint(config)),
+        ("tokenizer", fingerprint(config.tokenizer)),
+    ):
+        marker = read_marker(config.work_dir / directory)
+        if marker is not None and marker["config"] != wanted:
+            raise TrainingError(
+                f"{config.work_dir / directory} was made with another configuration; run `decar-train partition` again"
+            )
     return Stage(expert_directory(config, name), settings, digest(*files))
 
 

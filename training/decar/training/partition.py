@@ -54,10 +54,14 @@ def partition_stage(config: TrainConfig) -> Stage:
     files = input_files(config.data)
     return Stage(
         config.work_dir / "partition",
-        fingerprint(config.data, config.documents, config.partition, config.expert_names, config.seed),
+        partition_fingerprint(config),
         # The built-in sources change with Python.
         fingerprint(digest(*files), sys.version if config.data.builtin else ""),
     )
+
+
+def partition_fingerprint(config: TrainConfig) -> str:
+    return fingerprint(config.data, config.documents, config.partition, config.expert_names, config.seed)
 
 
 def shard_file(config: TrainConfig, expert: str, split: str) -> Path:

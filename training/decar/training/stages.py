@@ -44,7 +44,7 @@ def _jsonable(value: Any) -> Any:
 
 def write_atomically(file: Path, text: str) -> None:
     """Write ``text`` so that a reader sees the old file or the new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
 
@@ -53,8 +53,10 @@ def write_atomically(file: Path, text: str) -> None:
 def replaced_directory(directory: Path) -> Iterator[Path]:
     """A temporary sibling to fill; it takes the place of ``directory`` on success and vanishes on failure."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    # Fixed names, so that the next run clears what a killed one left.
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
