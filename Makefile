@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
+PORT ?= 8000
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test lint bench clean
@@ -12,7 +13,7 @@ $(VENV)/.ready: pyproject.toml tools/setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
 
 demo: setup  ## train two experts, serve them as one model, and chat
-	$(BIN)/python -m decar.clients.demo
+	$(BIN)/python -m decar.clients.demo --port $(PORT)
 
 test: setup  ## unit tests and end-to-end tests on real engines
 	$(BIN)/python -m pytest

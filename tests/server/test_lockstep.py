@@ -56,8 +56,8 @@ def test_a_step_decides_one_token_that_both_engines_keep(plane: Plane) -> None:
     while not leader.rows_may_come(turn.member, 0):
         pass
     leader.post([turn], rows[0])
-    ready, held = leader.wait_for_rows([turn])
-    assert (ready, held) == ([turn], [])
+    ready = leader.wait_for_rows([turn])
+    assert ready == [turn]
     mixed = leader.mixed(ready)
     token = int(mixed.argmax())
     leader.publish(ready, [token])
@@ -79,7 +79,7 @@ def test_what_nobody_is_computing_is_a_hold_at_once(plane: Plane) -> None:
         engine.join(turn.member)
     leader.announce([led])
     leader.post([led], torch.zeros(1, VOCABULARY))
-    assert leader.wait_for_rows([led]) == ([], [led])
+    assert leader.wait_for_rows([led]) == []
     assert not leader.rows_may_come(led.member, 0)
     follower.announce([followed])
     assert leader.rows_may_come(led.member, 0), "a row that is being computed is worth running for"
@@ -106,7 +106,7 @@ def test_a_dead_peer_is_not_waited_for(plane: Plane) -> None:
     leader.join(turn.member)
     leader.post([turn], torch.zeros(1, VOCABULARY))
     plane.alive[1] = 0
-    assert leader.wait_for_rows([turn]) == ([], [turn])
+    assert leader.wait_for_rows([turn]) == []
 
 
 def test_an_older_tenant_of_a_slot_is_silent(plane: Plane) -> None:
@@ -133,11 +133,18 @@ def test_ids_beyond_the_shared_vocabulary_are_not_posted(plane: Plane) -> None:
 def test_segments_are_private_and_those_of_dead_gateways_are_removed(plane: Plane) -> None:
     path = DIRECTORY / plane.spec.name
     assert path.stat().st_mode & 0o077 == 0
-    orphan = DIRECTORY / "decar-4194305-1-abcd"  # beyond the largest pid Linux gives out
+    prefix = plane.spec.name.split("-")[:2]  # decar, and this pid namespace
+    orphan = DIRECTORY / "-".join([*prefix, "4194305", "1", "abcd"])  # beyond the largest pid Linux gives out
     orphan.write_bytes(b"x")
     assert orphan.name in remove_stale()
     assert not orphan.exists()
     assert path.exists(), "a living gateway's segment stays"
+    foreign = DIRECTORY / "decar-1-4194305-1-abcd"  # of another container, whose pids mean nothing here
+    foreign.write_bytes(b"x")
+    try:
+        assert foreign.name not in remove_stale()
+    finally:
+        foreign.unlink()
 
 
 def test_too_little_shared_memory_is_said_before_anything_is_made(
@@ -147,3 +154,19 @@ def test_too_little_shared_memory_is_said_before_anything_is_made(
     with pytest.raises(StartError, match="--max-num-seqs"):
         Plane.create(experts=16, slots=1 << 20, vocab_size=1 << 20, positions=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expert_without_a_distribution_loses_its_weight_and_costs_no_engine(plane: Plane) -> None:
+    leader, follower = engines(plane)
+    rows = torch.randn(1, VOCABULARY)
+    broken = torch.full((1, VOCABULARY), torch.nan)
+    led = Turn(member(posterior=True), 0, row=0)
+    for engine, row in ((leader, rows), (follower, broken)):
+        engine.join(led.member)
+        engine.announce([led])
+        engine.post([led], row)
+    ready = leader.wait_for_rows([led])
+    mixed = leader.mixed(ready)
+    torch.testing.assert_close(mixed.log_softmax(-1), rows.log_softmax(-1), atol=1e-5, rtol=0)
+    leader.publish(ready, [3])
+    assert np.exp(led.member.log_weights).tolist() == [1.0, 0.0]

@@ -25,14 +25,13 @@ def ensemble() -> Ensemble:
 
 
 def weights(call: Call) -> list[float]:
-    assert call.log_weights is not None
     return np.exp(call.log_weights).round(6).tolist()
 
 
 def test_defaults_are_the_manifests(ensemble: Ensemble) -> None:
     call = parse_call(ensemble, "demo", None)
     assert (call.posterior, call.rule, call.trace) == (True, "velocity", False)
-    assert call.log_weights is None
+    assert weights(call) == [0.25, 0.75]
 
 
 def test_prior_explicit_weights_and_one_expert(ensemble: Ensemble) -> None:

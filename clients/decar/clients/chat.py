@@ -91,7 +91,9 @@ def chat(
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f"--weights is not JSON ({error})") from None
     except openai.APIConnectionError:
-        console.print(f"no server answers at {base_url}; start one with `decar serve DIR`", style="red", soft_wrap=True)
+        console.print(
+            f"no server answers at {base_url}; start one with `decar serve DIR`", style="red", soft_wrap=True
+        )
         raise typer.Exit(1) from None
     except openai.APIError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)

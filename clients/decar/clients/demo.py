@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import socket
 import subprocess
 import sys
 import time
@@ -28,13 +29,15 @@ QUESTIONS = (
 @contextlib.contextmanager
 def serving(directory: Path, port: int, log: Path, console: Console) -> Iterator[str]:
     """Serve ``directory`` until the block ends; give the /v1 address once the server is ready."""
+    if _answers(port):
+        raise SystemExit(f"something already listens on port {port}: stop it, or use `make demo PORT=...`")
     command = [sys.executable, "-m", "decar.server", "serve", str(directory), "--port", str(port)]
     console.print(f"$ decar serve {directory} --port {port}   (log: {log})")
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             deadline = time.monotonic() + START_DEADLINE_S
             with console.status("starting the experts' engines"):
-                while not _healthy(f"http://127.0.0.1:{port}/health"):
+                while process.poll() is not None or not _healthy(f"http://127.0.0.1:{port}/health"):
                     if process.poll() is not None or time.monotonic() > deadline:
                         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
                         raise SystemExit(f"the server did not start; the end of {log}:\n{tail}")
@@ -42,7 +45,15 @@ def serving(directory: Path, port: int, log: Path, console: Console) -> Iterator
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _healthy(url: str) -> bool:

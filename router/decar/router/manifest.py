@@ -202,6 +202,8 @@ def _read_manifest(directory: Path) -> Manifest:
         raise EnsembleError(f"{path} is missing; `decar-train export` writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EnsembleError(f"{path} is not valid JSON ({error})") from None
+    except OSError as error:
+        raise EnsembleError(f"{path} cannot be read ({error.strerror})") from None
     try:
         return Manifest.model_validate(data)
     except pydantic.ValidationError as error:
@@ -256,10 +258,16 @@ def _read_expert(directory: Path, entry: ExpertEntry) -> Expert:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EnsembleError(f"expert {entry.name!r}: {config_path} is not valid JSON ({error})") from None
+    except OSError as error:
+        raise EnsembleError(
+            f"expert {entry.name!r}: {config_path} cannot be read ({error.strerror})"
+        ) from None
     expert = Expert(entry.name, path, entry.prior, config)
     try:
-        assert expert.vocab_size > 0
-    except (KeyError, TypeError, ValueError, AssertionError):
+        usable = expert.vocab_size > 0
+    except (AttributeError, KeyError, TypeError, ValueError):
+        usable = False
+    if not usable:
         raise EnsembleError(f"expert {entry.name!r}: {config_path} names no vocab_size") from None
     return expert
 
@@ -267,7 +275,7 @@ def _read_expert(directory: Path, entry: ExpertEntry) -> Expert:
 def _weight_problems(expert: Expert) -> list[str]:
     try:
         files = expert.weight_files
-    except (json.JSONDecodeError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"expert {expert.name!r}: model.safetensors.index.json cannot be read ({error})"]
     if not files:
         return [f"expert {expert.name!r}: no *.safetensors in {expert.path}; export the expert again"]
@@ -280,7 +288,7 @@ def _weight_problems(expert: Expert) -> list[str]:
                 f"expert {expert.name!r}: weights {file} are missing; copy or export the expert again"
             )
             continue
-        except (ValueError, KeyError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             problems.append(f"expert {expert.name!r}: {file} is not a safetensors file ({error})")
             continue
         actual = file.stat().st_size
@@ -350,10 +358,10 @@ def _read_tokenizer(path: Path) -> dict[str, Any]:
     file = path / "tokenizer.json"
     try:
         data: dict[str, Any] = json.loads(file.read_text())
-        data["model"]["vocab"]
+        _vocabulary(data)
     except FileNotFoundError:
         raise EnsembleError(f"{file} is missing; save the tokenizer as a fast one (tokenizer.json)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise EnsembleError(f"{file} cannot be read ({error})") from None
     return data
 

@@ -7,30 +7,33 @@ Without a trace the object is spliced in front of the first brace, so that nothi
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
 from decar.router import Ensemble
 from decar.router.errors import RequestError
 from decar.server.client import EnsembleClient
 from decar.server.routing import Call, current_call, model_ids, parse_call
 
-GENERATING_PATHS = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations"}
-)
+ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20
 
 
-def extend(app: FastAPI, client: EnsembleClient) -> None:
-    """Add decar's routes and middleware to vLLM's ``app``."""
+def extend(app: FastAPI, client: EnsembleClient, keys: list[str]) -> None:
+    """Add decar's routes and middleware to vLLM's ``app``. With ``keys``, all but /health needs one."""
     app.include_router(router)
     app.state.ensemble_client = client
     # Innermost, so that vLLM's authentication has let the request pass before its body is read.
     app.user_middleware.append(Middleware(DecarMiddleware, ensemble=client.ensemble))
+    if keys:
+        app.user_middleware.insert(0, Middleware(KeyMiddleware, tokens=keys))
     app.middleware_stack = app.build_middleware_stack()  # vLLM's app has already built its own
 
 
@@ -83,6 +86,20 @@ async def ensemble(request: Request) -> JSONResponse:
     )
 
 
+class KeyMiddleware(AuthenticationMiddleware):
+    """Asks for a key everywhere but at /health, where vLLM's own asks for one under some prefixes only."""
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        open_to_all = (
+            scope["type"] == "lifespan" or scope.get("method") == "OPTIONS" or scope["path"] == "/health"
+        )
+        if open_to_all or self.verify_token(Headers(scope=scope)):
+            return self.app(scope, receive, send)
+        return error_response(
+            "give a valid API key: Authorization: Bearer KEY", 401, None, "AuthenticationError"
+        )(scope, receive, send)
+
+
 class DecarMiddleware:
     """Carries the `decar` object between a client and the `Call` that its request becomes."""
 
@@ -92,9 +109,9 @@ class DecarMiddleware:
         self._models = frozenset(model_ids(ensemble))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or path not in GENERATING_PATHS:
+        if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         body = await _read_body(receive)
         if body is None:
             message = f"the request body is larger than {MAX_BODY_BYTES // 2**20} MiB"
@@ -108,9 +125,12 @@ class DecarMiddleware:
                 call = parse_call(self.ensemble, _text(fields.get("model")), fields.pop("decar", None))
             except RequestError as error:
                 return await error_response(str(error), 400, error.param)(scope, receive, send)
+            if call.trace and fields.get("use_beam_search"):
+                message = "decar.trace cannot follow a beam search: leave one of them out"
+                return await error_response(message, 400, "decar.trace")(scope, receive, send)
             current_call.set(call)
             body = json.dumps(fields).encode()
-            if fields.get("model") is None or fields["model"] in self._models:
+            if path in ANNOTATED_PATHS and (fields.get("model") is None or fields["model"] in self._models):
                 send = _Annotated(call, send)
         await self.app(_with_length(scope, len(body)), _replay(body, receive), send)
 

@@ -24,9 +24,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from decar.router import Ensemble, log_prior, log_weights_after
+from decar.router import Ensemble, log_weights_after
 from decar.server.plane import Plane
-from decar.server.routing import Call, ChoiceTrace, current_call
+from decar.server.routing import Call, ChoiceTrace, current_call, parse_call
 from decar.server.seat import REQUEST_KEY, Member
 
 
@@ -37,7 +37,7 @@ class Slots:
         self.total = total
         self._free = list(range(total - 1, -1, -1))  # last freed, first reused: its memory is warm
         self._generation = 0
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[asyncio.Future[int]] = deque()
 
     @property
     def in_use(self) -> int:
@@ -46,31 +46,31 @@ class Slots:
     @contextlib.asynccontextmanager
     async def take(self) -> AsyncIterator[tuple[int, int]]:
         """A slot and its tenant's generation number, for as long as the context lasts."""
-        while not self._free:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if self._free:
+            slot = self._free.pop()
+        else:
+            waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             try:
-                await waiter
+                slot = await waiter
             except asyncio.CancelledError:
                 if waiter.done() and not waiter.cancelled():
-                    self._wake_one()  # it was woken, and leaves: the slot is the next one's
+                    self._pass_on(waiter.result())
                 raise
-            finally:
-                with contextlib.suppress(ValueError):
-                    self._waiters.remove(waiter)
-        slot = self._free.pop()
         self._generation += 1
         try:
             yield slot, self._generation
         finally:
-            self._free.append(slot)
-            self._wake_one()
+            self._pass_on(slot)
 
-    def _wake_one(self) -> None:
-        for waiter in self._waiters:
+    def _pass_on(self, slot: int) -> None:
+        """Give ``slot`` to whoever has waited longest and still does."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(slot)
                 return
+        self._free.append(slot)
 
 
 @dataclass
@@ -125,7 +125,16 @@ class EnsembleClient(EngineClient):
             raise VLLMValidationError("an ensemble does not take a prompt as a stream", parameter="prompt")
         if REQUEST_KEY in (sampling_params.extra_args or {}):
             raise VLLMValidationError(f"vllm_xargs.{REQUEST_KEY} is decar's own", parameter="vllm_xargs")
-        call = current_call.get() or Call("velocity", None, True, False)
+        for field, ids in (
+            ("logit_bias", sampling_params.logit_bias),
+            ("allowed_token_ids", sampling_params.allowed_token_ids),
+        ):
+            if any(token >= self.ensemble.vocab_size for token in ids or ()):
+                raise VLLMValidationError(
+                    f"{field} names a token id beyond the {self.ensemble.vocab_size} that all experts share",
+                    parameter=field,
+                )
+        call = current_call.get() or parse_call(self.ensemble, None, None)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
         return self._generate(call, first_choice, prompt, sampling_params, request_id, kwargs)
@@ -140,9 +149,9 @@ class EnsembleClient(EngineClient):
         kwargs: dict[str, Any],
     ) -> AsyncGenerator[RequestOutput, None]:
         log_weights = call.log_weights
-        if log_weights is None:
+        if call.posterior:
             self._refuse_prompt_logprobs(params)
-            log_weights = await self._posterior_of(prompt, request_id, kwargs)
+            log_weights = await self._posterior_of(log_weights, prompt, request_id, kwargs)
         active = [int(k) for k in np.flatnonzero(np.isfinite(log_weights))]
         if len(active) == 1:
             outputs = self._alone(call, first_choice, active[0], prompt, params, request_id, kwargs)
@@ -237,9 +246,10 @@ class EnsembleClient(EngineClient):
                 ended = {leader} if finished else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
 
-    async def _posterior_of(self, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> np.ndarray:
+    async def _posterior_of(
+        self, prior: np.ndarray, prompt: Any, request_id: str, kwargs: dict[str, Any]
+    ) -> np.ndarray:
         """Score ``prompt`` on every expert; return the posterior log weights [K] after it."""
-        prior = log_prior([expert.prior for expert in self.ensemble.experts])
         scores = await asyncio.gather(
             *(self._score(k, prompt, f"{request_id}-score", kwargs) for k in range(len(self.experts)))
         )

@@ -63,7 +63,7 @@ class Lockstep:
         for turn in turns:
             if self.holds_slot(turn.member):
                 self.mine.running[turn.member.slot] = turn.stamp
-        self.mine.counters[0] += 1
+        self.mine.count("steps")
 
     def finish(self, turns: Sequence[Turn]) -> None:
         """Say that this step gives nothing more."""
@@ -82,17 +82,17 @@ class Lockstep:
         for turn in new:
             self.mine.row_stamp[turn.entry] = turn.stamp
 
-    def wait_for_rows(self, turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
-        """Split the turns this engine leads into those whose rows have all come, and holds."""
+    def wait_for_rows(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Of the turns this engine leads, those whose rows have all come. The rest are holds."""
         ready: list[Turn] = []
         held: list[Turn] = []
         started = time.perf_counter_ns()
         for turn in turns:
             (ready if all(self._row_comes(f, turn) for f in turn.member.followers) else held).append(turn)
-        self.mine.counters[5] += time.perf_counter_ns() - started
-        self.mine.counters[2] += len(held)
-        self.finish(held)
-        return ready, held
+        self.mine.count("wait_ns", time.perf_counter_ns() - started)
+        self.mine.count("leader_holds", len(held))
+        self.finish(held)  # so that no follower waits for their tokens
+        return ready
 
     def mixed(self, turns: Sequence[Turn]) -> torch.Tensor:
         """Mixture logits [len(turns), V] float32 of turns whose rows have all come.
@@ -103,19 +103,22 @@ class Lockstep:
         """
         started = time.perf_counter_ns()
         entries = torch.tensor([turn.entry for turn in turns])
-        rows = torch.stack([block.rows[entries] for block in self.blocks])
-        normalisers = torch.stack([block.log_normaliser[entries] for block in self.blocks])
-        log_weights = torch.tensor([turn.member.log_weights for turn in turns])
+        active = sorted({expert for turn in turns for expert in turn.member.active})
+        rows = torch.stack([self.blocks[expert].rows[entries] for expert in active])
+        normalisers = torch.stack([self.blocks[expert].log_normaliser[entries] for expert in active])
+        log_weights = torch.tensor([[turn.member.log_weights[expert] for expert in active] for turn in turns])
         result = torch.empty(len(turns), self.vocab_size)
         for rule in {turn.member.rule for turn in turns}:
             chosen = [i for i, turn in enumerate(turns) if turn.member.rule == rule]
             result[chosen] = mix(rows[:, chosen], log_weights[chosen], rule, normalisers[:, chosen])
         weights = log_weights.exp()
-        result += torch.where(weights > 0, weights * normalisers.T, 0.0).sum(dim=1, keepdim=True)
+        result += torch.where((weights > 0) & normalisers.T.isfinite(), weights * normalisers.T, 0.0).sum(
+            dim=1, keepdim=True
+        )
         for turn in turns:
             self.mine.log_weights[turn.member.slot, turn.position] = turn.member.log_weights
-        self.mine.counters[1] += len(turns)
-        self.mine.counters[6] += time.perf_counter_ns() - started
+        self.mine.count("mixed_tokens", len(turns))
+        self.mine.count("mix_ns", time.perf_counter_ns() - started)
         return result
 
     def publish(self, turns: Sequence[Turn], tokens: Sequence[int]) -> None:
@@ -131,8 +134,8 @@ class Lockstep:
         """The leaders' tokens for turns this engine follows; None is a hold."""
         started = time.perf_counter_ns()
         tokens = [self._token_comes(turn) for turn in turns]
-        self.mine.counters[5] += time.perf_counter_ns() - started
-        self.mine.counters[3] += tokens.count(None)
+        self.mine.count("wait_ns", time.perf_counter_ns() - started)
+        self.mine.count("follower_holds", tokens.count(None))
         return tokens
 
     def rows_may_come(self, member: Member, position: int) -> bool:
@@ -169,11 +172,13 @@ class Lockstep:
                 yield_core()
 
     def _posterior(self, turn: Turn, token: int) -> list[float]:
-        likelihoods = np.zeros(len(self.blocks))
+        """Weights after ``token``. An expert that gave no distribution (NaN, all -inf) had no part in it."""
+        likelihoods = np.full(len(self.blocks), -np.inf)
         for expert in turn.member.active:
             block = self.blocks[expert]
-            likelihoods[expert] = float(block.rows[turn.entry, token]) - float(
-                block.log_normaliser[turn.entry]
-            )
+            likelihood = float(block.rows[turn.entry, token]) - float(block.log_normaliser[turn.entry])
+            likelihoods[expert] = likelihood if np.isfinite(likelihood) else -np.inf
+        if not np.isfinite(likelihoods + turn.member.log_weights).any():
+            return turn.member.log_weights
         weights: list[float] = log_weights_after(turn.member.log_weights, likelihoods).tolist()
         return weights

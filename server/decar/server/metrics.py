@@ -41,6 +41,9 @@ class SharedMetrics:
                 if expert == 0:
                     self._logger.log_engine_initialized()
 
+            def record_admission_rejection(self, *args: Any, **kwargs: Any) -> None:
+                self._logger.record_admission_rejection(*args, **kwargs)
+
             def record_sleep_state(self, *args: Any, **kwargs: Any) -> None:
                 self._logger.record_sleep_state(*args, **kwargs)
 

@@ -28,6 +28,7 @@ from decar.router.errors import StartError
 DIRECTORY = Path("/dev/shm")
 PREFIX = "decar-"
 NOTHING = 0
+COUNTERS = ("steps", "mixed_tokens", "leader_holds", "follower_holds", "yielded", "wait_ns", "mix_ns")
 _ALIGNMENT = 64
 
 
@@ -68,7 +69,7 @@ class PlaneSpec:
             "token_stamp": ((s, 2), np.int64),
             "token": ((s, 2), np.int64),
             "log_normaliser": ((s, 2), np.float32),
-            "counters": ((8,), np.int64),
+            "counters": ((len(COUNTERS),), np.int64),
             "log_weights": ((s, t, k), np.float32),  # weights that mixed each position; leaders write it
             "rows": ((s, 2, v), np.float32),
         }
@@ -99,8 +100,6 @@ class Block:
     access Python has; entry ``2 * slot + parity`` of the three doubled ones.
     """
 
-    COUNTERS = ("steps", "mixed_tokens", "leader_holds", "follower_holds", "yielded", "wait_ns", "mix_ns")
-
     def __init__(self, spec: PlaneSpec, memory: mmap.mmap, expert: int):
         offsets, size = spec.offsets()
         base = spec.header_bytes + expert * size
@@ -115,12 +114,16 @@ class Block:
         self.token_stamp = view("token_stamp").reshape(-1).data
         self.token = view("token").reshape(-1).data
         self.log_normaliser = torch.from_numpy(view("log_normaliser").reshape(-1))  # [2S]
-        self.counters = view("counters")
+        self._counters = view("counters")
         self.log_weights = view("log_weights")
         self.rows = torch.from_numpy(view("rows").reshape(-1, spec.vocab_size))  # [2S, V]
 
+    def count(self, name: str, by: int = 1) -> None:
+        self._counters[COUNTERS.index(name)] += by
+
     def counted(self) -> dict[str, int]:
-        return dict(zip(self.COUNTERS, self.counters.tolist(), strict=False))
+        """What this engine has counted since it started."""
+        return dict(zip(COUNTERS, self._counters.tolist(), strict=True))
 
     def row(self, slot: int, stamp: int) -> bool:
         """Whether this engine's row for ``stamp`` is there."""
@@ -147,7 +150,7 @@ class Plane:
         Raises:
             StartError: /dev/shm has too little room; says how much is needed.
         """
-        name = f"{PREFIX}{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
+        name = f"{PREFIX}{_pid_namespace()}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
         spec = PlaneSpec(name, experts, slots, vocab_size, positions)
         free = os.statvfs(DIRECTORY).f_bavail * os.statvfs(DIRECTORY).f_frsize
         if spec.size_bytes > free:
@@ -158,7 +161,7 @@ class Plane:
             )
         descriptor = os.open(DIRECTORY / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
-            os.ftruncate(descriptor, spec.size_bytes)
+            os.posix_fallocate(descriptor, 0, spec.size_bytes)  # sparse, it could end in SIGBUS later
             plane = cls(spec, mmap.mmap(descriptor, spec.size_bytes))
         finally:
             os.close(descriptor)
@@ -187,13 +190,18 @@ def unlink(name: str) -> None:
 def remove_stale() -> list[str]:
     """Remove segments whose gateway is gone (killed with -9, say); return their names."""
     stale = []
-    for path in DIRECTORY.glob(f"{PREFIX}*-*-*"):
-        pid, started = path.name.removeprefix(PREFIX).split("-")[:2]
+    for path in DIRECTORY.glob(f"{PREFIX}{_pid_namespace()}-*-*-*"):
+        pid, started = path.name.removeprefix(PREFIX).split("-")[1:3]
         if pid.isdigit() and _start_time(int(pid)) != started:
             with contextlib.suppress(FileNotFoundError, PermissionError):
                 path.unlink()
                 stale.append(path.name)
     return stale
+
+
+def _pid_namespace() -> int:
+    """Containers may share /dev/shm but not process ids: each looks after its own segments."""
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def _start_time(pid: int) -> str:

@@ -46,14 +46,15 @@ class Call:
     """One HTTP request's way through the ensemble. Made by the gateway, filled in by `EnsembleClient`.
 
     Attributes:
-        log_weights: float64 [K] to start from, or None where the posterior decides.
+        log_weights: float64 [K] to start from.
+        posterior: whether the prompt and every token move them on.
         choices: by choice index, once routed.
     """
 
-    rule: Rule
-    log_weights: np.ndarray | None
-    posterior: bool
-    trace: bool
+    log_weights: np.ndarray
+    rule: Rule = "velocity"
+    posterior: bool = False
+    trace: bool = False
     choices: dict[int, ChoiceTrace] = field(default_factory=dict)
     prompts: int = 0  # prompts seen so far: a completion request may bring several
 
@@ -74,6 +75,7 @@ def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
         RequestError: says which field is wrong and how to mend it.
     """
     parsed = _validated(options)
+    trace = bool(parsed.trace)
     alone = expert_of(ensemble, model)
     if alone is not None:
         if parsed.weights is not None or parsed.route is not None or parsed.rule is not None:
@@ -83,17 +85,15 @@ def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
                 "decar",
             )
         log_weights = log_prior([float(name == alone) for name in ensemble.expert_names])
-        return Call("velocity", log_weights, False, bool(parsed.trace))
+        return Call(log_weights, trace=trace)
     rule = parsed.rule or ensemble.manifest.mixing.rule
     if parsed.weights is not None:
         if parsed.route is not None:
             raise RequestError("decar.weights fixes the weights: leave decar.route out", "decar.route")
-        return Call(rule, _explicit(ensemble, parsed.weights), False, bool(parsed.trace))
+        return Call(_explicit(ensemble, parsed.weights), rule, trace=trace)
     route = parsed.route or ensemble.manifest.router.kind
-    if route == "prior":
-        priors = log_prior([expert.prior for expert in ensemble.experts])
-        return Call(rule, priors, False, bool(parsed.trace))
-    return Call(rule, None, True, bool(parsed.trace))
+    priors = log_prior([expert.prior for expert in ensemble.experts])
+    return Call(priors, rule, posterior=route == "posterior" and len(priors) > 1, trace=trace)
 
 
 def expert_of(ensemble: Ensemble, model: str | None) -> str | None:

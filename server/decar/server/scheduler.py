@@ -15,7 +15,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from decar.server.lockstep import Lockstep
 from decar.server.plane import Plane
-from decar.server.seat import Member, Seat, end_with
+from decar.server.seat import Member, Seat
 
 
 class LockstepScheduler(Scheduler):
@@ -24,7 +24,6 @@ class LockstepScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         seat: Seat = self.vllm_config.additional_config
-        end_with(seat.gateway_pid, seat.plane.name)
         self.lockstep = Lockstep(Plane.attach(seat.plane), seat.expert)
         self._held: dict[str, tuple[Request, Member]] = {}
 
@@ -79,7 +78,7 @@ class LockstepScheduler(Scheduler):
             self.running.remove(youngest)
             self._preempt_request(youngest, time.monotonic())
             del self._held[youngest.request_id]
-            self.lockstep.mine.counters[4] += 1
+            self.lockstep.mine.count("yielded")
 
 
 def _age(request: Request) -> tuple[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import select
 import threading
@@ -31,6 +32,12 @@ class Seat:
     plane: PlaneSpec
     cpus: tuple[int, ...]
     gateway_pid: int
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickling is the first that a new engine process does: from here on it ends with its gateway."""
+        self.__dict__.update(state)
+        if os.getpid() != self.gateway_pid:
+            _end_with(self.gateway_pid, self.plane.name)
 
     def compute_hash(self) -> str:
         """vLLM keys its compile cache with this: nothing here changes a compiled model."""
@@ -73,7 +80,8 @@ class Member:
         return cls(**wire) if wire else None
 
 
-def end_with(gateway_pid: int, plane_name: str) -> None:
+@functools.cache  # one watch per process
+def _end_with(gateway_pid: int, plane_name: str) -> None:
     """End this process when the gateway dies, however it dies, and leave no shared memory behind.
 
     A signal on the parent's death would follow the parent's *thread*, and engines are started from threads.

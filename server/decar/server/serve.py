@@ -32,12 +32,23 @@ logger = logging.getLogger("decar")
 DEFAULT_KV_BYTES = 1 << 30
 ENGINE_OVERHEAD_BYTES = 700 << 20  # a CPU engine's code and buffers, measured
 RESERVED_FLAGS = (
-    "worker_cls",
-    "scheduler_cls",
     "additional_config",
-    "speculative_config",
+    "api_server_count",
+    "async_scheduling",
+    "data_parallel_size",
+    "enable_prompt_embeds",
+    "headless",
+    "model",
+    "pipeline_parallel_size",
+    "scheduler_cls",
     "scheduling_policy",
+    "served_model_name",
+    "speculative_config",
+    "tensor_parallel_size",
+    "uds",
+    "worker_cls",
 )
+"""vLLM flags that decar sets itself, or that an engine in lockstep cannot follow."""
 
 
 def serve(directory: Path, flags: Sequence[str]) -> None:
@@ -55,13 +66,14 @@ def serve(directory: Path, flags: Sequence[str]) -> None:
     args = _parse(ensemble, flags)
     import uvloop
 
-    with _listening_socket(args) as sock:
+    with _bound_socket(args) as sock:
         for name in remove_stale():
             logger.warning("removed shared memory %s of a server that is gone", name)
         uvloop.run(_serve(ensemble, args, sock))
 
 
 async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket) -> None:
+    from vllm import envs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.launcher import serve_http
@@ -72,7 +84,7 @@ async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket) -> No
     async with _running_ensemble(ensemble, args) as client:
         tasks = await client.get_supported_tasks()
         app = build_app(args, tasks, client.model_config)
-        extend(app, client)
+        extend(app, client, [key for key in args.api_key or [envs.VLLM_API_KEY] if key])
         await init_app_state(client, app.state, args, tasks)
         log_config = get_uvicorn_log_config(args)
         host, port = sock.getsockname()[:2]
@@ -100,25 +112,21 @@ async def _running_ensemble(ensemble: Ensemble, args: Namespace) -> AsyncIterato
     """Engines started and warm; stopped, with their memory given back, on the way out."""
     from decar.server.client import EnsembleClient
 
-    configs = [_engine_args(ensemble, expert, args) for expert in range(len(ensemble.experts))]
-    vllm_config = configs[0].create_engine_config()
-    _check_memory(ensemble, configs[0].kv_cache_memory_bytes)
+    configs = [_vllm_config(ensemble, expert, args) for expert in range(len(ensemble.experts))]
+    _check_memory(ensemble, configs[0].cache_config.kv_cache_memory_bytes)
     plane = Plane.create(
         len(ensemble.experts),
-        vllm_config.scheduler_config.max_num_seqs,
+        configs[0].scheduler_config.max_num_seqs,
         ensemble.vocab_size,
-        vllm_config.model_config.max_model_len,
+        configs[0].model_config.max_model_len,
     )
     started: list[Any] = []
     try:
-        engines = await _start_engines(ensemble, configs, plane, started)
+        engines = await _start_engines(ensemble, configs, plane, started, args.disable_log_stats)
         client = EnsembleClient(ensemble, engines, [_engine_pid(engine) for engine in engines], plane)
         client.watch_engines()
         await _warm_up(client)
-        try:
-            yield client
-        finally:
-            client.shutdown(timeout=args.shutdown_timeout)
+        yield client  # vLLM's server shuts the client down when it is told to stop
     finally:
         for engine in started:
             engine.shutdown(timeout=0)
@@ -128,9 +136,9 @@ async def _running_ensemble(ensemble: Ensemble, args: Namespace) -> AsyncIterato
 
 
 async def _start_engines(
-    ensemble: Ensemble, configs: Sequence[Any], plane: Plane, started: list[Any]
+    ensemble: Ensemble, configs: Sequence[Any], plane: Plane, started: list[Any], disable_log_stats: bool
 ) -> list[Any]:
-    """Build one `AsyncLLM` per expert, side by side; ``started`` holds those that came up, also on failure."""
+    """Build one `AsyncLLM` per expert, side by side; ``started`` has those that came up, also on failure."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from decar.server.metrics import SharedMetrics
@@ -139,10 +147,11 @@ async def _start_engines(
     cpus = _share_cores(len(configs))
 
     def start(expert: int) -> Any:
-        config = configs[expert]
-        config.additional_config = Seat(expert, plane.spec, cpus[expert], os.getpid())
-        engine = AsyncLLM.from_engine_args(
-            config, stat_loggers=None if config.disable_log_stats else [metrics.factory_for(expert)]
+        configs[expert].additional_config = Seat(expert, plane.spec, cpus[expert], os.getpid())
+        engine = AsyncLLM.from_vllm_config(
+            configs[expert],
+            stat_loggers=None if disable_log_stats else [metrics.factory_for(expert)],
+            disable_log_stats=disable_log_stats,
         )
         started.append(engine)
         return engine
@@ -169,12 +178,8 @@ async def _warm_up(client: Any) -> None:
 
     experts = len(client.experts)
     everyone = log_prior([1.0] * experts)
-    calls = [Call("velocity", None, True, False)]
-    calls += [Call(rule, everyone, False, False) for rule in ("velocity", "logit")]
-    calls += [
-        Call("velocity", log_prior([float(j == k) for j in range(experts)]), False, False)
-        for k in range(experts)
-    ]
+    calls = [Call(everyone, posterior=experts > 1), Call(everyone, "velocity"), Call(everyone, "logit")]
+    calls += [Call(log_prior([float(j == k) for j in range(experts)])) for k in range(experts)]
 
     async def run(call: Call, params: SamplingParams) -> None:
         current_call.set(call)
@@ -206,14 +211,13 @@ def _parse(ensemble: Ensemble, flags: Sequence[str]) -> Namespace:
     args = parser.parse_args(list(flags))
     for reserved in RESERVED_FLAGS:
         if getattr(args, reserved, None) != getattr(defaults, reserved, None):
-            raise StartError(f"--{reserved.replace('_', '-')} is set by decar and cannot be passed through")
+            raise StartError(
+                f"--{reserved.replace('_', '-')} cannot be passed: decar sets it, or it does not fit an ensemble"
+            )
     if args.model_tag is not None:
         raise StartError(
             f"unexpected argument {args.model_tag!r}: the ensemble directory says which models to serve"
         )
-    for parallel in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if getattr(args, parallel) != 1:
-            raise StartError(f"--{parallel.replace('_', '-')} must be 1: an expert's engine is one process")
     args.model = str(ensemble.directory)
     args.served_model_name = model_ids(ensemble)
     args.host = args.host or "127.0.0.1"
@@ -222,14 +226,19 @@ def _parse(ensemble: Ensemble, flags: Sequence[str]) -> Namespace:
 
 
 @contextlib.contextmanager
-def _listening_socket(args: Namespace) -> Any:
+def _bound_socket(args: Namespace) -> Any:
     """Take the port before the engines start, so that a taken one is known at once."""
     from vllm.entrypoints.launchers.launcher import create_server_socket
     from vllm.utils.system_utils import set_ulimit
 
+    # Two sockets may be bound to one port as long as neither listens, and a server listens only once it is warm.
+    claim = socket.socket(socket.AF_UNIX)
     try:
+        if args.port:
+            claim.bind(f"\0decar-{args.host}-{args.port}")
         sock = create_server_socket((args.host, args.port), reuse_port=False)
     except OSError as error:
+        claim.close()
         raise StartError(
             f"cannot listen on {args.host}:{args.port} ({error.strerror}); stop what uses it, or choose another --port"
         ) from None
@@ -238,16 +247,41 @@ def _listening_socket(args: Namespace) -> Any:
         yield sock
     finally:
         sock.close()
+        claim.close()
+
+
+def _vllm_config(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
+    """The user's flags with what one expert's engine needs, checked by vLLM.
+
+    Raises:
+        StartError: vLLM refuses the flags for this expert, or the lockstep cannot serve its architecture.
+    """
+    name = ensemble.experts[expert].name
+    try:
+        config = _engine_args(ensemble, expert, args).create_engine_config()
+    except ValueError as error:  # pydantic's ValidationError is one
+        reason = " ".join(str(error).split("[type=")[0].split())
+        raise StartError(f"expert {name!r}: vLLM refuses these flags: {reason}") from None
+    if config.model_config.is_hybrid or config.model_config.is_attention_free:
+        raise StartError(
+            f"expert {name!r} ({ensemble.experts[expert].architecture}) keeps a recurrent state, which a position that "
+            "runs again would advance twice; only attention models can be mixed"
+        )
+    return config
 
 
 def _engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
-    """The user's flags with what one expert's engine needs."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
     engine = AsyncEngineArgs.from_cli_args(args)
     engine.model = str(ensemble.experts[expert].path)
-    engine.tokenizer = engine.tokenizer or engine.model
+    # One tokenizer configuration and one generation_config.json, the first expert's, for all: what ends an
+    # answer must not depend on which expert leads.
+    first = str(ensemble.experts[0].path)
+    engine.tokenizer = engine.tokenizer or first
+    if engine.generation_config == "auto":
+        engine.generation_config = first
     engine.served_model_name = [ensemble.name]
     engine.worker_cls = "decar.server.worker.LockstepWorker"
     engine.scheduler_cls = "decar.server.scheduler.LockstepScheduler"

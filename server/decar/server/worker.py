@@ -8,8 +8,10 @@ tokens before the runner keeps them: leaders publish theirs, followers adopt.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -45,7 +47,6 @@ class LockstepWorker(_Worker):
         self._members: dict[str, Member] = {}
         self._turns: dict[str, Turn] = {}  # this step's, by request
         self._ready: list[Turn] = []
-        self._held: list[Turn] = []
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -65,25 +66,37 @@ class LockstepWorker(_Worker):
         runner, lockstep = self.model_runner, self.lockstep
         state = runner.execute_model_state
         if state is None or not self._turns:
-            return super().sample_tokens(grammar_output)
+            return self._sample_sparing((), grammar_output)
         for request_id, turn in self._turns.items():
             turn.row = runner.input_batch.req_id_to_index[request_id]
         turns = [turn for turn in self._turns.values() if lockstep.holds_slot(turn.member)]
         lockstep.post(turns, state.logits)
         led = [turn for turn in turns if turn.member.leader == lockstep.expert]
-        self._ready, self._held = lockstep.wait_for_rows(led)
+        self._ready = lockstep.wait_for_rows(led)
         if self._ready:
             logits = state.logits.float()
             rows = [turn.row for turn in self._ready]
             logits[rows] = -torch.inf
             logits[rows, : lockstep.vocab_size] = lockstep.mixed(self._ready).to(logits.device)
             runner.execute_model_state = state._replace(logits=logits)
-        generators = runner.input_batch.generators
-        kept = {turn.row: generators.pop(turn.row) for turn in self._held if turn.row in generators}
-        output = super().sample_tokens(grammar_output)
-        generators.update(kept)  # a held turn draws no random number
+        ready = {turn.row for turn in self._ready}
+        undecided = [turn.row for turn in self._turns.values() if turn.row not in ready]
+        output = self._sample_sparing(undecided, grammar_output)
         lockstep.finish(turns)
         return output
+
+    def _sample_sparing(self, rows: Iterable[int], grammar_output: Any) -> Any:
+        """Sample, but let neither ``rows`` nor unfinished prompts draw from their seeded generators.
+
+        Their sample is dropped. vLLM would take the draw back, which a CPU generator cannot do: it raises.
+        """
+        batch = self.model_runner.input_batch
+        unfinished = np.flatnonzero(self.model_runner.discard_request_mask.np[: batch.num_reqs]).tolist()
+        spared = {row: batch.generators.pop(row) for row in {*rows, *unfinished} if row in batch.generators}
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            batch.generators.update(spared)
 
     def _sample_in_lockstep(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
         output = self._sample(logits, spec_decode_metadata)
@@ -129,17 +142,22 @@ class LockstepWorker(_Worker):
             if member is None:
                 continue
             state = self.model_runner.requests[request_id]
-            if cached.num_output_tokens[i] > len(state.output_token_ids):
-                self._adopt_late(request_id, member, state)
+            late = cached.num_output_tokens[i] > len(state.output_token_ids)
+            if late and not self._adopt_late(request_id, member, state):
+                continue
             scheduled = scheduler_output.num_scheduled_tokens[request_id]
             if cached.num_computed_tokens[i] + scheduled >= state.num_tokens:
                 turns[request_id] = Turn(member, position=len(state.output_token_ids))
         return turns
 
-    def _adopt_late(self, request_id: str, member: Member, state: Any) -> None:
-        """Catch up with the scheduler, which took a held follower's token from the plane between two steps."""
+    def _adopt_late(self, request_id: str, member: Member, state: Any) -> bool:
+        """Catch up with the scheduler, which took a held follower's token from the plane between two steps.
+
+        False if the token is gone: the request has ended, its slot has a new tenant, and its abort is on the way.
+        """
         token = self.lockstep.decided(member, len(state.output_token_ids))
-        assert token is not None, "the scheduler saw a token that is not in the plane"
+        if token is None:
+            return False
         state.output_token_ids.append(token)
         batch = self.model_runner.input_batch
         row = batch.req_id_to_index.get(request_id)
@@ -148,6 +166,7 @@ class LockstepWorker(_Worker):
             batch.token_ids_cpu[row, end] = token
             batch.is_token_ids[row, end] = True
             batch.num_tokens_no_spec[row] = end + 1
+        return True
 
     def _shared_vocabulary_only(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Logits with ids that some expert has no row for masked: they could not be fed to every expert."""
