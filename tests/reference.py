@@ -250,11 +250,11 @@ def logits_of(model: Any, sequences: Sequence[Sequence[int]], vocab_size: int) -
     """
     width = max(map(len, sequences))
     ids = torch.tensor([[*sequence, *[0] * (width - len(sequence))] for sequence in sequences])
-    with _one_thread():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return torch.as_tensor(logits[..., :vocab_size].double())
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return torch.as_tensor(logits[..., :vocab_size]).double()
 
 
+@_one_thread()
 def log_likelihood(model: Any, sequences: Sequence[Sequence[int]], vocab_size: int) -> torch.Tensor:
     """log p(each sequence without its first token | its first token): [B] float64. Nothing predicts the first."""
     scores = logits_of(model, sequences, vocab_size).log_softmax(dim=-1)
@@ -286,6 +286,7 @@ class Decoded:
     finished: bool = False  # an end-of-sequence token was chosen
 
 
+@_one_thread()
 def mixture_decode(
     reference: Reference,
     prompts: Sequence[Sequence[int]],
@@ -381,7 +382,7 @@ def sequence_log_probs(reference: Reference, sequence: Sequence[int]) -> torch.T
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-def prompt_texts(count: int, min_words: int = 2, max_words: int = 14) -> list[str]:
+def prompt_texts(count: int, min_words: int = 2, max_words: int = 10) -> list[str]:
     """Different short texts of ``min_words`` to ``max_words`` words, always the same."""
     words = stdlib_text("string", "shelve", "calendar", "heapq").encode("ascii", "ignore").decode().split()
     texts = []

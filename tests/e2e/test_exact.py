@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -51,10 +51,15 @@ def clear_answers(reference: Reference, decode: dict[str, Any], count: int = PRO
 
 
 async def complete_all(
-    server: Server, model: str, prompts: Sequence[list[int]], decar: dict[str, Any] | None, **options: Any
+    server: Server,
+    model: str,
+    prompts: Sequence[list[int]],
+    decar: dict[str, Any] | None,
+    extra: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> list[tuple[Answer, dict[str, Any]]]:
     """Answers to all ``prompts``, asked for at once, with each response's ``decar`` object."""
-    extra = {**COMPLETION_EXTRAS, **({"decar": decar} if decar else {})}
+    extra = {**COMPLETION_EXTRAS, "decar": decar, **(extra or {})}
     async with server.async_openai() as client:
         options = {"max_tokens": MAX_TOKENS, "temperature": 0, "logprobs": 5, **options}
         completions = await asyncio.gather(
@@ -143,6 +148,11 @@ async def test_each_expert_alone(trio_server: Server, trio: Reference, expert: s
         assert summary == {"experts": [expert], "leader": expert, "degraded": []}
 
 
+@pytest.fixture(scope="module")
+def left_answers(twins: Reference) -> list[Decoded]:
+    return clear_answers(twins.alone("left"), {})
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "decar",
@@ -156,14 +166,13 @@ async def test_each_expert_alone(trio_server: Server, trio: Reference, expert: s
     ids=["equal", "left", "almost-right", "prior", "posterior"],
 )
 async def test_identical_experts_are_one(
-    twins_server: Server, twins: Reference, decar: dict[str, Any], rule: Rule
+    twins_server: Server, twins: Reference, left_answers: list[Decoded], decar: dict[str, Any], rule: Rule
 ) -> None:
     left = twins.alone("left")
-    expected = clear_answers(left, {})
-    prompts = [one.prompt for one in expected]
+    prompts = [one.prompt for one in left_answers]
     alone = await complete_all(twins_server, left.name, prompts, None)
     mixed = await complete_all(twins_server, twins.name, prompts, {**decar, "rule": rule, "trace": True})
-    for one, (by_expert, _), (answer, _) in zip(expected, alone, mixed, strict=True):
+    for one, (by_expert, _), (answer, _) in zip(left_answers, alone, mixed, strict=True):
         assert answer.tokens == by_expert.tokens
         assert answer.text == by_expert.text
         assert answer.logprobs == pytest.approx(by_expert.logprobs, abs=LOGPROB_TOLERANCE)
@@ -186,6 +195,20 @@ async def test_prompts_longer_than_a_prefill_chunk(duo_server: Server, duo: Refe
     for one, (answer, summary) in zip(expected, found, strict=True):
         assert_equal(duo, one, answer)
         assert_trace(duo, one, answer, summary)
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.3}, {"temperature": 1.0, "seed": 9}], ids=str)
+async def test_identical_experts_are_one_also_after_mixing(
+    twins_server: Server, twins: Reference, left_answers: list[Decoded], options: dict[str, Any]
+) -> None:
+    """A repetition penalty depends on the logits' scale, a sampled token on the random numbers drawn."""
+    prompts = [one.prompt for one in left_answers]
+    extra = {key: options[key] for key in options if key == "repetition_penalty"}
+    standard = {key: options[key] for key in options if key not in extra}
+    alone = await complete_all(twins_server, f"{twins.name}/left", prompts, None, extra, **standard)
+    mixed = await complete_all(twins_server, twins.name, prompts, {"route": "posterior"}, extra, **standard)
+    assert [answer.tokens for answer, _ in mixed] == [answer.tokens for answer, _ in alone]
+    assert [answer.tokens for answer, _ in mixed] != [one.tokens for one in left_answers]
 
 
 async def test_posterior_answers_obey_the_chain_rule(duo_server: Server, duo: Reference) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +128,13 @@ async def test_answers_under_load_are_those_given_alone(duo_server: Server, duo:
     assert {leader for _, leader in answers} == set(duo.experts)
     assert sum(duo_server.metric("vllm:num_preemptions_total")) > preemptions, "memory was never short"
     after = counted(duo_server)
-    print({key: after[key] - before[key] for key in after})
+    holds, mixed = (
+        sum(after[key] - before[key] for key in keys)
+        for keys in (("leader_holds", "follower_holds"), ("mixed_tokens",))
+    )
+    assert mixed > 0
+    # A few in a hundred are seen. Engines that run each other's misses again and again have more holds than tokens.
+    assert holds < mixed / 2, after
     wait_until(duo_server.is_idle, 10, "nothing runs after the last answer")
 
 
@@ -140,33 +147,34 @@ def counted(server: Server) -> dict[str, int]:
 async def test_cancelled_requests_leave_nothing_behind(duo_server: Server, duo: Reference) -> None:
     requests = make_requests(duo, CANCELLED, seed=13)
     rng = random.Random(17)
-    chunks = [rng.randint(0, 8) for _ in requests]
+    chunks = [rng.randint(0, 8) for _ in requests]  # 0: as soon as the response begins
+    patience_s = [
+        rng.choice((None, None, None, rng.uniform(0, 0.3))) for _ in requests
+    ]  # a quarter give up early
     places = asyncio.Semaphore(2 * MAX_NUM_SEQS)  # more than run at once: some are cancelled while they wait
 
-    async def start_and_leave(request: Request, chunks_wanted: int) -> int:
-        async with places:
-            stream = await client.completions.create(
-                model=duo.name,
-                prompt=list(request.prompt),
-                max_tokens=150,
-                temperature=0,
-                stream=True,
-                extra_body={"ignore_eos": True, "decar": request.decar},
-            )
+    async def start_and_leave(request: Request, chunks_wanted: int) -> None:
+        stream = await client.completions.create(
+            model=duo.name,
+            prompt=list(request.prompt),
+            max_tokens=150,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True, "decar": request.decar},
+        )
+        async with stream:
             seen = 0
-            async with stream:
-                if chunks_wanted:
-                    async for _ in stream:
-                        seen += 1
-                        if seen == chunks_wanted:
-                            break
-            return seen
+            while seen < chunks_wanted:
+                await anext(stream)
+                seen += 1
+
+    async def run(index: int) -> None:
+        async with places:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(start_and_leave(requests[index], chunks[index]), patience_s[index])
 
     async with duo_server.async_openai() as client:
-        seen = await asyncio.gather(
-            *(start_and_leave(request, count) for request, count in zip(requests, chunks, strict=True))
-        )
-        assert seen == chunks
+        await asyncio.gather(*(run(index) for index in range(CANCELLED)))
         started = time.monotonic()
         fresh = Request(requests[0].prompt, 16, {"route": "posterior"})
         answer, _ = await ask(client, duo.name, fresh)

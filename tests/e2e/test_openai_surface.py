@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -14,7 +14,7 @@ import torch
 import xgrammar
 
 from tests.e2e.conftest import MAX_NUM_SEQS
-from tests.helpers import COMPLETION_EXTRAS, Answer, Server, answer_of, names
+from tests.helpers import COMPLETION_EXTRAS, Answer, Server, answer_of, in_batches, names
 from tests.reference import Decoded, Reference, mixture_decode, prompt_texts
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
@@ -43,11 +43,17 @@ def clear_answer(
     reference: Reference, max_tokens: int, accept: Callable[[Decoded], bool] = bool, **options: Any
 ) -> Decoded:
     """The reference's answer to the first prompt for which it is decided clearly, and acceptable."""
-    prompts = [reference.encode(text) for text in prompt_texts(24)]
-    for answer in mixture_decode(reference, prompts, max_tokens, **{"weights": WEIGHTS, **options}):
-        if answer.margin > LEAD and accept(answer):
-            return answer
+    for texts in in_batches(prompt_texts(24), 6):
+        for answer in decode(reference, texts, max_tokens, **options):
+            if answer.margin > LEAD and accept(answer):
+                return answer
     raise AssertionError("no prompt is decided clearly")
+
+
+def decode(reference: Reference, texts: Sequence[str], max_tokens: int, **options: Any) -> list[Decoded]:
+    """The reference's answers, under fixed weights unless ``options`` say otherwise."""
+    prompts = [reference.encode(text) for text in texts]
+    return mixture_decode(reference, prompts, max_tokens, **{"weights": WEIGHTS, **options})
 
 
 def complete(client: openai.OpenAI, model: str, prompt: Any, **options: Any) -> Any:
@@ -388,10 +394,11 @@ def test_the_end_of_sequence_token_ends_an_answer(client: openai.OpenAI, duo: Re
 @pytest.mark.parametrize("route", ["weights", "posterior"])
 def test_penalties(client: openai.OpenAI, duo: Reference, options: dict[str, float], route: str) -> None:
     plain: dict[str, Any] = {"weights": WEIGHTS} if route == "weights" else {"weights": None}
-    without = {tuple(a.prompt): a.tokens for a in _all_answers(duo, 32, **plain)}
-    expected = clear_answer(
-        duo, 32, lambda answer: answer.tokens != without[tuple(answer.prompt)], **plain, **options
-    )
+
+    def shows(answer: Decoded) -> bool:
+        return answer.tokens != mixture_decode(duo, [answer.prompt], 32, **plain)[0].tokens
+
+    expected = clear_answer(duo, 32, shows, **plain, **options)
     decar = {"weights": WEIGHTS} if route == "weights" else {"route": "posterior"}
     answer = complete(
         client, duo.name, expected.prompt, max_tokens=32, logprobs=5, extra_body={**options, "decar": decar}
@@ -412,12 +419,6 @@ def test_logit_bias(client: openai.OpenAI, duo: Reference) -> None:
         logit_bias={str(token): value for token, value in bias.items()},
     )
     _assert_tokens_and_logprobs(answer_of(answer.choices[0]), expected)
-
-
-def _all_answers(reference: Reference, max_tokens: int, **options: Any) -> list[Decoded]:
-    return mixture_decode(
-        reference, [reference.encode(text) for text in prompt_texts(24)], max_tokens, **options
-    )
 
 
 def _assert_tokens_and_logprobs(answer: Answer, expected: Decoded) -> None:
