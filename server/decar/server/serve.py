@@ -200,6 +200,7 @@ def _prepare_environment() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # its import leaves named semaphores in /dev/shm
 
 
 def _parse(ensemble: Ensemble, flags: Sequence[str]) -> Namespace:

@@ -7,13 +7,17 @@ tokens before the runner keeps them: leaders publish theirs, followers adopt.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from vllm.platforms import current_platform
+from vllm.v1.executor import uniproc_executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from decar.server.lockstep import Lockstep, Turn
@@ -33,6 +37,11 @@ class InProcessExecutor(UniProcExecutor):
     """The worker in the engine's own process. vLLM's CPU platform refuses "uni" only because it sets OpenMP
     up through the environment of a new process; `LockstepWorker` binds its threads itself."""
 
+    def _init_executor(self) -> None:
+        # vLLM's lock for the worker; of the fork context, it has no name in /dev/shm to leave behind.
+        uniproc_executor.Lock = multiprocessing.get_context("fork").Lock
+        super()._init_executor()
+
 
 class LockstepWorker(_Worker):
     """A vLLM worker whose requests may be shared with other engines."""
@@ -49,6 +58,7 @@ class LockstepWorker(_Worker):
         self._ready: list[Turn] = []
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
         super().load_model(*args, **kwargs)
         model = self.model_runner.model
         self._compute_logits = model.compute_logits
