@@ -75,6 +75,7 @@ def test_transformers_loads_experts_and_their_chat_template(
         tokenizer = AutoTokenizer.from_pretrained(expert.path)
         model = AutoModelForCausalLM.from_pretrained(expert.path)
         assert model.dtype == torch.float32
+        assert model.config.use_cache
         assert GenerationConfig.from_pretrained(expert.path).eos_token_id == tokenizer.eos_token_id
         chat = [
             {"role": "system", "content": "the wind"},

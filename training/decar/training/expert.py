@@ -268,6 +268,8 @@ def train_expert(config: TrainConfig, name: str, stage: Stage, callbacks: Iterab
         held_out_loss=mean_loss(model, held_out, config.training.batch_size),
         train_time_s=time.monotonic() - start_s,
     )
+    # The Trainer switches the cache off, and whoever generates with the saved model would generate without one.
+    model.config.use_cache = True
     with stage.writing() as directory:
         model.save_pretrained(directory)
         for file in sorted((config.work_dir / "tokenizer").glob("*token*")):
