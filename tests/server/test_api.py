@@ -110,3 +110,17 @@ async def test_a_body_without_end_is_cut_off(ensemble: Ensemble, monkeypatch: py
         response = await client.post("/v1/completions", content=b"x" * 1001)
     assert response.status_code == 413
     assert response.json()["error"]["type"] == "BadRequestError"
+
+
+async def test_with_a_key_only_health_is_open() -> None:
+    app = FastAPI(middleware=[Middleware(api.KeyMiddleware, tokens=["right", "also"])])
+    for path in ("/health", "/metrics", "/invocations"):
+        app.add_api_route(path, lambda: {"ok": True})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        assert (await client.get("/health")).status_code == 200
+        for path in ("/metrics", "/invocations"):
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right"}):
+                refused = await client.get(path, headers=headers)
+                assert refused.status_code == 401
+                assert set(refused.json()["error"]) == {"message", "type", "param", "code"}
+            assert (await client.get(path, headers={"authorization": "Bearer also"})).status_code == 200
