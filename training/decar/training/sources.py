@@ -137,8 +137,8 @@ def read_parquet(file: Path, text_field: str) -> list[str]:
         FileNotFoundError: no such file.
         TrainingError: not a parquet file, no such column, or a row of it is no string.
     """
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet as parquet
 
     try:
         names = parquet.read_schema(file).names
