@@ -8,9 +8,11 @@ from tests.reference import ExpertSpec, Reference, make_ensemble
 
 DUO = (ExpertSpec("code", "llama", 1, 0.5), ExpertSpec("prose", "llama", 2, 0.5))
 TRIO = (
+    ExpertSpec(
+        "maths", "llama-padded", 5, 0.2
+    ),  # first, where its larger vocabulary is most easily taken for all's
     ExpertSpec("code", "llama", 3, 0.5),
     ExpertSpec("prose", "qwen2", 4, 0.3),
-    ExpertSpec("maths", "llama-padded", 5, 0.2),
 )
 TWINS = (ExpertSpec("left", "llama", 6, 0.4), ExpertSpec("right", "llama", 6, 0.6))
 

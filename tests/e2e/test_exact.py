@@ -10,8 +10,17 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.e2e.conftest import CHUNK_TOKENS
-from tests.helpers import COMPLETION_EXTRAS, Answer, Server, answer_of
-from tests.reference import Decoded, Reference, Rule, mixture_decode, prompt_texts, stdlib_text
+from tests.helpers import COMPLETION_EXTRAS, Answer, Server, answer_of, assert_error
+from tests.reference import (
+    PADDING_ROWS,
+    VOCAB_SIZE,
+    Decoded,
+    Reference,
+    Rule,
+    mixture_decode,
+    prompt_texts,
+    stdlib_text,
+)
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
@@ -146,6 +155,17 @@ async def test_each_expert_alone(trio_server: Server, trio: Reference, expert: s
     for one, (answer, summary) in zip(expected, answers, strict=True):
         assert_equal(alone, one, answer)
         assert summary == {"experts": [expert], "leader": expert, "degraded": []}
+
+
+@pytest.mark.parametrize("token", [VOCAB_SIZE, VOCAB_SIZE + PADDING_ROWS - 1, VOCAB_SIZE + PADDING_ROWS])
+@pytest.mark.parametrize("route", ["posterior", "prior"])
+def test_a_token_that_only_some_experts_know_is_refused(
+    trio_server: Server, trio: Reference, token: int, route: str
+) -> None:
+    request = {"model": trio.name, "prompt": [5, token], "max_tokens": 1, "decar": {"route": route}}
+    assert_error(trio_server.http.post("/v1/completions", json=request), 400, str(token))
+    assert trio_server.health() == 200
+    assert trio_server.http.post("/v1/completions", json={**request, "prompt": [5]}).status_code == 200
 
 
 @pytest.fixture(scope="module")

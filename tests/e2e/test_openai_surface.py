@@ -203,6 +203,22 @@ def test_chat_stream_with_usage_and_trace(client: openai.OpenAI, duo: Reference)
     assert weights == [pytest.approx(row, abs=WEIGHT_TOLERANCE) for row in expected.weights]
 
 
+def test_responses(client: openai.OpenAI, duo: Reference) -> None:
+    messages = [{"role": "user", "content": "Sort a list."}]
+    [expected] = mixture_decode(duo, [chat_prompt(duo, messages)], 12, weights=WEIGHTS)
+    assert expected.margin > LEAD, "choose another message"
+    answer = client.responses.create(
+        model=duo.name,
+        input="Sort a list.",
+        max_output_tokens=12,
+        temperature=0,
+        extra_body={"ignore_eos": True, "decar": {"weights": WEIGHTS}},
+    )
+    assert answer.output_text == duo.decode(expected.tokens)
+    assert answer.model_extra is not None
+    assert answer.model_extra["decar"]["experts"] == list(duo.experts)
+
+
 # ---------------------------------------------------------------------------------------------- streams
 
 
