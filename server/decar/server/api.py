@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
@@ -30,6 +31,7 @@ def extend(app: FastAPI, client: EnsembleClient, keys: list[str]) -> None:
     """Add decar's routes and middleware to vLLM's ``app``. With ``keys``, all but /health needs one."""
     app.include_router(router)
     app.state.ensemble_client = client
+    app.add_exception_handler(HTTPException, http_error)  # vLLM's own leaves out what Starlette raises
     # Innermost, so that vLLM's authentication has let the request pass before its body is read.
     app.user_middleware.append(Middleware(DecarMiddleware, ensemble=client.ensemble))
     if keys:
@@ -43,6 +45,15 @@ def error_response(
     """An error body as OpenAI's API gives it."""
     error = {"message": message, "type": kind, "param": param, "code": status}
     return JSONResponse({"error": error}, status_code=status)
+
+
+async def http_error(_: Request, error: Exception) -> JSONResponse:
+    """Unknown routes, wrong methods and unreadable bodies in the form of every other error."""
+    assert isinstance(error, HTTPException)
+    kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
+    response = error_response(str(error.detail), error.status_code, None, kind)
+    response.headers.update(error.headers or {})
+    return response
 
 
 router = APIRouter()

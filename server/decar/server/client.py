@@ -121,6 +121,10 @@ class EnsembleClient(EngineClient):
             VLLMValidationError: prompt log-probabilities are asked of the ensemble.
             EngineDeadError: an engine that takes part died.
         """
+        if kwargs.get("priority"):
+            raise VLLMValidationError(
+                "priority is not offered: requests are served as they come", parameter="priority"
+            )
         if isinstance(prompt, AsyncGenerator):
             raise VLLMValidationError("an ensemble does not take a prompt as a stream", parameter="prompt")
         if REQUEST_KEY in (sampling_params.extra_args or {}):
@@ -326,14 +330,15 @@ class EnsembleClient(EngineClient):
 
     @property
     def errored(self) -> bool:
-        return any(expert.engine.errored for expert in self.experts)
+        # vLLM refuses every request once this is true; those that a dead engine has no part in go on.
+        return all(expert.engine.errored for expert in self.experts)
 
     @property
     def dead_error(self) -> BaseException:
         return EngineDeadError()
 
     async def check_health(self) -> None:
-        if self.errored or not all(expert.up for expert in self.experts):
+        if not all(expert.up for expert in self.experts):
             raise self.dead_error
 
     def shutdown(self, timeout: float | None = None) -> None:

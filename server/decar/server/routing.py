@@ -9,11 +9,11 @@ import difflib
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Strict, StrictBool
 
 from decar.router import Ensemble, log_prior
 from decar.router.errors import RequestError
@@ -26,9 +26,9 @@ class DecarOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     route: Route | None = None
-    weights: dict[str, float] | None = None
+    weights: dict[str, Annotated[float, Strict()]] | None = None
     rule: Rule | None = None
-    trace: bool | None = None
+    trace: StrictBool | None = None
 
 
 @dataclass
