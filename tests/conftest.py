@@ -1,8 +1,17 @@
 """Tiny ensembles, built once per session."""
 
+import importlib
+import os
 from collections.abc import Sequence
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, by whomever, and when kernels run (tests/kernels/conftest.py).
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("decar.kernels.fused")
+    del os.environ["TRITON_INTERPRET"]
 
 from tests.reference import ExpertSpec, Reference, make_ensemble
 

@@ -1,5 +1,6 @@
-"""Mixing K experts' next-token distributions. Knows torch, and nothing about engines or requests."""
+"""Mixing K experts' next-token distributions. Knows torch and Triton, and nothing about engines or requests."""
 
-from decar.kernels.mix import mix
+from decar.kernels.mix import decide, mix, mix_rows
+from decar.kernels.rows import Rows, Rule
 
-__all__ = ["mix"]
+__all__ = ["Rows", "Rule", "decide", "mix", "mix_rows"]

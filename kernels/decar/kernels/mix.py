@@ -1,15 +1,16 @@
-"""The two mixing rules in plain torch, float32. Knows nothing about slots, planes or sampling.
+"""The public operations: check, then run the fused kernels on a GPU and plain torch elsewhere.
 
-Shapes: K experts, B rows, V vocabulary.
+Shapes: K experts, B rows, V vocabulary, E entries of a buffer.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from types import ModuleType
 
 import torch
 
-Rule = Literal["velocity", "logit"]
+from decar.kernels import reference
+from decar.kernels.rows import Rows, Rule
 
 
 def mix(
@@ -26,8 +27,8 @@ def mix(
 
     Args:
         logits: [K, B, V] floating point; a token that an expert forbids is -inf.
-        log_weights: [B, K]; the weights of a row sum to 1 over its active experts. -inf marks an inactive
-            expert, whose row may hold anything.
+        log_weights: [B, K], normalised here over the experts that take part. -inf marks an inactive expert,
+            whose row is never read; so does a row without a distribution (NaN, nothing allowed).
         rule: which mean.
         log_normalisers: [K, B] float32 logsumexp of each row of ``logits``; computed here if not given.
 
@@ -37,51 +38,80 @@ def mix(
     Raises:
         ValueError: shapes that do not fit, or an unknown rule.
     """
-    experts, rows, _ = logits.shape
-    if log_weights.shape != (rows, experts):
-        raise ValueError(f"log_weights must be [B={rows}, K={experts}], not {tuple(log_weights.shape)}")
-    if log_normalisers is None:
-        log_normalisers = logits.float().logsumexp(dim=-1)
-    if rule == "velocity":
-        return _velocity(logits, log_weights, log_normalisers)
-    if rule == "logit":
-        return _logit(logits, log_weights, log_normalisers)
-    raise ValueError(f"rule must be 'velocity' or 'logit', not {rule!r}")
+    rows = Rows.stacked(logits, log_normalisers)
+    entries = torch.arange(logits.shape[1], device=logits.device)
+    _check(rows, entries, log_weights, rule)
+    return _implementation(rows).mix_rows(rows, entries, log_weights, rule, anchored=False)
 
 
-def _velocity(logits: torch.Tensor, log_weights: torch.Tensor, log_normalisers: torch.Tensor) -> torch.Tensor:
-    mixed: torch.Tensor | None = None
-    for expert, offset, active in _active(log_weights, log_normalisers):
-        log_probs = logits[expert].float() + offset[:, None]
-        log_probs = _only(active, log_probs, -torch.inf)
-        mixed = log_probs if mixed is None else torch.logaddexp(mixed, log_probs)
-    assert mixed is not None
-    return mixed
+def mix_rows(rows: Rows, entries: torch.Tensor, log_weights: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Mixture logits of rows read in place: `mix` plus the mean log-normaliser of the experts.
+
+    Softmax does not see the difference; but K identical experts give exactly that expert's logits, and under
+    the logit rule the result is sum_k w_k logits_k itself, in one pass.
+
+    Args:
+        rows: the experts' buffers.
+        entries: [B] int64, which entry of every buffer.
+        log_weights: [B, K], as for `mix`.
+        rule: which mean.
+
+    Returns:
+        logits [B, V] float32.
+
+    Raises:
+        ValueError: as `mix`.
+    """
+    _check(rows, entries, log_weights, rule)
+    return _implementation(rows).mix_rows(rows, entries, log_weights, rule, anchored=True)
 
 
-def _logit(logits: torch.Tensor, log_weights: torch.Tensor, log_normalisers: torch.Tensor) -> torch.Tensor:
-    mean: torch.Tensor | None = None
-    weights = log_weights.float().exp()
-    for expert, _, active in _active(log_weights, log_normalisers):
-        # A weight that underflows still lets its expert forbid a token: 0 * -inf would be NaN.
-        row = logits[expert].float() - log_normalisers[expert][:, None]
-        part = torch.where(row.isneginf(), row, row * weights[:, expert, None])
-        part = _only(active, part, 0.0)
-        mean = part if mean is None else mean + part
-    assert mean is not None
-    return mean.log_softmax(dim=-1)
+def decide(
+    rows: Rows,
+    entries: torch.Tensor,
+    log_weights: torch.Tensor,
+    rule: Rule,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix, choose a token and move the posterior on, without ever writing the mixed rows.
+
+    A token is argmax_v(log p_v / temperature + g_v), g the Gumbel noise of (seed, position, v): a sample of
+    softmax(log p / temperature), the same one whatever the batch. Ties go to the smaller id.
+
+    Args:
+        rows, entries, log_weights, rule: as for `mix_rows`.
+        temperatures: [B]; 0 is greedy.
+        seeds: [B] int64, not negative.
+        positions: [B] int64, from 0 to 2^32 - 1.
+
+    Returns:
+        tokens [B] int64, and log weights [B, K] float64 after them: log w_k + log p_k(token), normalised.
+        Weights stay as they were where no expert could have given the token.
+
+    Raises:
+        ValueError: as `mix`.
+    """
+    _check(rows, entries, log_weights, rule)
+    for name, of in (("temperatures", temperatures), ("seeds", seeds), ("positions", positions)):
+        if of.shape != entries.shape:
+            raise ValueError(f"{name} must be [B={len(entries)}], not {tuple(of.shape)}")
+    return _implementation(rows).decide(rows, entries, log_weights, rule, temperatures, seeds, positions)
 
 
-def _active(log_weights: torch.Tensor, log_normalisers: torch.Tensor):  # type: ignore[no-untyped-def]
-    """Per expert: its index, log w_k - logsumexp(row) [B], and which rows it takes part in [B] bool."""
-    for expert in range(log_weights.shape[1]):
-        active = log_weights[:, expert].isfinite() & log_normalisers[expert].isfinite()
-        offset = log_weights[:, expert].float() - log_normalisers[expert]
-        yield expert, torch.where(active, offset, 0.0), active
+def _check(rows: Rows, entries: torch.Tensor, log_weights: torch.Tensor, rule: Rule) -> None:
+    if log_weights.shape != (len(entries), rows.experts):
+        raise ValueError(
+            f"log_weights must be [B={len(entries)}, K={rows.experts}], not {tuple(log_weights.shape)}"
+        )
+    if rule not in ("velocity", "logit"):
+        raise ValueError(f"rule must be 'velocity' or 'logit', not {rule!r}")
 
 
-def _only(active: torch.Tensor, values: torch.Tensor, otherwise: float) -> torch.Tensor:
-    """``values`` [B, V] where ``active`` [B], else ``otherwise``; nothing is copied in the usual case."""
-    if bool(active.all()):
-        return values
-    return torch.where(active[:, None], values, otherwise)
+def _implementation(rows: Rows) -> ModuleType:
+    if rows.device.type != "cuda":
+        return reference
+    from decar.kernels import fused  # triton is slow to import, and needless without a GPU
+
+    return fused

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from decar.kernels import mix
+from decar.kernels import Rows, mix_rows
 from decar.router import log_weights_after
 from decar.server.plane import NOTHING, Block, Plane, entry_of, stamp_of
 from decar.server.seat import Member, yield_core
@@ -48,6 +48,9 @@ class Lockstep:
         self.vocab_size = plane.spec.vocab_size
         self.blocks = plane.blocks
         self.mine: Block = plane.blocks[expert]
+        self.rows = Rows(
+            [block.rows for block in plane.blocks], [block.log_normaliser for block in plane.blocks]
+        )
         self.alive = plane.alive
         self._tenants = [0] * plane.spec.slots  # newest generation seen per slot
 
@@ -97,24 +100,19 @@ class Lockstep:
     def mixed(self, turns: Sequence[Turn]) -> torch.Tensor:
         """Mixture logits [len(turns), V] float32 of turns whose rows have all come.
 
-        They are the mixture's log-probabilities plus the mean log-normaliser of its experts, so that K
-        identical experts give exactly that expert's logits; softmax does not see the difference, a
-        repetition penalty does.
+        K identical experts give exactly that expert's logits: softmax would not need it, a repetition penalty does.
         """
         started = time.perf_counter_ns()
         entries = torch.tensor([turn.entry for turn in turns])
-        active = sorted({expert for turn in turns for expert in turn.member.active})
-        rows = torch.stack([self.blocks[expert].rows[entries] for expert in active])
-        normalisers = torch.stack([self.blocks[expert].log_normaliser[entries] for expert in active])
-        log_weights = torch.tensor([[turn.member.log_weights[expert] for expert in active] for turn in turns])
-        result = torch.empty(len(turns), self.vocab_size)
-        for rule in {turn.member.rule for turn in turns}:
-            chosen = [i for i, turn in enumerate(turns) if turn.member.rule == rule]
-            result[chosen] = mix(rows[:, chosen], log_weights[chosen], rule, normalisers[:, chosen])
-        weights = log_weights.exp()
-        result += torch.where((weights > 0) & normalisers.T.isfinite(), weights * normalisers.T, 0.0).sum(
-            dim=1, keepdim=True
-        )
+        log_weights = torch.tensor([turn.member.log_weights for turn in turns], dtype=torch.float64)
+        rules = [turn.member.rule for turn in turns]
+        if len(set(rules)) == 1:
+            result = mix_rows(self.rows, entries, log_weights, rules[0])
+        else:
+            result = torch.empty(len(turns), self.vocab_size)
+            for rule in set(rules):
+                chosen = [i for i, other in enumerate(rules) if other == rule]
+                result[chosen] = mix_rows(self.rows, entries[chosen], log_weights[chosen], rule)
         for turn in turns:
             self.mine.log_weights[turn.member.slot, turn.position] = turn.member.log_weights
         self.mine.count("mixed_tokens", len(turns))

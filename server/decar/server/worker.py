@@ -86,7 +86,6 @@ class LockstepWorker(_Worker):
         if self._ready:
             logits = state.logits.float()
             rows = [turn.row for turn in self._ready]
-            logits[rows] = -torch.inf
             logits[rows, : lockstep.vocab_size] = lockstep.mixed(self._ready).to(logits.device)
             runner.execute_model_state = state._replace(logits=logits)
         ready = {turn.row for turn in self._ready}
