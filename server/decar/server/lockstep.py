@@ -9,6 +9,7 @@ Shapes: K experts, B batch rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -78,10 +79,11 @@ class Lockstep:
         new = [turn for turn in turns if not self.mine.row(turn.member.slot, turn.stamp)]
         if not new:
             return
-        rows = logits[[turn.row for turn in new], : self.vocab_size].float().cpu()
+        of = torch.tensor([turn.row for turn in new], device=logits.device)
+        rows = logits[:, : self.vocab_size].index_select(0, of).float().cpu()
         entries = torch.tensor([turn.entry for turn in new])
-        self.mine.rows[entries] = rows
-        self.mine.log_normaliser[entries] = rows.logsumexp(dim=-1)
+        self.mine.rows.index_copy_(0, entries, rows)
+        self.mine.log_normaliser.index_copy_(0, entries, rows.logsumexp(dim=-1))
         for turn in new:
             self.mine.row_stamp[turn.entry] = turn.stamp
 
@@ -124,9 +126,9 @@ class Lockstep:
         for turn, token in zip(turns, tokens, strict=True):
             self.mine.token[turn.entry] = token
             self.mine.token_stamp[turn.entry] = turn.stamp
-        for turn, token in zip(turns, tokens, strict=True):
-            if turn.member.posterior:
-                turn.member.log_weights = self._posterior(turn, token)
+        moving = [i for i, turn in enumerate(turns) if turn.member.posterior]
+        if moving:
+            self._move_weights([turns[i] for i in moving], [tokens[i] for i in moving])
 
     def adopt(self, turns: Sequence[Turn]) -> list[int | None]:
         """The leaders' tokens for turns this engine follows; None is a hold."""
@@ -169,14 +171,16 @@ class Lockstep:
             else:
                 yield_core()
 
-    def _posterior(self, turn: Turn, token: int) -> list[float]:
-        """Weights after ``token``. An expert that gave no distribution (NaN, all -inf) had no part in it."""
-        likelihoods = np.full(len(self.blocks), -np.inf)
-        for expert in turn.member.active:
-            block = self.blocks[expert]
-            likelihood = float(block.rows[turn.entry, token]) - float(block.log_normaliser[turn.entry])
-            likelihoods[expert] = likelihood if np.isfinite(likelihood) else -np.inf
-        if not np.isfinite(likelihoods + turn.member.log_weights).any():
-            return turn.member.log_weights
-        weights: list[float] = log_weights_after(turn.member.log_weights, likelihoods).tolist()
-        return weights
+    def _move_weights(self, turns: Sequence[Turn], tokens: Sequence[int]) -> None:
+        """Bayes. An expert that gave no distribution (NaN, all -inf) has no part in a token."""
+        likelihoods = np.full((len(turns), len(self.blocks)), -np.inf)
+        for i, (turn, token) in enumerate(zip(turns, tokens, strict=True)):
+            for expert in turn.member.active:
+                likelihood = self.blocks[expert].log_likelihood(turn.entry, token)
+                if math.isfinite(likelihood):
+                    likelihoods[i, expert] = likelihood
+        before = np.array([turn.member.log_weights for turn in turns])
+        known = np.isfinite(before + likelihoods).any(axis=1)  # else there is nothing to learn from the token
+        before[known] = log_weights_after(before[known], likelihoods[known])
+        for turn, weights in zip(turns, before.tolist(), strict=True):
+            turn.member.log_weights = weights

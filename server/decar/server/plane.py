@@ -117,6 +117,9 @@ class Block:
         self._counters = view("counters")
         self.log_weights = view("log_weights")
         self.rows = torch.from_numpy(view("rows").reshape(-1, spec.vocab_size))  # [2S, V]
+        self._logits = view("rows").reshape(-1).data
+        self._log_normaliser = view("log_normaliser").reshape(-1).data
+        self._vocab_size = spec.vocab_size
 
     def count(self, name: str, by: int = 1) -> None:
         self._counters[COUNTERS.index(name)] += by
@@ -128,6 +131,11 @@ class Block:
     def row(self, slot: int, stamp: int) -> bool:
         """Whether this engine's row for ``stamp`` is there."""
         return self.row_stamp[entry_of(slot, stamp)] == stamp
+
+    def log_likelihood(self, entry: int, token: int) -> float:
+        """log p(token) by the row in ``entry``; not finite where that row allows no such token, or is broken."""
+        likelihood: float = self._logits[entry * self._vocab_size + token] - self._log_normaliser[entry]
+        return likelihood
 
     def published(self, slot: int, stamp: int) -> int | None:
         """The token this engine, as leader, decided for ``stamp``."""

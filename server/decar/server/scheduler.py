@@ -44,7 +44,17 @@ class LockstepScheduler(Scheduler):
                 member = Member.of(request.sampling_params)
                 if member is not None:
                     self._held[request_id] = (request, member)
+        for of_client in outputs.values():
+            of_client.outputs = [output for output in of_client.outputs if self._matters(output)]
         return outputs
+
+    def _matters(self, output: Any) -> bool:
+        """Nobody reads a follower's tokens, and the gateway would spend as much on them as on its leader's."""
+        if output.finish_reason is not None:
+            return True
+        request = self.requests.get(output.request_id)
+        leader = Member.leader_of(request.sampling_params) if request is not None else None
+        return leader is None or leader == self.lockstep.expert
 
     def _release(self) -> None:
         """Make held requests runnable whose token is published, or whose rows are there or coming."""

@@ -75,9 +75,19 @@ class Member:
     @classmethod
     def of(cls, sampling_params: Any) -> Member | None:
         """The member in a request's sampling parameters; None for a request that runs alone."""
-        extra = getattr(sampling_params, "extra_args", None)
-        wire = extra.get(REQUEST_KEY) if extra else None
+        wire = _wire(sampling_params)
         return cls(**wire) if wire else None
+
+    @staticmethod
+    def leader_of(sampling_params: Any) -> int | None:
+        """The member's leader, without making the member."""
+        wire = _wire(sampling_params)
+        return wire["leader"] if wire else None
+
+
+def _wire(sampling_params: Any) -> dict[str, Any] | None:
+    extra = getattr(sampling_params, "extra_args", None)
+    return extra.get(REQUEST_KEY) if extra else None
 
 
 @functools.cache  # one watch per process

@@ -85,8 +85,9 @@ class LockstepWorker(_Worker):
         self._ready = lockstep.wait_for_rows(led)
         if self._ready:
             logits = state.logits.float()
-            rows = [turn.row for turn in self._ready]
-            logits[rows, : lockstep.vocab_size] = lockstep.mixed(self._ready).to(logits.device)
+            rows = torch.tensor([turn.row for turn in self._ready], device=logits.device)
+            shared = logits[:, : lockstep.vocab_size]
+            shared.index_copy_(0, rows, lockstep.mixed(self._ready).to(logits.device))
             runner.execute_model_state = state._replace(logits=logits)
         ready = {turn.row for turn in self._ready}
         undecided = [turn.row for turn in self._turns.values() if turn.row not in ready]
