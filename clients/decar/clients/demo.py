@@ -11,15 +11,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import openai
 from rich.console import Console
 
 from decar.clients.chat import describe_weights, ensemble_of, stream_chat
+from decar.clients.child import ServerDidNotStart, end_on_sigterm, serving
 
 CONFIG = Path("configs/demo.yaml")
 ENSEMBLE = Path("runs/demo/ensemble")
-START_DEADLINE_S = 300.0
 QUESTIONS = (
     "import os\nimport sys\n\ndef main(args):\n    ",
     "The assignment statement is used to",
@@ -27,28 +26,19 @@ QUESTIONS = (
 
 
 @contextlib.contextmanager
-def serving(directory: Path, port: int, log: Path, console: Console) -> Iterator[str]:
+def demo_server(directory: Path, port: int, log: Path, console: Console) -> Iterator[str]:
     """Serve ``directory`` until the block ends; give the /v1 address once the server is ready."""
     if _answers(port):
         raise SystemExit(f"something already listens on port {port}: stop it, or use `make demo PORT=...`")
-    command = [sys.executable, "-m", "decar.server", "serve", str(directory), "--port", str(port)]
     console.print(f"$ decar serve {directory} --port {port}   (log: {log})")
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
-        try:
-            deadline = time.monotonic() + START_DEADLINE_S
-            with console.status("starting the experts' engines"):
-                while process.poll() is not None or not _healthy(f"http://127.0.0.1:{port}/health"):
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                        raise SystemExit(f"the server did not start; the end of {log}:\n{tail}")
-                    time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
+    command = [sys.executable, "-m", "decar.server", "serve", str(directory)]
+    with contextlib.ExitStack() as stack:
+        with console.status("starting the experts' engines"):
             try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
+                base = stack.enter_context(serving(command, port, log))
+            except ServerDidNotStart as error:
+                raise SystemExit(str(error)) from None
+        yield f"{base}/v1"
 
 
 def _answers(port: int) -> bool:
@@ -56,22 +46,16 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def main() -> None:
     """Run the demo; with a terminal, keep serving until Ctrl-C."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
     parser.add_argument("--port", type=int, default=8000)
     port = parser.parse_args().port
+    end_on_sigterm()
     console = Console(highlight=False)
     console.print(f"$ decar-train run {CONFIG}")
     subprocess.run([sys.executable, "-m", "decar.training", "run", str(CONFIG)], check=True)
-    with serving(ENSEMBLE, port, ENSEMBLE.parent / "server.log", console) as base_url:
+    with demo_server(ENSEMBLE, port, ENSEMBLE.parent / "server.log", console) as base_url:
         client = openai.OpenAI(base_url=base_url, api_key="none")
         ensemble = ensemble_of(client)
         names = [expert["name"] for expert in ensemble["experts"]]

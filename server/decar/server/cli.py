@@ -88,7 +88,11 @@ def main() -> None:
     logging.basicConfig(format="decar: %(message)s")
     logging.getLogger("decar").setLevel(logging.INFO)
     for command in importlib.metadata.entry_points(group="decar.commands"):
-        app.command(name=command.name)(command.load())
+        loaded = command.load()
+        if isinstance(loaded, typer.Typer):
+            app.add_typer(loaded, name=command.name)
+        else:
+            app.command(name=command.name)(loaded)
     try:
         app()
     except DecarError as error:

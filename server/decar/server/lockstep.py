@@ -91,10 +91,9 @@ class Lockstep:
         """Of the turns this engine leads, those whose rows have all come. The rest are holds."""
         ready: list[Turn] = []
         held: list[Turn] = []
-        started = time.perf_counter_ns()
-        for turn in turns:
-            (ready if all(self._row_comes(f, turn) for f in turn.member.followers) else held).append(turn)
-        self.mine.count("wait_ns", time.perf_counter_ns() - started)
+        with self.mine.timed("row_wait_ns"):
+            for turn in turns:
+                (ready if all(self._row_comes(f, turn) for f in turn.member.followers) else held).append(turn)
         self.mine.count("leader_holds", len(held))
         self.finish(held)  # so that no follower waits for their tokens
         return ready
@@ -104,7 +103,6 @@ class Lockstep:
 
         K identical experts give exactly that expert's logits: softmax would not need it, a repetition penalty does.
         """
-        started = time.perf_counter_ns()
         entries = torch.tensor([turn.entry for turn in turns])
         log_weights = torch.tensor([turn.member.log_weights for turn in turns], dtype=torch.float64)
         rules = [turn.member.rule for turn in turns]
@@ -118,7 +116,6 @@ class Lockstep:
         for turn in turns:
             self.mine.log_weights[turn.member.slot, turn.position] = turn.member.log_weights
         self.mine.count("mixed_tokens", len(turns))
-        self.mine.count("mix_ns", time.perf_counter_ns() - started)
         return result
 
     def publish(self, turns: Sequence[Turn], tokens: Sequence[int]) -> None:
@@ -132,9 +129,8 @@ class Lockstep:
 
     def adopt(self, turns: Sequence[Turn]) -> list[int | None]:
         """The leaders' tokens for turns this engine follows; None is a hold."""
-        started = time.perf_counter_ns()
-        tokens = [self._token_comes(turn) for turn in turns]
-        self.mine.count("wait_ns", time.perf_counter_ns() - started)
+        with self.mine.timed("token_wait_ns"):
+            tokens = [self._token_comes(turn) for turn in turns]
         self.mine.count("follower_holds", tokens.count(None))
         return tokens
 

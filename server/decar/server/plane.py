@@ -17,6 +17,8 @@ import contextlib
 import mmap
 import os
 import secrets
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,19 @@ from decar.router.errors import StartError
 DIRECTORY = Path("/dev/shm")
 PREFIX = "decar-"
 NOTHING = 0
-COUNTERS = ("steps", "mixed_tokens", "leader_holds", "follower_holds", "yielded", "wait_ns", "mix_ns")
+COUNTERS = (
+    "steps",
+    "mixed_tokens",
+    "leader_holds",
+    "follower_holds",
+    "yielded",
+    "forward_ns",
+    "post_ns",
+    "row_wait_ns",
+    "mix_ns",
+    "sample_ns",  # token_wait_ns included
+    "token_wait_ns",
+)
 _ALIGNMENT = 64
 
 
@@ -123,6 +137,13 @@ class Block:
 
     def count(self, name: str, by: int = 1) -> None:
         self._counters[COUNTERS.index(name)] += by
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add what the block takes, in ns, to ``name``."""
+        started = time.perf_counter_ns()
+        yield
+        self.count(name, time.perf_counter_ns() - started)
 
     def counted(self) -> dict[str, int]:
         """What this engine has counted since it started."""

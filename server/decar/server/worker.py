@@ -7,6 +7,7 @@ tokens before the runner keeps them: leaders publish theirs, followers adopt.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -69,7 +70,8 @@ class LockstepWorker(_Worker):
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self._turns = self._take_turns(scheduler_output)
         self.lockstep.announce(self._turns.values())
-        return super().execute_model(scheduler_output)
+        with self.lockstep.mine.timed("forward_ns") if self._turns else contextlib.nullcontext():
+            return super().execute_model(scheduler_output)
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -80,18 +82,21 @@ class LockstepWorker(_Worker):
         for request_id, turn in self._turns.items():
             turn.row = runner.input_batch.req_id_to_index[request_id]
         turns = [turn for turn in self._turns.values() if lockstep.holds_slot(turn.member)]
-        lockstep.post(turns, state.logits)
+        with lockstep.mine.timed("post_ns"):
+            lockstep.post(turns, state.logits)
         led = [turn for turn in turns if turn.member.leader == lockstep.expert]
         self._ready = lockstep.wait_for_rows(led)
         if self._ready:
-            logits = state.logits.float()
-            rows = torch.tensor([turn.row for turn in self._ready], device=logits.device)
-            shared = logits[:, : lockstep.vocab_size]
-            shared.index_copy_(0, rows, lockstep.mixed(self._ready).to(logits.device))
-            runner.execute_model_state = state._replace(logits=logits)
+            with lockstep.mine.timed("mix_ns"):
+                logits = state.logits.float()
+                rows = torch.tensor([turn.row for turn in self._ready], device=logits.device)
+                shared = logits[:, : lockstep.vocab_size]
+                shared.index_copy_(0, rows, lockstep.mixed(self._ready).to(logits.device))
+                runner.execute_model_state = state._replace(logits=logits)
         ready = {turn.row for turn in self._ready}
         undecided = [turn.row for turn in self._turns.values() if turn.row not in ready]
-        output = self._sample_sparing(undecided, grammar_output)
+        with lockstep.mine.timed("sample_ns"):
+            output = self._sample_sparing(undecided, grammar_output)
         lockstep.finish(turns)
         return output
 

@@ -1,0 +1,111 @@
+"""Load on a server, by vLLM's own `vllm bench serve`, run in this process: its start-up is paid once."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PERCENTILES = (50, 90, 99)
+TIMES = ("ttft", "tpot", "itl", "e2el")
+"""Time to first token, time per output token after it, time between chunks, end to end."""
+
+
+class LoadFailed(Exception):
+    """A request failed or came back short: its server's speed means nothing."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent.
+
+    Attributes:
+        concurrency: requests at any time (closed loop); with a rate, the most at any time.
+        requests: how many in all.
+        input_tokens, output_tokens: exact lengths of each request.
+        rate_per_s: Poisson arrivals; None sends the next request as soon as one ends.
+    """
+
+    concurrency: int
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    rate_per_s: float | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.concurrency} at once" if self.rate_per_s is None else f"{self.rate_per_s:.2f} req/s"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where it is sent: a model of an OpenAI-compatible server, and what each request says besides."""
+
+    base_url: str
+    model: str
+    tokenizer: Path
+    extra_body: dict[str, Any]
+
+
+def measure(target: Target, load: Load, goodput: list[str], log: Path, seed: int = 0) -> dict[str, Any]:
+    """Put ``load`` on ``target``; what vLLM's client prints goes to ``log``.
+
+    Returns:
+        duration_s, completed, failed, request_throughput, output_throughput (tokens/s), request_goodput
+        (requests/s that kept the ``goodput`` promises), and for each of TIMES mean, p50, p90, p99 in ms.
+
+    Raises:
+        LoadFailed: not every request came back whole.
+    """
+    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    arguments = {
+        "backend": "openai",
+        "base-url": target.base_url,
+        "endpoint": "/v1/completions",
+        "model": target.model,
+        "tokenizer": target.tokenizer,
+        "dataset-name": "random",
+        "random-input-len": load.input_tokens,
+        "random-output-len": load.output_tokens,
+        "random-range-ratio": 0,
+        "num-prompts": load.requests,
+        "max-concurrency": load.concurrency,
+        "request-rate": "inf" if load.rate_per_s is None else load.rate_per_s,
+        "seed": seed,
+        "temperature": 0,
+        "percentile-metrics": ",".join(TIMES),
+        "metric-percentiles": ",".join(map(str, PERCENTILES)),
+        "extra-body": json.dumps(target.extra_body),
+    }
+    flags = [item for key, value in arguments.items() for item in (f"--{key}", str(value))]
+    flags += ["--ignore-eos", "--disable-tqdm", "--goodput", *goodput]
+    args: argparse.Namespace = parser.parse_args(flags)
+    with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        result = asyncio.run(main_async(args))
+    produced, wanted = result["total_output_tokens"], load.requests * load.output_tokens
+    if result["failed"] or result["completed"] != load.requests or produced != wanted:
+        raise LoadFailed(
+            f"{target.model} at {load.label}: {result['completed']} of {load.requests} requests came back, with "
+            f"{produced} of {wanted} tokens; see {log}"
+        )
+    measured = {
+        "duration_s": result["duration"],
+        "completed": result["completed"],
+        "failed": result["failed"],
+        "request_throughput": result["request_throughput"],
+        "output_throughput": result["output_throughput"],
+        "request_goodput": result["request_goodput"],
+        "slowest_over_median_e2el": result["p99_e2el_ms"] / result["median_e2el_ms"],
+    }
+    for time in TIMES:
+        measured[f"mean_{time}_ms"] = result[f"mean_{time}_ms"]
+        measured |= {f"p{p}_{time}_ms": result[f"p{p}_{time}_ms"] for p in PERCENTILES}
+    return measured

@@ -1,0 +1,194 @@
+"""A serve benchmark's result as JSON, as a table and as plots. Knows results, not how they were measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PHASES = {
+    "forward": "the expert's own forward pass",
+    "post": "post rows",
+    "wait": "wait for other engines",
+    "mix": "mix",
+    "sample": "vLLM's sampling",
+    "other": "schedule, stream, gateway",
+}
+COLOURS = ("#4c72b0", "#dd8452", "#c44e52", "#55a868", "#8172b3", "#b8b8b8")
+
+
+def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Output throughput of each run over that of the single engine under the same load and repeat.
+
+    Systems that were run once are compared with the mean of the single engine's repeats.
+    """
+    singles: dict[tuple[str, int], float] = {}
+    for run in runs:
+        if run["system"] == "single":
+            singles[_key(run), run["repeat"]] = run["output_throughput"]
+    found = []
+    for run in runs:
+        same = [value for (key, _), value in singles.items() if key == _key(run)]
+        if run["system"] == "single" or not same:
+            continue
+        against = (
+            mean(same) if run["system"] in ("http", "transformers") else singles[_key(run), run["repeat"]]
+        )
+        found.append(
+            {
+                "system": run["system"],
+                "load": run["load"],
+                "repeat": run["repeat"],
+                "ratio": run["output_throughput"] / against,
+            }
+        )
+    return found
+
+
+def write(result: dict[str, Any], path: Path) -> Path:
+    """Write ``path``.json and ``path``.png, with a number in the name where that is taken; return ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free, number = path, 1
+    while free.with_name(f"{free.name}.json").exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    free.with_name(f"{free.name}.json").write_text(json.dumps(result, indent=1))
+    _plot(result, free.with_name(f"{free.name}.png"))
+    return free
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print one line for each system under each load, repeats folded."""
+    of = result["environment"]
+    hardware = ", ".join(of["gpus"]) or f"{of['cores']} cores of {of['cpu']}"
+    checked = result["checked"]
+    console.print(
+        f"[bold]{result['ensemble']['name']}[/bold], {result['ensemble']['experts']} experts, "
+        f"{result['ensemble']['dtype']}, on {hardware}; {checked['tokens']} greedy tokens are the mixture's by "
+        f"transformers, log-probabilities within {checked['largest_difference_nats']:.2g} nats"
+    )
+    columns = ("load", "system", "tokens/s", "÷ single", "TTFT p50/p99", "TPOT p50/p99", "goodput", "failed")
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    ratio_of: dict[tuple[str, str], list[float]] = {}
+    for entry in result["ratios"]:
+        ratio_of.setdefault((_key(entry), entry["system"]), []).append(entry["ratio"])
+    previous = ""
+    for (key, system), runs in _grouped(result["runs"]).items():
+        of_single = ratio_of.get((key, system), [])
+        table.add_row(
+            key if key != previous else "",
+            system,
+            f"{mean(run['output_throughput'] for run in runs):,.0f}",
+            f"{min(of_single):.2f}–{max(of_single):.2f}" if of_single else "1",
+            _times(runs, "ttft"),
+            _times(runs, "tpot"),
+            f"{mean(run['request_goodput'] for run in runs):.2f}/s" if "request_goodput" in runs[0] else "",
+            str(sum(run["failed"] for run in runs)),
+        )
+        previous = key
+    console.print(table)
+    console.print("times in ms; repeats: throughput and times are means, ratios the range")
+
+
+def _times(runs: list[dict[str, Any]], name: str) -> str:
+    if f"p50_{name}_ms" in runs[0]:
+        return " / ".join(f"{mean(run[f'p{p}_{name}_ms'] for run in runs):,.0f}" for p in (50, 99))
+    return f"mean {runs[0]['mean_tpot_ms']:,.0f}" if name == "tpot" else ""
+
+
+def _key(run: dict[str, Any]) -> str:
+    load = run["load"]
+    if load["rate_per_s"] is None:
+        return f"{load['concurrency']} at once"
+    return f"{load['rate_per_s']:.2f} req/s"
+
+
+def _grouped(runs: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Runs by load and system: closed loops first, by concurrency, then arrivals, by rate."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: (run["load"]["rate_per_s"] or 0, run["load"]["concurrency"])):
+        groups.setdefault((_key(run), run["system"]), []).append(run)
+    return groups
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    """Throughput and latency against concurrency, and where a step's time goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ((throughput, token), (first, steps)) = plt.subplots(
+        2, 2, figsize=(12, 8.5), layout="constrained"
+    )
+    closed = [run for run in result["runs"] if run["load"]["rate_per_s"] is None]
+    systems = list(dict.fromkeys(run["system"] for run in closed))
+    for colour, system in zip(COLOURS, systems, strict=False):
+        mine: dict[int, list[dict[str, Any]]] = {}
+        for run in closed:
+            if run["system"] == system:
+                mine.setdefault(run["load"]["concurrency"], []).append(run)
+        at = sorted(mine)
+        style = {"marker": "o", "color": colour}
+        throughput.plot(
+            at, [mean(run["output_throughput"] for run in mine[c]) for c in at], label=system, **style
+        )
+        for axis, name in ((token, "tpot"), (first, "ttft")):
+            if f"p50_{name}_ms" in mine[at[0]][0]:
+                p50, p99 = (
+                    [mean(run[f"{p}_{name}_ms"] for run in mine[c]) for c in at] for p in ("p50", "p99")
+                )
+                axis.plot(at, p50, label=f"{system} p50", **style)
+                axis.plot(at, p99, linestyle=":", fillstyle="none", label=f"{system} p99", **style)
+            elif name == "tpot":
+                axis.plot(at, [mine[c][0]["mean_tpot_ms"] for c in at], label=f"{system} mean", **style)
+    for axis, title, unit in (
+        (throughput, "output throughput", "tokens/s"),
+        (token, "time per output token", "ms"),
+        (first, "time to first token", "ms"),
+    ):
+        axis.set(title=title, xlabel="requests at once", ylabel=unit, yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks := sorted({run["load"]["concurrency"] for run in closed}), map(str, ticks))
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize="small")
+    _plot_steps(steps, result)
+    of = result["environment"]
+    hardware = ", ".join(of["gpus"]) or f"{of['cores']} cores of {of['cpu']}"
+    ensemble = result["ensemble"]
+    figure.suptitle(
+        f"{ensemble['name']}: {ensemble['experts']} experts, {ensemble['dtype']}, {hardware}, {of['date'][:10]}"
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _plot_steps(axis: Any, result: dict[str, Any]) -> None:
+    groups: dict[str, list[dict[str, float]]] = {}
+    for step in result["steps"]:
+        groups.setdefault(_key(step), []).append(step["ms"])
+    bottoms = [0.0] * len(groups)
+    for (phase, meaning), colour in zip(PHASES.items(), COLOURS, strict=True):
+        heights = [mean(ms[phase] for ms in of) for of in groups.values()]
+        axis.bar(list(groups), heights, bottom=bottoms, label=meaning, color=colour, width=0.6)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    for i, key in enumerate(groups):
+        alone = [
+            run["mean_tpot_ms"]
+            for run in result["runs"]
+            if run["system"] == "single" and _key(run) == key and run["load"]["rate_per_s"] is None
+        ]
+        if alone:
+            axis.hlines(
+                mean(alone), i - 0.38, i + 0.38, color="black", label="" if i else "single: a whole step"
+            )
+    axis.set(title="where a step of the dense ensemble goes", ylabel="ms")
+    axis.tick_params(axis="x", labelrotation=20)
+    axis.margins(x=0.6 / max(len(groups), 1))
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

@@ -1,0 +1,120 @@
+"""The ways an ensemble is decoded without decar: a transformers loop, and log-probabilities over HTTP.
+
+Both mix by the velocity rule with fixed weights and decode greedily. `mixture_scores` is what served answers are
+checked against.
+
+Shapes: K experts, V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from transformers import AutoModelForCausalLM
+
+
+@torch.inference_mode()
+def transformers_loop(
+    experts: Sequence[Path], weights: Sequence[float], prompts: list[list[int]], tokens: int, dtype: str
+) -> float:
+    """One static batch of equally long ``prompts``: every expert's forward pass, one after another, then mix.
+
+    Returns the duration in seconds, loading left out.
+    """
+    models = _load(experts, dtype)
+    ids = torch.tensor(prompts, device=models[0].device)
+    caches = [None] * len(models)
+    started = time.perf_counter()
+    for _ in range(tokens):
+        rows = []
+        for k, model in enumerate(models):
+            output = model(ids, past_key_values=caches[k], use_cache=True)
+            caches[k] = output.past_key_values
+            rows.append(output.logits[:, -1])
+        ids = _mixed(rows, weights).argmax(-1, keepdim=True)
+    ids.tolist()  # waits for a GPU
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def mixture_scores(
+    experts: Sequence[Path], weights: Sequence[float], text: list[int], start: int, dtype: str
+) -> tuple[list[float], list[float], float]:
+    """What the mixture says of ``text`` from position ``start`` on, each token given those before it.
+
+    Returns:
+        log-probabilities of its tokens, the highest log-probability at each of them, and the largest logit.
+    """
+    rows = []
+    for model in _load(experts, dtype):
+        ids = torch.tensor([text], device=model.device)
+        rows.append(model(ids).logits[0, start - 1 : -1])  # [T, V]
+    mixed = _mixed(rows, weights)
+    chosen = mixed.gather(1, torch.tensor(text[start:], device=mixed.device)[:, None])[:, 0]
+    return chosen.tolist(), mixed.max(-1).values.tolist(), max(float(row.abs().max()) for row in rows)
+
+
+def _load(experts: Sequence[Path], dtype: str) -> list[Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = getattr(torch, dtype)
+    return [AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(device).eval() for path in experts]
+
+
+def _mixed(rows: list[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Log-probabilities [..., V] of the mixture over the vocabulary that all ``rows`` [..., V'] share."""
+    width = min(row.shape[-1] for row in rows)
+    log_probs = torch.stack([row[..., :width].float().log_softmax(-1) for row in rows], dim=-1)
+    return (log_probs + torch.tensor(weights, device=log_probs.device).log()).logsumexp(-1)
+
+
+async def over_http(
+    servers: Sequence[tuple[str, str]], weights: Sequence[float], prompts: list[list[int]], tokens: int
+) -> float:
+    """All ``prompts`` at once, each token by one request to each of the K plain ``servers`` for every
+    log-probability it has; mixed here. Returns the duration in seconds.
+
+    Args:
+        servers: (base URL, model) of each expert's server, started with --max-logprobs -1.
+
+    Raises:
+        RuntimeError: a server refused.
+    """
+
+    async def row(client: httpx.AsyncClient, server: tuple[str, str], ids: list[int]) -> dict[str, float]:
+        body = {
+            "model": server[1],
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": -1,
+            "return_tokens_as_token_ids": True,
+        }
+        response = await client.post(f"{server[0]}/v1/completions", json=body)
+        if response.status_code != 200:
+            raise RuntimeError(f"{response.status_code}: {response.text[:300]}")
+        answer: dict[str, float] = response.json()["choices"][0]["logprobs"]["top_logprobs"][0]
+        return answer
+
+    async def decode(client: httpx.AsyncClient, prompt: list[int]) -> None:
+        ids = list(prompt)
+        for _ in range(tokens):
+            rows = await asyncio.gather(*(row(client, server, ids) for server in servers))
+            shared = set.intersection(*map(set, rows))
+            mixed = {
+                token: sum(w * math.exp(of[token]) for w, of in zip(weights, rows, strict=True))
+                for token in shared
+            }
+            ids.append(int(max(mixed, key=mixed.__getitem__).removeprefix("token_id:")))
+
+    limits = httpx.Limits(max_connections=len(servers) * len(prompts))
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+        started = time.perf_counter()
+        await asyncio.gather(*(decode(client, prompt) for prompt in prompts))
+        return time.perf_counter() - started

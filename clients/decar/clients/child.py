@@ -1,0 +1,94 @@
+"""A server as a child process that never outlives its parent. Knows commands, ports and /health; no decar."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+import httpx
+
+START_DEADLINE_S = 300.0
+STOP_DEADLINE_S = 60.0
+
+
+class ServerDidNotStart(Exception):
+    """The server ended, or was not healthy in time; the message has the end of its log."""
+
+
+@contextlib.contextmanager
+def serving(
+    command: Sequence[str], port: int, log: Path, *, cores: Collection[int] = (), poll_s: float = 0.2
+) -> Iterator[str]:
+    """Run a server until the block ends.
+
+    Args:
+        command: what to run, without --host and --port.
+        port: where it shall listen, on 127.0.0.1.
+        log: gets what it prints.
+        cores: confines it to these; empty leaves it free.
+        poll_s: how often to ask whether it is healthy.
+
+    Yields:
+        its base URL, once /health answers 200.
+
+    Raises:
+        ServerDidNotStart: see there.
+    """
+    base = f"http://127.0.0.1:{port}"
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    if cores:
+        command = ["taskset", "-c", ",".join(map(str, sorted(cores))), *command]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process,
+        httpx.Client(timeout=5, verify=False) as client,  # no TLS on 127.0.0.1: certificates are slow to load
+    ):
+        try:
+            deadline = time.monotonic() + START_DEADLINE_S
+            while not _healthy(client, f"{base}/health"):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise ServerDidNotStart(f"the server did not start; the end of {log}:\n{_tail(log)}")
+                time.sleep(poll_s)
+            yield base
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def end_on_sigterm() -> None:
+    """From here on SIGTERM unwinds this process as Ctrl-C does, so that its servers end with it."""
+
+    def end(*_: int | FrameType | None) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _healthy(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
