@@ -1,4 +1,8 @@
-"""The plane's rules, engine against engine: threads stand in for processes, memory and protocol are real."""
+"""The plane's rules, engine against engine: threads stand in for processes, memory and protocol are real.
+
+All of it runs over both transports. A mapped file stands in for device memory: CUDA does not map memory into
+the process that owns it. CUDA's own mapping has test_cuda_memory.py.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -13,29 +17,64 @@ from decar.server import plane as plane_module
 from decar.server.lockstep import Lockstep, Turn
 from decar.server.plane import DIRECTORY, Plane, remove_stale, stamp_of
 from decar.server.seat import Member
+from decar.server.transport import DeviceTransport, HostTransport
 
 VOCABULARY = 12
 
 
-@pytest.fixture
-def plane() -> Iterator[Plane]:
-    made = Plane.create(experts=2, slots=4, vocab_size=VOCABULARY, positions=16)
+class FileMemory:
+    """`DeviceMemory` in files: mapped by name, as a GPU's is by handle."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def allocate(self, size_bytes: int) -> tuple[torch.Tensor, bytes]:
+        name = f"{len(list(self._directory.iterdir()))}"
+        (self._directory / name).write_bytes(bytes(size_bytes))
+        return self.open(name.encode(), size_bytes), name.encode()
+
+    def open(self, handle: bytes, size_bytes: int) -> torch.Tensor:
+        path = self._directory / handle.rstrip(bytes(1)).decode()
+        assert path.stat().st_size == size_bytes
+        return torch.from_file(str(path), shared=True, size=size_bytes, dtype=torch.uint8)
+
+    def settle(self) -> None:
+        """Files are visible at once."""
+
+
+@pytest.fixture(params=["host", "device"])
+def plane(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plane]:
+    dtype = "float32" if request.param == "device" else None
+    made = Plane.create(experts=2, slots=4, vocab_size=VOCABULARY, positions=16, device_dtype=dtype)
     try:
         yield made
     finally:
         made.unlink()
 
 
-def engines(plane: Plane) -> tuple[Lockstep, Lockstep]:
-    return Lockstep(Plane.attach(plane.spec), 0), Lockstep(Plane.attach(plane.spec), 1)
+@pytest.fixture
+def engines(plane: Plane, tmp_path: Path) -> tuple[Lockstep, Lockstep]:
+    """Two engines attached to ``plane``, over the transport it was made for."""
+
+    def engine(expert: int) -> Lockstep:
+        attached = Plane.attach(plane.spec)
+        if not plane.spec.on_device:
+            return Lockstep(attached, expert, HostTransport(attached, expert))
+        return Lockstep(attached, expert, DeviceTransport(attached, expert, FileMemory(tmp_path)))
+
+    return engine(0), engine(1)
 
 
 def member(slot: int = 0, generation: int = 1, leader: int = 0, posterior: bool = False) -> Member:
     return Member(slot, generation, leader, (0, 1), "velocity", np.log([0.25, 0.75]).tolist(), posterior)
 
 
-def test_a_step_decides_one_token_that_both_engines_keep(plane: Plane) -> None:
-    leader, follower = engines(plane)
+def test_a_step_decides_one_token_that_both_engines_keep(
+    plane: Plane, engines: tuple[Lockstep, Lockstep]
+) -> None:
+    leader, follower = engines
     rows = torch.randn(2, 1, VOCABULARY, generator=torch.Generator().manual_seed(0))
     adopted: list[int | None] = []
 
@@ -72,8 +111,8 @@ def test_a_step_decides_one_token_that_both_engines_keep(plane: Plane) -> None:
     np.testing.assert_allclose(np.exp(plane.blocks[0].log_weights[0, 0]), [0.25, 0.75], atol=1e-6)
 
 
-def test_what_nobody_is_computing_is_a_hold_at_once(plane: Plane) -> None:
-    leader, follower = engines(plane)
+def test_what_nobody_is_computing_is_a_hold_at_once(engines: tuple[Lockstep, Lockstep]) -> None:
+    leader, follower = engines
     led, followed = Turn(member(), 0, row=0), Turn(member(), 0, row=0)
     for engine, turn in ((leader, led), (follower, followed)):
         engine.join(turn.member)
@@ -89,17 +128,17 @@ def test_what_nobody_is_computing_is_a_hold_at_once(plane: Plane) -> None:
     assert leader.rows_may_come(led.member, 0), "a posted row stays"
 
 
-def test_a_posted_row_is_never_rewritten(plane: Plane) -> None:
-    leader, follower = engines(plane)
+def test_a_posted_row_is_never_rewritten(engines: tuple[Lockstep, Lockstep]) -> None:
+    leader, follower = engines
     turn = Turn(member(), 0, row=0)
     follower.join(turn.member)
     follower.post([turn], torch.arange(VOCABULARY).float()[None])
     follower.post([turn], torch.zeros(1, VOCABULARY))
-    assert leader.blocks[1].rows[turn.entry].tolist() == list(range(VOCABULARY))
+    assert leader.transport.rows.logits[1][turn.entry].tolist() == list(range(VOCABULARY))
 
 
-def test_a_dead_peer_is_not_waited_for(plane: Plane) -> None:
-    leader, follower = engines(plane)
+def test_a_dead_peer_is_not_waited_for(plane: Plane, engines: tuple[Lockstep, Lockstep]) -> None:
+    leader, follower = engines
     turn = Turn(member(), 0, row=0)
     follower.join(turn.member)
     follower.announce([turn])
@@ -109,8 +148,8 @@ def test_a_dead_peer_is_not_waited_for(plane: Plane) -> None:
     assert leader.wait_for_rows([turn]) == []
 
 
-def test_an_older_tenant_of_a_slot_is_silent(plane: Plane) -> None:
-    leader, follower = engines(plane)
+def test_an_older_tenant_of_a_slot_is_silent(engines: tuple[Lockstep, Lockstep]) -> None:
+    leader, follower = engines
     old, new = member(generation=1), member(generation=2)
     follower.join(old)
     assert follower.holds_slot(old)
@@ -121,13 +160,13 @@ def test_an_older_tenant_of_a_slot_is_silent(plane: Plane) -> None:
     assert leader.blocks[1].running[0] == stamp_of(2, 0)
 
 
-def test_ids_beyond_the_shared_vocabulary_are_not_posted(plane: Plane) -> None:
-    _, follower = engines(plane)
+def test_ids_beyond_the_shared_vocabulary_are_not_posted(engines: tuple[Lockstep, Lockstep]) -> None:
+    _, follower = engines
     turn = Turn(member(), 0, row=0)
     wide = torch.zeros(1, VOCABULARY + 5)
     wide[0, VOCABULARY:] = 100.0
     follower.post([turn], wide)
-    assert plane.blocks[1].log_normaliser[turn.entry].item() == pytest.approx(np.log(VOCABULARY))
+    assert follower.transport.rows.log_normalisers[1][turn.entry].item() == pytest.approx(np.log(VOCABULARY))
 
 
 def test_segments_are_private_and_those_of_dead_gateways_are_removed(plane: Plane) -> None:
@@ -156,8 +195,10 @@ def test_too_little_shared_memory_is_said_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_expert_without_a_distribution_loses_its_weight_and_costs_no_engine(plane: Plane) -> None:
-    leader, follower = engines(plane)
+def test_an_expert_without_a_distribution_loses_its_weight_and_costs_no_engine(
+    engines: tuple[Lockstep, Lockstep],
+) -> None:
+    leader, follower = engines
     rows = torch.randn(1, VOCABULARY)
     broken = torch.full((1, VOCABULARY), torch.nan)
     led = Turn(member(posterior=True), 0, row=0)
@@ -170,3 +211,21 @@ def test_an_expert_without_a_distribution_loses_its_weight_and_costs_no_engine(p
     torch.testing.assert_close(mixed.log_softmax(-1), rows.log_softmax(-1), atol=1e-5, rtol=0)
     leader.publish(ready, [3])
     assert np.exp(led.member.log_weights).tolist() == [1.0, 0.0]
+
+
+def test_rows_on_a_device_keep_the_models_dtype_and_normalisers_that_fit_it(tmp_path: Path) -> None:
+    plane = Plane.create(experts=2, slots=2, vocab_size=VOCABULARY, positions=4, device_dtype="bfloat16")
+    plane.unlink()
+    memory = FileMemory(tmp_path)
+    first = DeviceTransport(plane, 0, memory)
+    with pytest.raises(RuntimeError, match="expert 1"):
+        _ = first.rows  # its engine has not started
+    second = DeviceTransport(plane, 1, memory)
+    logits = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    second.post([3, 0], logits)
+    seen = first.rows.logits[1][[3, 0]]
+    assert seen.dtype == torch.bfloat16
+    torch.testing.assert_close(seen, logits.bfloat16(), atol=0, rtol=0)
+    expected = logits.bfloat16().double().log_softmax(-1)[[0, 1], [5, 7]]
+    found = first.log_likelihoods([3, 0], [5, 7])[:, 1]
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from decar.router import Ensemble
 from decar.router.errors import DecarError
+from decar.server.placement import place, visible_gpus
 
 app = typer.Typer(
     help="Serve independently trained experts as one language model.",
@@ -27,7 +28,13 @@ Directory = Annotated[Path, typer.Argument(help="An ensemble directory, as `deca
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def serve(directory: Directory, context: typer.Context) -> None:
+def serve(
+    directory: Directory,
+    context: typer.Context,
+    placement: Annotated[
+        str | None, typer.Option(help="Which GPU each expert runs on: code=0,prose=1.")
+    ] = None,
+) -> None:
     """Serve an ensemble over the OpenAI API.
 
     Every further flag is vLLM's own: --host, --port, --api-key, --max-model-len, --dtype, ... An engine flag
@@ -36,7 +43,7 @@ def serve(directory: Directory, context: typer.Context) -> None:
     from decar.server.serve import raise_on_sigterm, serve
 
     raise_on_sigterm()
-    serve(directory, context.args)
+    serve(directory, context.args, placement)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is stopped; native libraries would only report their leaks from here on
@@ -79,8 +86,34 @@ def _describe(ensemble: Ensemble, console: Console) -> None:
             f"{expert.max_positions:,}" if expert.max_positions else "?",
         )
     console.print(table)
+    _describe_places(ensemble, console)
     for fingerprint, names in fingerprints.items():
         console.print(f"tokenizer {fingerprint}: {', '.join(names)}")
+
+
+def _describe_places(ensemble: Ensemble, console: Console) -> None:
+    """Where `decar serve` would put the engines on this machine, with its defaults."""
+    try:
+        gpus = visible_gpus()
+        places = place(ensemble, gpus)
+    except (DecarError, OSError) as error:
+        console.print(f"no place for its engines on this machine: {error}", style="yellow")
+        return
+    table = Table("expert", "runs on", "weights", "KV cache", "besides", "in all", box=box.SIMPLE_HEAD)
+    for of in places:
+        table.add_row(
+            of.expert,
+            "CPU" if of.gpu is None else f"GPU {of.gpu} ({gpus[of.gpu].name})",
+            _gib(of.weight_bytes),
+            "what is left" if of.kv_bytes is None else _gib(of.kv_bytes),
+            f"about {_gib(of.overhead_bytes)}",
+            f"at least {_gib(of.needed_bytes)}" if of.kv_bytes is None else f"about {_gib(of.needed_bytes)}",
+        )
+    console.print(table)
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:,.2f} GiB"
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ Shapes: K experts, B batch rows, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from decar.kernels import Rows, mix_rows
+from decar.kernels import mix_rows
 from decar.router import log_weights_after
 from decar.server.plane import NOTHING, Block, Plane, entry_of, stamp_of
 from decar.server.seat import Member, yield_core
+from decar.server.transport import Transport
 
 
 @dataclass
@@ -42,18 +42,22 @@ class Lockstep:
     Args:
         plane: attached shared memory.
         expert: this engine's index.
+        transport: where rows lie; a scheduler, which only follows stamps, has none.
     """
 
-    def __init__(self, plane: Plane, expert: int):
+    def __init__(self, plane: Plane, expert: int, transport: Transport | None = None):
         self.expert = expert
+        self._transport = transport
         self.vocab_size = plane.spec.vocab_size
         self.blocks = plane.blocks
         self.mine: Block = plane.blocks[expert]
-        self.rows = Rows(
-            [block.rows for block in plane.blocks], [block.log_normaliser for block in plane.blocks]
-        )
         self.alive = plane.alive
         self._tenants = [0] * plane.spec.slots  # newest generation seen per slot
+
+    @property
+    def transport(self) -> Transport:
+        assert self._transport is not None, "a scheduler neither posts nor mixes"
+        return self._transport
 
     def join(self, member: Member) -> None:
         """Take part in a request. A newer tenant of a slot silences the older one, which is being aborted."""
@@ -80,10 +84,8 @@ class Lockstep:
         if not new:
             return
         of = torch.tensor([turn.row for turn in new], device=logits.device)
-        rows = logits[:, : self.vocab_size].index_select(0, of).float().cpu()
-        entries = torch.tensor([turn.entry for turn in new])
-        self.mine.rows.index_copy_(0, entries, rows)
-        self.mine.log_normaliser.index_copy_(0, entries, rows.logsumexp(dim=-1))
+        rows = logits[:, : self.vocab_size].index_select(0, of)
+        self.transport.post([turn.entry for turn in new], rows)
         for turn in new:
             self.mine.row_stamp[turn.entry] = turn.stamp
 
@@ -99,20 +101,23 @@ class Lockstep:
         return ready
 
     def mixed(self, turns: Sequence[Turn]) -> torch.Tensor:
-        """Mixture logits [len(turns), V] float32 of turns whose rows have all come.
+        """Mixture logits [len(turns), V] float32, on the transport's device, of turns whose rows have all come.
 
         K identical experts give exactly that expert's logits: softmax would not need it, a repetition penalty does.
         """
-        entries = torch.tensor([turn.entry for turn in turns])
-        log_weights = torch.tensor([turn.member.log_weights for turn in turns], dtype=torch.float64)
+        rows, device = self.transport.rows, self.transport.device
+        entries = torch.tensor([turn.entry for turn in turns], device=device)
+        log_weights = torch.tensor(
+            [turn.member.log_weights for turn in turns], dtype=torch.float64, device=device
+        )
         rules = [turn.member.rule for turn in turns]
         if len(set(rules)) == 1:
-            result = mix_rows(self.rows, entries, log_weights, rules[0])
+            result = mix_rows(rows, entries, log_weights, rules[0])
         else:
-            result = torch.empty(len(turns), self.vocab_size)
+            result = torch.empty(len(turns), self.vocab_size, device=device)
             for rule in set(rules):
                 chosen = [i for i, other in enumerate(rules) if other == rule]
-                result[chosen] = mix_rows(self.rows, entries[chosen], log_weights[chosen], rule)
+                result[chosen] = mix_rows(rows, entries[chosen], log_weights[chosen], rule)
         for turn in turns:
             self.mine.log_weights[turn.member.slot, turn.position] = turn.member.log_weights
         self.mine.count("mixed_tokens", len(turns))
@@ -168,13 +173,10 @@ class Lockstep:
                 yield_core()
 
     def _move_weights(self, turns: Sequence[Turn], tokens: Sequence[int]) -> None:
-        """Bayes. An expert that gave no distribution (NaN, all -inf) has no part in a token."""
-        likelihoods = np.full((len(turns), len(self.blocks)), -np.inf)
-        for i, (turn, token) in enumerate(zip(turns, tokens, strict=True)):
-            for expert in turn.member.active:
-                likelihood = self.blocks[expert].log_likelihood(turn.entry, token)
-                if math.isfinite(likelihood):
-                    likelihoods[i, expert] = likelihood
+        """Bayes. A row without a distribution (NaN, all -inf) had no part in the token; experts that are not
+        active have no weight to move, whatever their rows hold."""
+        likelihoods = self.transport.log_likelihoods([turn.entry for turn in turns], list(tokens))
+        likelihoods = np.where(np.isfinite(likelihoods), likelihoods, -np.inf)
         before = np.array([turn.member.log_weights for turn in turns])
         known = np.isfinite(before + likelihoods).any(axis=1)  # else there is nothing to learn from the token
         before[known] = log_weights_after(before[known], likelihoods[known])

@@ -1,4 +1,4 @@
-"""The plane: shared memory in which engines exchange rows, tokens and what they are doing.
+"""The plane: shared memory in which engines exchange tokens, what they are doing, and on CPU their rows.
 
 Knows slots, stamps and experts; knows nothing about vLLM. Every word is written by one engine only, so
 nothing here needs a lock.
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from decar.router.errors import StartError
 
@@ -43,6 +42,7 @@ COUNTERS = (
     "sample_ns",  # token_wait_ns included
     "token_wait_ns",
 )
+HANDLE_BYTES = 128  # of memory on a device, as CUDA IPC names it
 _ALIGNMENT = 64
 
 
@@ -66,6 +66,8 @@ class PlaneSpec:
         slots: S, requests that can be mixed at once.
         vocab_size: V.
         positions: T, tokens one request can generate.
+        on_device: rows lie in GPU memory, and the plane holds only where.
+        dtype: of rows on a device; in the plane they are float32.
     """
 
     name: str
@@ -73,19 +75,28 @@ class PlaneSpec:
     slots: int
     vocab_size: int
     positions: int
+    on_device: bool = False
+    dtype: str = "float32"
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Name, shape and dtype of one engine's block."""
         s, v, t, k = self.slots, self.vocab_size, self.positions, self.experts
+        rows: dict[str, tuple[tuple[int, ...], type]] = {
+            "log_normaliser": ((s, 2), np.float32),
+            "rows": ((s, 2, v), np.float32),
+        }
+        handle: dict[str, tuple[tuple[int, ...], type]] = {
+            "handle": ((HANDLE_BYTES,), np.uint8),
+            "has_handle": ((1,), np.int64),
+        }
         return {
             "running": ((s,), np.int64),  # the stamp whose row this engine is computing now
             "row_stamp": ((s, 2), np.int64),
             "token_stamp": ((s, 2), np.int64),
             "token": ((s, 2), np.int64),
-            "log_normaliser": ((s, 2), np.float32),
             "counters": ((len(COUNTERS),), np.int64),
             "log_weights": ((s, t, k), np.float32),  # weights that mixed each position; leaders write it
-            "rows": ((s, 2, v), np.float32),
+            **(handle if self.on_device else rows),
         }
 
     @property
@@ -108,32 +119,37 @@ class PlaneSpec:
 
 
 class Block:
-    """One engine's part of the plane, as numpy views and a torch view of its rows.
+    """One engine's part of the plane.
 
     ``running``, ``row_stamp``, ``token_stamp`` and ``token`` are flat memoryviews, the fastest scalar
     access Python has; entry ``2 * slot + parity`` of the three doubled ones.
     """
 
     def __init__(self, spec: PlaneSpec, memory: mmap.mmap, expert: int):
-        offsets, size = spec.offsets()
-        base = spec.header_bytes + expert * size
+        self._offsets, size = spec.offsets()
+        self._base = spec.header_bytes + expert * size
+        self._spec, self._memory = spec, memory
+        self.running = self.view("running").data
+        self.row_stamp = self.view("row_stamp").reshape(-1).data
+        self.token_stamp = self.view("token_stamp").reshape(-1).data
+        self.token = self.view("token").reshape(-1).data
+        self.log_weights = self.view("log_weights")
+        self._counters = self.view("counters")
 
-        def view(name: str) -> np.ndarray:
-            shape, dtype = spec.fields()[name]
-            count = int(np.prod(shape))
-            return np.frombuffer(memory, dtype, count, base + offsets[name]).reshape(shape)
+    def view(self, name: str) -> np.ndarray:
+        """A field of `PlaneSpec.fields`, in place."""
+        shape, dtype = self._spec.fields()[name]
+        count = int(np.prod(shape))
+        return np.frombuffer(self._memory, dtype, count, self._base + self._offsets[name]).reshape(shape)
 
-        self.running = view("running").data
-        self.row_stamp = view("row_stamp").reshape(-1).data
-        self.token_stamp = view("token_stamp").reshape(-1).data
-        self.token = view("token").reshape(-1).data
-        self.log_normaliser = torch.from_numpy(view("log_normaliser").reshape(-1))  # [2S]
-        self._counters = view("counters")
-        self.log_weights = view("log_weights")
-        self.rows = torch.from_numpy(view("rows").reshape(-1, spec.vocab_size))  # [2S, V]
-        self._logits = view("rows").reshape(-1).data
-        self._log_normaliser = view("log_normaliser").reshape(-1).data
-        self._vocab_size = spec.vocab_size
+    def offer(self, handle: bytes) -> None:
+        """Tell the peers where on its device this engine's rows lie."""
+        self.view("handle")[: len(handle)] = np.frombuffer(handle, np.uint8)
+        self.view("has_handle")[0] = 1
+
+    def offered(self) -> bytes | None:
+        """The handle of this engine's rows, padded to HANDLE_BYTES; None until it has started."""
+        return self.view("handle").tobytes() if self.view("has_handle")[0] else None
 
     def count(self, name: str, by: int = 1) -> None:
         self._counters[COUNTERS.index(name)] += by
@@ -153,11 +169,6 @@ class Block:
         """Whether this engine's row for ``stamp`` is there."""
         return self.row_stamp[entry_of(slot, stamp)] == stamp
 
-    def log_likelihood(self, entry: int, token: int) -> float:
-        """log p(token) by the row in ``entry``; not finite where that row allows no such token, or is broken."""
-        likelihood: float = self._logits[entry * self._vocab_size + token] - self._log_normaliser[entry]
-        return likelihood
-
     def published(self, slot: int, stamp: int) -> int | None:
         """The token this engine, as leader, decided for ``stamp``."""
         entry = entry_of(slot, stamp)
@@ -173,14 +184,17 @@ class Plane:
         self.blocks = [Block(spec, memory, expert) for expert in range(spec.experts)]
 
     @classmethod
-    def create(cls, experts: int, slots: int, vocab_size: int, positions: int) -> Plane:
-        """Make the segment, owner-only readable.
+    def create(
+        cls, experts: int, slots: int, vocab_size: int, positions: int, device_dtype: str | None = None
+    ) -> Plane:
+        """Make the segment, owner-only readable; with ``device_dtype``, for rows of that dtype in GPU memory.
 
         Raises:
             StartError: /dev/shm has too little room; says how much is needed.
         """
         name = f"{PREFIX}{_pid_namespace()}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
-        spec = PlaneSpec(name, experts, slots, vocab_size, positions)
+        on_device = device_dtype is not None
+        spec = PlaneSpec(name, experts, slots, vocab_size, positions, on_device, device_dtype or "float32")
         free = os.statvfs(DIRECTORY).f_bavail * os.statvfs(DIRECTORY).f_frsize
         if spec.size_bytes > free:
             raise StartError(

@@ -25,18 +25,23 @@ class Seat:
         expert: this engine's index, 0 to K - 1.
         plane: what to attach to.
         cpus: cores this engine's threads are bound to; empty leaves them alone.
+        devices: CUDA_VISIBLE_DEVICES of its process, its own GPU first; empty on CPU.
         gateway_pid: the engine ends when this process does.
     """
 
     expert: int
     plane: PlaneSpec
     cpus: tuple[int, ...]
+    devices: str
     gateway_pid: int
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickling is the first that a new engine process does: from here on it ends with its gateway."""
+        """Unpickling is the first that a new engine process does: from here on it ends with its gateway,
+        and CUDA, which has not started, will find the engine's own GPU first."""
         self.__dict__.update(state)
         if os.getpid() != self.gateway_pid:
+            if self.devices:
+                os.environ["CUDA_VISIBLE_DEVICES"] = self.devices
             _end_with(self.gateway_pid, self.plane.name)
 
     def compute_hash(self) -> str:

@@ -23,14 +23,13 @@ import psutil
 
 from decar.router import Ensemble
 from decar.router.errors import StartError
+from decar.server.placement import CPU_KV_BYTES, Place, device_order, place, visible_gpus
 from decar.server.plane import Plane, remove_stale
 from decar.server.routing import Call, current_call, model_ids
 from decar.server.seat import Seat
 
 logger = logging.getLogger("decar")
 
-DEFAULT_KV_BYTES = 1 << 30
-ENGINE_OVERHEAD_BYTES = 700 << 20  # a CPU engine's code and buffers, measured
 RESERVED_FLAGS = (
     "additional_config",
     "api_server_count",
@@ -51,11 +50,12 @@ RESERVED_FLAGS = (
 """vLLM flags that decar sets itself, or that an engine in lockstep cannot follow."""
 
 
-def serve(directory: Path, flags: Sequence[str]) -> None:
+def serve(directory: Path, flags: Sequence[str], placement: str | None = None) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM.
 
     Args:
         flags: vLLM's own server and engine flags, given to every engine.
+        placement: "EXPERT=GPU,..."; None leaves it to decar.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -69,10 +69,10 @@ def serve(directory: Path, flags: Sequence[str]) -> None:
     with _bound_socket(args) as sock:
         for name in remove_stale():
             logger.warning("removed shared memory %s of a server that is gone", name)
-        uvloop.run(_serve(ensemble, args, sock))
+        uvloop.run(_serve(ensemble, args, sock, placement))
 
 
-async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket) -> None:
+async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket, placement: str | None) -> None:
     from vllm import envs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
@@ -81,7 +81,7 @@ async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket) -> No
 
     from decar.server.api import extend
 
-    async with _running_ensemble(ensemble, args) as client:
+    async with _running_ensemble(ensemble, args, placement) as client:
         tasks = await client.get_supported_tasks()
         app = build_app(args, tasks, client.model_config)
         extend(app, client, [key for key in args.api_key or [envs.VLLM_API_KEY] if key])
@@ -108,21 +108,25 @@ async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket) -> No
 
 
 @contextlib.asynccontextmanager
-async def _running_ensemble(ensemble: Ensemble, args: Namespace) -> AsyncIterator[Any]:
+async def _running_ensemble(ensemble: Ensemble, args: Namespace, placement: str | None) -> AsyncIterator[Any]:
     """Engines started and warm; stopped, with their memory given back, on the way out."""
     from decar.server.client import EnsembleClient
 
     configs = [_vllm_config(ensemble, expert, args) for expert in range(len(ensemble.experts))]
-    _check_memory(ensemble, configs[0].cache_config.kv_cache_memory_bytes)
+    places = _placed(ensemble, configs, placement)
+    on_gpu = places[0].gpu is not None
+    if not on_gpu and configs[0].cache_config.kv_cache_memory_bytes is not None:
+        _check_memory(places)
     plane = Plane.create(
         len(ensemble.experts),
         configs[0].scheduler_config.max_num_seqs,
         ensemble.vocab_size,
         configs[0].model_config.max_model_len,
+        _row_dtype(configs) if on_gpu else None,
     )
     started: list[Any] = []
     try:
-        engines = await _start_engines(ensemble, configs, plane, started, args.disable_log_stats)
+        engines = await _start_engines(ensemble, configs, places, plane, started, args.disable_log_stats)
         client = EnsembleClient(ensemble, engines, [_engine_pid(engine) for engine in engines], plane)
         client.watch_engines()
         await _warm_up(client)
@@ -136,7 +140,12 @@ async def _running_ensemble(ensemble: Ensemble, args: Namespace) -> AsyncIterato
 
 
 async def _start_engines(
-    ensemble: Ensemble, configs: Sequence[Any], plane: Plane, started: list[Any], disable_log_stats: bool
+    ensemble: Ensemble,
+    configs: Sequence[Any],
+    places: Sequence[Place],
+    plane: Plane,
+    started: list[Any],
+    disable_log_stats: bool,
 ) -> list[Any]:
     """Build one `AsyncLLM` per expert, side by side; ``started`` has those that came up, also on failure."""
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -147,7 +156,9 @@ async def _start_engines(
     cpus = _share_cores(len(configs))
 
     def start(expert: int) -> Any:
-        configs[expert].additional_config = Seat(expert, plane.spec, cpus[expert], os.getpid())
+        gpu = places[expert].gpu
+        devices = "" if gpu is None else device_order(gpu, len(visible_gpus()))
+        configs[expert].additional_config = Seat(expert, plane.spec, cpus[expert], devices, os.getpid())
         engine = AsyncLLM.from_vllm_config(
             configs[expert],
             stat_loggers=None if disable_log_stats else [metrics.factory_for(expert)],
@@ -198,6 +209,7 @@ def _prepare_environment() -> None:
     """vLLM settings that decar relies on. Where the user set one of them, it stays."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the worker's seams are those of the V1 runner
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # its import leaves named semaphores in /dev/shm
@@ -293,21 +305,56 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
     if current_platform.is_cpu():
         engine.distributed_executor_backend = "decar.server.worker.InProcessExecutor"
         if engine.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            engine.kv_cache_memory_bytes = DEFAULT_KV_BYTES
+            engine.kv_cache_memory_bytes = CPU_KV_BYTES
     return engine
 
 
-def _check_memory(ensemble: Ensemble, kv_bytes: int | None) -> None:
+def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -> list[Place]:
+    """Decide where each engine runs, and tell its config the KV size that goes with it.
+
+    Raises:
+        StartError: the experts do not fit.
+    """
+    from vllm.platforms import current_platform
+
+    cache = configs[0].cache_config
+    gpus = [] if current_platform.is_cpu() else visible_gpus()
+    slots = configs[0].scheduler_config.max_num_seqs
+    rows_bytes = 2 * slots * ensemble.vocab_size * _itemsize(_row_dtype(configs))
+    places = place(
+        ensemble,
+        gpus,
+        placement,
+        cache.kv_cache_memory_bytes,
+        rows_bytes,
+        cache.gpu_memory_utilization,
+    )
+    for config, of in zip(configs, places, strict=True):
+        if of.gpu is not None:
+            config.cache_config.kv_cache_memory_bytes = of.kv_bytes
+            logger.info("expert %s: GPU %d (%s)", of.expert, of.gpu, gpus[of.gpu].name)
+    return places
+
+
+def _row_dtype(configs: Sequence[Any]) -> str:
+    """The experts' dtype where they have one in common, for rows on a device."""
+    dtypes = {str(config.model_config.dtype).removeprefix("torch.") for config in configs}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+
+def _itemsize(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _check_memory(places: Sequence[Place]) -> None:
     """On CPU, refuse before anything starts what cannot fit."""
-    if kv_bytes is None:
-        return
     available = psutil.virtual_memory().available
-    needed = sum(expert.weight_bytes + kv_bytes + ENGINE_OVERHEAD_BYTES for expert in ensemble.experts)
+    needed = sum(of.needed_bytes for of in places)
     if needed > available:
         raise StartError(
-            f"not enough memory: {len(ensemble.experts)} experts need about {needed / 2**30:.1f} GiB "
-            f"({kv_bytes / 2**30:.1f} GiB of it for each one's KV cache), {available / 2**30:.1f} GiB are free; "
-            "lower --kv-cache-memory-bytes"
+            f"not enough memory: {len(places)} experts need about {needed / 2**30:.1f} GiB "
+            f"({(places[0].kv_bytes or 0) / 2**30:.1f} GiB of it for each one's KV cache), "
+            f"{available / 2**30:.1f} GiB are free; lower --kv-cache-memory-bytes"
         )
 
 

@@ -24,6 +24,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from decar.server.lockstep import Lockstep, Turn
 from decar.server.plane import Plane
 from decar.server.seat import Member, Seat
+from decar.server.transport import transport_of
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -53,7 +54,8 @@ class LockstepWorker(_Worker):
             torch.set_num_threads(len(seat.cpus))  # before the base class disables it
             os.sched_setaffinity(0, seat.cpus)
         super().init_device()
-        self.lockstep = Lockstep(Plane.attach(seat.plane), seat.expert)
+        plane = Plane.attach(seat.plane)
+        self.lockstep = Lockstep(plane, seat.expert, transport_of(plane, seat.expert, self.device))
         self._members: dict[str, Member] = {}
         self._turns: dict[str, Turn] = {}  # this step's, by request
         self._ready: list[Turn] = []

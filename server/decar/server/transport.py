@@ -1,0 +1,191 @@
+"""Where rows lie and how peers read them in place: in the plane's shared memory, or in GPU memory mapped by CUDA IPC.
+
+Both keep one promise: when `post` returns, every engine that sees a stamp set afterwards sees the row. Stamps
+and tokens are words of host memory in either case, so the protocol is the same.
+
+Shapes: K experts, S slots, V vocabulary, n rows of one call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from decar.kernels import Rows
+from decar.server.plane import Block, Plane
+
+ROW_ALIGNMENT = 64  # elements: rows of any vocabulary start where a GPU's widest loads may
+
+
+class Transport(Protocol):
+    """Where an engine posts its rows and finds its peers'."""
+
+    device: torch.device
+
+    @property
+    def rows(self) -> Rows:
+        """Every expert's rows [2S, V], entry 2 * slot + parity."""
+
+    def post(self, entries: list[int], logits: torch.Tensor) -> None:
+        """Write ``logits`` [n, V] and their log-normalisers as this engine's rows in ``entries``."""
+
+    def log_likelihoods(self, entries: list[int], tokens: list[int]) -> np.ndarray:
+        """log p_k(token) [n, K] float64; not finite where a row allows no such token, or is broken."""
+
+
+def transport_of(plane: Plane, expert: int, device: torch.device) -> Transport:
+    """The transport that ``plane`` was made for, for an engine that computes on ``device``."""
+    if plane.spec.on_device:
+        return DeviceTransport(plane, expert, CudaMemory(device))
+    return HostTransport(plane, expert)
+
+
+class HostTransport:
+    """Rows in the plane itself, float32."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, plane: Plane, expert: int):
+        self._mine = plane.blocks[expert]
+        self._vocab_size = plane.spec.vocab_size
+        views = [(block.view("rows"), block.view("log_normaliser").reshape(-1)) for block in plane.blocks]
+        self.rows = Rows(
+            [torch.from_numpy(rows.reshape(-1, self._vocab_size)) for rows, _ in views],
+            [torch.from_numpy(log_normaliser) for _, log_normaliser in views],
+        )
+        self._own = self.rows.logits[expert], self.rows.log_normalisers[expert]
+        # Flat memoryviews: the fastest scalar access that Python has.
+        self._scalars = [(rows.reshape(-1).data, log_normaliser.data) for rows, log_normaliser in views]
+
+    def post(self, entries: list[int], logits: torch.Tensor) -> None:
+        of, values = torch.tensor(entries), logits.float().cpu()
+        self._own[0].index_copy_(0, of, values)
+        self._own[1].index_copy_(0, of, values.logsumexp(dim=-1))
+
+    def log_likelihoods(self, entries: list[int], tokens: list[int]) -> np.ndarray:
+        return np.array(
+            [
+                [
+                    logits[entry * self._vocab_size + token] - log_normaliser[entry]
+                    for logits, log_normaliser in self._scalars
+                ]
+                for entry, token in zip(entries, tokens, strict=True)
+            ],
+            dtype=np.float64,
+        )
+
+
+class DeviceMemory(Protocol):
+    """Memory that another process can map by a handle of at most 128 bytes."""
+
+    device: torch.device
+
+    def allocate(self, size_bytes: int) -> tuple[torch.Tensor, bytes]:
+        """Zeroed bytes [size_bytes] uint8, and their handle."""
+
+    def open(self, handle: bytes, size_bytes: int) -> torch.Tensor:
+        """Another process's bytes [size_bytes] uint8."""
+
+    def settle(self) -> None:
+        """Return when all that was written is visible to whoever has mapped it."""
+
+
+class DeviceTransport:
+    """Rows in one buffer per expert on its own device, in the model's dtype, mapped by its peers.
+
+    A buffer is [2S] rows of V elements, padded to ROW_ALIGNMENT, then [2S] float32 log-normalisers. Its handle is
+    in its engine's block; peers map it when they first need it, which is after all engines have started.
+    """
+
+    def __init__(self, plane: Plane, expert: int, memory: DeviceMemory):
+        spec = plane.spec
+        self.device = memory.device
+        self._plane, self._memory = plane, memory
+        self._expert = expert
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._entries, self._vocab_size = 2 * spec.slots, spec.vocab_size
+        self._stride = -(-spec.vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        self._rows: Rows | None = None
+        self._buffer, handle = memory.allocate(self.size_bytes)
+        self._own = self._views(self._buffer)
+        plane.blocks[expert].offer(handle)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._entries * (self._stride * self._dtype.itemsize + 4)
+
+    @property
+    def rows(self) -> Rows:
+        if self._rows is None:
+            buffers = [self._views(self._of(k, block)) for k, block in enumerate(self._plane.blocks)]
+            self._rows = Rows([logits for logits, _ in buffers], [of for _, of in buffers])
+        return self._rows
+
+    def post(self, entries: list[int], logits: torch.Tensor) -> None:
+        of, values = torch.tensor(entries, device=self.device), logits.to(self._dtype)
+        self._own[0].index_copy_(0, of, values)
+        self._own[1].index_copy_(0, of, values.float().logsumexp(dim=-1))
+        self._memory.settle()
+
+    def log_likelihoods(self, entries: list[int], tokens: list[int]) -> np.ndarray:
+        of, ids = (torch.tensor(values, device=self.device) for values in (entries, tokens))
+        logits = torch.stack([rows[of, ids].float() for rows in self.rows.logits], dim=1)
+        log_normalisers = torch.stack([values[of] for values in self.rows.log_normalisers], dim=1)
+        found: np.ndarray = (logits - log_normalisers).double().cpu().numpy()
+        return found
+
+    def _of(self, expert: int, block: Block) -> torch.Tensor:
+        if expert == self._expert:
+            return self._buffer
+        handle = block.offered()
+        if handle is None:
+            raise RuntimeError(f"expert {expert} is asked for rows before its engine has started")
+        return self._memory.open(handle, self.size_bytes)
+
+    def _views(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [2S, V] and log-normalisers [2S] of a buffer."""
+        end = self._entries * self._stride * self._dtype.itemsize
+        rows = buffer[:end].view(self._dtype).view(self._entries, self._stride)
+        return rows[:, : self._vocab_size], buffer[end:].view(torch.float32)
+
+
+class CudaMemory:
+    """A GPU's memory, by vLLM's binding of the CUDA runtime. Not torch's allocator: CUDA maps whole allocations."""
+
+    def __init__(self, device: torch.device):
+        from vllm.distributed.device_communicators.cuda_wrapper import CudaRTLibrary, cudaIpcMemHandle_t
+
+        self.device = device
+        self._library = CudaRTLibrary()
+        self._handle_type = cudaIpcMemHandle_t
+
+    def allocate(self, size_bytes: int) -> tuple[torch.Tensor, bytes]:
+        address = self._library.cudaMalloc(size_bytes)
+        self._library.cudaMemset(address, 0, size_bytes)
+        return self._tensor(address, size_bytes), bytes(self._library.cudaIpcGetMemHandle(address))
+
+    def open(self, handle: bytes, size_bytes: int) -> torch.Tensor:
+        # Also maps memory of another GPU, where the two have peer access.
+        address = self._library.cudaIpcOpenMemHandle(self._handle_type.from_buffer_copy(handle))
+        return self._tensor(address, size_bytes)
+
+    def settle(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def _tensor(self, address: ctypes.c_void_p, size_bytes: int) -> torch.Tensor:
+        return torch.as_tensor(_CudaBytes(address, size_bytes), device=self.device)
+
+
+class _CudaBytes:
+    """What torch asks of memory that it did not allocate."""
+
+    def __init__(self, address: ctypes.c_void_p, size_bytes: int):
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "data": (address.value, False),
+            "version": 3,
+        }

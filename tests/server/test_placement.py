@@ -1,0 +1,84 @@
+"""Where engines go, from sizes alone: no GPU is needed to plan for some."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from decar.router.errors import StartError
+from decar.server.placement import Gpu, _visible, device_order, place
+
+GIB = 1 << 30
+
+
+def ensemble(*sizes_gib: float) -> Any:
+    names = [f"e{i}" for i in range(len(sizes_gib))]
+    experts = [
+        SimpleNamespace(name=name, path=Path(name), weight_bytes=int(size * GIB))
+        for name, size in zip(names, sizes_gib, strict=True)
+    ]
+    return SimpleNamespace(experts=experts, expert_names=names)
+
+
+def gpus(count: int, gib: int = 80) -> list[Gpu]:
+    return [Gpu(i, "H200", gib * GIB) for i in range(count)]
+
+
+def test_with_enough_gpus_each_engine_has_one_and_takes_what_is_left_of_it() -> None:
+    places = place(ensemble(14, 14), gpus(3))
+    assert [(of.gpu, of.kv_bytes) for of in places] == [(0, None), (1, None)]
+
+
+def test_engines_that_share_a_gpu_get_equal_explicit_kv_sizes_that_fit() -> None:
+    places = place(ensemble(14, 14, 1), gpus(2))
+    assert [of.gpu for of in places] == [0, 1, 0]
+    shared = [of for of in places if of.gpu == 0]
+    assert shared[0].kv_bytes == shared[1].kv_bytes
+    assert 0.8 * 80 * GIB < sum(of.needed_bytes for of in shared) <= 0.9 * 80 * GIB
+    assert places[1].kv_bytes is None
+
+
+def test_a_wish_and_a_users_kv_size_are_followed() -> None:
+    places = place(ensemble(1, 1), gpus(2), "e0=1, e1=1", kv_bytes=2 * GIB)
+    assert [(of.gpu, of.kv_bytes) for of in places] == [(1, 2 * GIB)] * 2
+
+
+def test_on_cpu_every_engine_has_the_same() -> None:
+    places = place(ensemble(1, 2), [], kv_bytes=GIB)
+    assert [(of.gpu, of.kv_bytes) for of in places] == [(None, GIB)] * 2
+    assert places[1].needed_bytes > 3 * GIB
+
+
+@pytest.mark.parametrize(
+    ("wish", "of", "said"),
+    [
+        ("e0=0,e2=0", gpus(1), "'e2' is none of the experts e0, e1"),
+        ("e0=0,e1=3", gpus(2), "'e1=3' does not name a GPU from 0 to 1"),
+        ("e0=0", gpus(2), "nothing of e1"),
+        ("e0=0,e1=0", [], "there is none here"),
+        (None, gpus(1, 40), "too small for e0, e1: weights 40.0 GiB"),
+    ],
+)
+def test_what_cannot_be_is_said(wish: str | None, of: list[Gpu], said: str) -> None:
+    with pytest.raises(StartError, match=said):
+        place(ensemble(20, 20), of, wish)
+
+
+def test_a_kv_size_that_leaves_no_room_is_said() -> None:
+    with pytest.raises(StartError, match="--kv-cache-memory-bytes"):
+        place(ensemble(20, 20), gpus(1), kv_bytes=30 * GIB)
+
+
+def test_only_visible_gpus_count_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [["0", "GPU-aa", "A", "10"], ["1", "GPU-bb", "B", "20"]]
+    assert [gpu.name for gpu in _visible(rows, None)] == ["A", "B"]
+    assert [(gpu.index, gpu.name) for gpu in _visible(rows, "1,0")] == [(0, "B"), (1, "A")]
+    assert [gpu.name for gpu in _visible(rows, "GPU-bb")] == ["B"]
+    assert _visible(rows, "") == []
+    with pytest.raises(StartError, match="'2'"):
+        _visible(rows, "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert device_order(1, 3) == "5,4,6"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert device_order(2, 3) == "2,0,1"
