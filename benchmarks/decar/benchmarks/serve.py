@@ -19,7 +19,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,60 +153,60 @@ def serve(
 def _measure_all(
     bench: Bench, closed: list[Load], shares: list[float], repeats: int, compared: list[str]
 ) -> dict[str, Any]:
-    """Fill ``bench.runs``; returns what was checked."""
+    """Fill ``bench.runs``; returns what was checked.
+
+    All servers are up throughout, and take turns: a machine that slows down slows all of them. Those whose turn
+    it is not sleep.
+    """
     most = max(closed, key=lambda load: load.concurrency)
-    phases = bench.progress.add_task("one expert on plain vLLM: starting", total=None)
+    task = bench.progress.add_task("", total=None)
 
-    def say(text: str) -> None:
-        bench.progress.update(phases, description=text)
+    def say(system: str, load: Load | None = None, repeat: int = 0) -> None:
+        what = "starting" if load is None else f"{load.label}, repeat {repeat + 1} of {repeats}"
+        bench.progress.update(task, description=f"{system}: {what}")
 
-    with _plain_servers(bench, len(bench.experts) if "http" in compared else 1) as plain:
-        single = bench.target(plain[0][0], plain[0][1])
-        _warm(bench, single, most)
-        for load in closed:
-            for repeat in range(repeats):
-                say(f"one expert on plain vLLM: {load.label}, {repeat + 1} of {repeats}")
-                bench.run("single", single, load, repeat)
-        best = max(run["request_throughput"] for run in bench.runs)
-        arrivals = [
-            Load(most.concurrency, most.requests, most.input_tokens, most.output_tokens, share * best)
-            for share in shares
-        ]
-        for load in arrivals:
-            for repeat in range(repeats):
-                say(f"one expert on plain vLLM: {load.label}, {repeat + 1} of {repeats}")
-                bench.run("single", single, load, repeat)
-        if "http" in compared:
-            for load in closed:
-                say(f"log-probabilities over HTTP: {load.label}")
-                prompts = _prompts(bench, load.concurrency, load.input_tokens)
-                duration = asyncio.run(today.over_http(plain, bench.weights, prompts, HTTP_TOKENS))
-                _today(bench, "http", load, len(prompts) * HTTP_TOKENS, duration)
-    say("the ensemble: starting")
-    with _ensemble_server(bench) as base:
+    with contextlib.ExitStack() as servers:
+        say("plain vLLM")
+        plain = servers.enter_context(_plain_servers(bench, len(bench.experts) if "http" in compared else 1))
+        targets = {"single": bench.target(*plain[0])}
+        say("the ensemble")
+        base = servers.enter_context(_ensemble_server(bench))
         dense = bench.target(base, bench.name, dict(zip(bench.experts, bench.weights, strict=True)))
-        top = bench.target(base, bench.name, {bench.first: 1.0})
-        say("the ensemble: checking its answers")
+        if "dense" in compared:
+            targets["dense"] = dense
+        if "top-1" in compared:
+            targets["top-1"] = bench.target(base, bench.name, {bench.first: 1.0})
         checked = _check(bench, dense)
-        _warm(bench, dense, most)
-        _warm(bench, top, most)
-        for load in [*closed, *arrivals]:
+        for target in targets.values():
+            _warm(bench, target, most)
+
+        def measure_each(load: Load) -> None:
             for repeat in range(repeats):
-                say(f"the ensemble: {load.label}, {repeat + 1} of {repeats}")
-                if "dense" in compared:
+                for system, target in targets.items():
+                    say(system, load, repeat)
                     before = _counted(base)
-                    bench.run("dense", dense, load, repeat)
-                    bench.steps.append(_step(load, before, _counted(base), bench.runs[-1]["duration_s"]))
-                if "top-1" in compared:
-                    bench.run("top-1", top, load, repeat)
-    if "transformers" in compared:
+                    bench.run(system, target, load, repeat)
+                    if system == "dense":
+                        step = _step(load, before, _counted(base), bench.runs[-1]["duration_s"])
+                        bench.steps.append(step)
+
         for load in closed:
-            say(f"transformers loop: {load.label}")
+            measure_each(load)
+        best = max(run["request_throughput"] for run in bench.runs if run["system"] == "single")
+        for share in shares:
+            measure_each(replace(most, rate_per_s=share * best))
+        for load in closed if "http" in compared else []:
+            say("http", load)
             prompts = _prompts(bench, load.concurrency, load.input_tokens)
-            tokens = min(load.output_tokens, 32)
-            paths = list(bench.experts.values())
-            duration = today.transformers_loop(paths, bench.weights, prompts, tokens, bench.dtype)
-            _today(bench, "transformers", load, len(prompts) * tokens, duration)
+            duration = asyncio.run(today.over_http(plain, bench.weights, prompts, HTTP_TOKENS))
+            _today(bench, "http", load, len(prompts) * HTTP_TOKENS, duration)
+    for load in closed if "transformers" in compared else []:
+        say("transformers", load)
+        prompts = _prompts(bench, load.concurrency, load.input_tokens)
+        tokens = min(load.output_tokens, 32)
+        paths = list(bench.experts.values())
+        duration = today.transformers_loop(paths, bench.weights, prompts, tokens, bench.dtype)
+        _today(bench, "transformers", load, len(prompts) * tokens, duration)
     return checked
 
 

@@ -110,6 +110,8 @@ async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket, place
 @contextlib.asynccontextmanager
 async def _running_ensemble(ensemble: Ensemble, args: Namespace, placement: str | None) -> AsyncIterator[Any]:
     """Engines started and warm; stopped, with their memory given back, on the way out."""
+    from vllm.envs import enable_envs_cache
+
     from decar.server.client import EnsembleClient
 
     configs = [_vllm_config(ensemble, expert, args) for expert in range(len(ensemble.experts))]
@@ -130,6 +132,7 @@ async def _running_ensemble(ensemble: Ensemble, args: Namespace, placement: str 
         client = EnsembleClient(ensemble, engines, [_engine_pid(engine) for engine in engines], plane)
         client.watch_engines()
         await _warm_up(client)
+        enable_envs_cache()  # else every token's statistics read the environment anew
         yield client  # vLLM's server shuts the client down when it is told to stop
     finally:
         for engine in started:
@@ -332,6 +335,9 @@ def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -
     for config, of in zip(configs, places, strict=True):
         if of.gpu is not None:
             config.cache_config.kv_cache_memory_bytes = of.kv_bytes
+            if of.kv_bytes is not None:  # vLLM refuses to start where less than this share is free
+                share = of.needed_bytes / gpus[of.gpu].total_bytes
+                config.cache_config.gpu_memory_utilization = min(share, cache.gpu_memory_utilization)
             logger.info("expert %s: GPU %d (%s)", of.expert, of.gpu, gpus[of.gpu].name)
     return places
 
