@@ -85,7 +85,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             key if key != previous else "",
             system,
             f"{mean(run['output_throughput'] for run in runs):,.0f}",
-            f"{min(of_single):.2f}–{max(of_single):.2f}" if of_single else "1",
+            _range(of_single) if of_single else "1",
             _times(runs, "ttft"),
             _times(runs, "tpot"),
             f"{mean(run['request_goodput'] for run in runs):.2f}/s" if "request_goodput" in runs[0] else "",
@@ -94,6 +94,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         previous = key
     console.print(table)
     console.print("times in ms; repeats: throughput and times are means, ratios the range")
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low}–{high}"
 
 
 def _times(runs: list[dict[str, Any]], name: str) -> str:

@@ -107,6 +107,8 @@ def serve(
     Load comes from vLLM's own `vllm bench serve`. Answers are checked against a transformers mixture first.
     """
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a table cut to 80 columns would lose its ratios
     compared = [name for name in systems.split(",") if name]
     for name in compared:
         if name not in SYSTEMS:
