@@ -13,24 +13,29 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import torch
 from transformers import AutoModelForCausalLM
 
 
+class Decoded(NamedTuple):
+    """Greedy tokens of each request, and how long all took, loading left out."""
+
+    tokens: list[list[int]]
+    duration_s: float
+
+
 @torch.inference_mode()
 def transformers_loop(
     experts: Sequence[Path], weights: Sequence[float], prompts: list[list[int]], tokens: int, dtype: str
-) -> float:
-    """One static batch of equally long ``prompts``: every expert's forward pass, one after another, then mix.
-
-    Returns the duration in seconds, loading left out.
-    """
+) -> Decoded:
+    """One static batch of equally long ``prompts``: every expert's forward pass, one after another, then mix."""
     models = _load(experts, dtype)
     ids = torch.tensor(prompts, device=models[0].device)
     caches = [None] * len(models)
+    chosen = []
     started = time.perf_counter()
     for _ in range(tokens):
         rows = []
@@ -39,8 +44,9 @@ def transformers_loop(
             caches[k] = output.past_key_values
             rows.append(output.logits[:, -1])
         ids = _mixed(rows, weights).argmax(-1, keepdim=True)
-    ids.tolist()  # waits for a GPU
-    return time.perf_counter() - started
+        chosen.append(ids)
+    decoded: list[list[int]] = torch.cat(chosen, dim=1).tolist()  # waits for a GPU
+    return Decoded(decoded, time.perf_counter() - started)
 
 
 @torch.inference_mode()
@@ -76,9 +82,9 @@ def _mixed(rows: list[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
 
 async def over_http(
     servers: Sequence[tuple[str, str]], weights: Sequence[float], prompts: list[list[int]], tokens: int
-) -> float:
+) -> Decoded:
     """All ``prompts`` at once, each token by one request to each of the K plain ``servers`` for every
-    log-probability it has; mixed here. Returns the duration in seconds.
+    log-probability it has; mixed here.
 
     Args:
         servers: (base URL, model) of each expert's server, started with --max-logprobs -1.
@@ -102,7 +108,7 @@ async def over_http(
         answer: dict[str, float] = response.json()["choices"][0]["logprobs"]["top_logprobs"][0]
         return answer
 
-    async def decode(client: httpx.AsyncClient, prompt: list[int]) -> None:
+    async def decode(client: httpx.AsyncClient, prompt: list[int]) -> list[int]:
         ids = list(prompt)
         for _ in range(tokens):
             rows = await asyncio.gather(*(row(client, server, ids) for server in servers))
@@ -112,9 +118,10 @@ async def over_http(
                 for token in shared
             }
             ids.append(int(max(mixed, key=mixed.__getitem__).removeprefix("token_id:")))
+        return ids[len(prompt) :]
 
     limits = httpx.Limits(max_connections=len(servers) * len(prompts))
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
         started = time.perf_counter()
-        await asyncio.gather(*(decode(client, prompt) for prompt in prompts))
-        return time.perf_counter() - started
+        decoded = await asyncio.gather(*(decode(client, prompt) for prompt in prompts))
+        return Decoded(decoded, time.perf_counter() - started)

@@ -121,6 +121,8 @@ def main() -> None:
     logging.basicConfig(format="decar: %(message)s")
     logging.getLogger("decar").setLevel(logging.INFO)
     for command in importlib.metadata.entry_points(group="decar.commands"):
+        if sys.argv[1:2] not in ([], ["--help"], [command.name]):
+            continue  # what is not asked for may take seconds to import
         loaded = command.load()
         if isinstance(loaded, typer.Typer):
             app.add_typer(loaded, name=command.name)

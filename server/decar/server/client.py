@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,23 @@ class Expert:
     leads: int = 0  # requests it leads now
 
 
+@dataclass
+class Asked:
+    """What vLLM's app asks to be generated, with the `Call` it belongs to.
+
+    Attributes:
+        first_choice: index of this prompt's first choice in the response.
+        kwargs: what vLLM passes through to an engine as it is.
+    """
+
+    call: Call
+    first_choice: int
+    prompt: Any
+    params: SamplingParams
+    request_id: str
+    kwargs: dict[str, Any]
+
+
 class EnsembleClient(EngineClient):
     """K engines that decode as one model.
 
@@ -141,56 +158,48 @@ class EnsembleClient(EngineClient):
         call = current_call.get() or parse_call(self.ensemble, None, None)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
-        return self._generate(call, first_choice, prompt, sampling_params, request_id, kwargs)
+        return self._generate(Asked(call, first_choice, prompt, sampling_params, request_id, kwargs))
 
-    async def _generate(
-        self,
-        call: Call,
-        first_choice: int,
-        prompt: Any,
-        params: SamplingParams,
-        request_id: str,
-        kwargs: dict[str, Any],
-    ) -> AsyncGenerator[RequestOutput, None]:
-        log_weights = call.log_weights
-        if call.posterior:
-            self._refuse_prompt_logprobs(params)
-            log_weights = await self._posterior_of(log_weights, prompt, request_id, kwargs)
+    async def _generate(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
+        log_weights = asked.call.log_weights
+        if asked.call.posterior:
+            self._refuse_prompt_logprobs(asked.params)
+            log_weights = await self._posterior_of(log_weights, asked)
         active = [int(k) for k in np.flatnonzero(np.isfinite(log_weights))]
         if len(active) == 1:
-            outputs = self._alone(call, first_choice, active[0], prompt, params, request_id, kwargs)
+            outputs = self._alone(asked, active[0])
         else:
-            self._refuse_prompt_logprobs(params)
+            self._refuse_prompt_logprobs(asked.params)
             children = [
                 self._mixed(
-                    call, first_choice + i, log_weights, active, prompt, child, f"{request_id}-{i}", kwargs
+                    replace(
+                        asked,
+                        params=params,
+                        first_choice=asked.first_choice + i,
+                        request_id=f"{asked.request_id}-{i}",
+                    ),
+                    log_weights,
+                    active,
                 )
-                for i, child in enumerate(_children(params))
+                for i, params in enumerate(_children(asked.params))
             ]
-            outputs = children[0] if len(children) == 1 else _merged(children, params)
+            outputs = children[0] if len(children) == 1 else _merged(children, asked.params)
         try:
             async for output in outputs:
-                output.request_id = request_id
+                output.request_id = asked.request_id
                 yield output
         finally:
             await outputs.aclose()
 
-    async def _alone(
-        self,
-        call: Call,
-        first_choice: int,
-        expert: int,
-        prompt: Any,
-        params: SamplingParams,
-        request_id: str,
-        kwargs: dict[str, Any],
-    ) -> AsyncGenerator[RequestOutput, None]:
+    async def _alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
         """One expert is active: plain vLLM, no plane."""
-        name = self.experts[expert].name
+        call, name = asked.call, self.experts[expert].name
         weights = [float(k == expert) for k in range(len(self.experts))]
-        traces = [ChoiceTrace([name], name) for _ in range(params.n)]
-        call.choices.update((first_choice + i, trace) for i, trace in enumerate(traces))
-        outputs = self.experts[expert].engine.generate(prompt, params, request_id, **kwargs)
+        traces = [ChoiceTrace([name], name) for _ in range(asked.params.n)]
+        call.choices.update((asked.first_choice + i, trace) for i, trace in enumerate(traces))
+        outputs = self.experts[expert].engine.generate(
+            asked.prompt, asked.params, asked.request_id, **asked.kwargs
+        )
         try:
             async for output in outputs:
                 if call.trace:
@@ -201,24 +210,17 @@ class EnsembleClient(EngineClient):
             await outputs.aclose()
 
     async def _mixed(
-        self,
-        call: Call,
-        choice: int,
-        log_weights: np.ndarray,
-        active: list[int],
-        prompt: Any,
-        params: SamplingParams,
-        request_id: str,
-        kwargs: dict[str, Any],
+        self, asked: Asked, log_weights: np.ndarray, active: list[int]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Several experts are active: all of them run the request in lockstep, and its leader answers."""
+        """Several experts are active: all of them run one choice in lockstep, and its leader answers."""
+        call = asked.call
         async with self.slots.take() as (slot, generation):
             leader = self._leader(log_weights, active)
             member = Member(
                 slot, generation, leader, tuple(active), call.rule, log_weights.tolist(), call.posterior
             )
             trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
-            call.choices[choice] = trace
+            call.choices[asked.first_choice] = trace
             queues: dict[int, Any] = {}
             finished = False
             self.experts[leader].leads += 1
@@ -227,7 +229,11 @@ class EnsembleClient(EngineClient):
                 # Followers first: they have nothing to do for the leader that it could not do meanwhile.
                 for k in sorted(active, key=lambda k: k == leader):
                     queues[k] = await self.experts[k].engine.add_request(
-                        request_id, prompt, _params_of(k, member, params), arrival_time=arrival, **kwargs
+                        asked.request_id,
+                        asked.prompt,
+                        _params_of(k, member, asked.params),
+                        arrival_time=arrival,
+                        **asked.kwargs,
                     )
                 queue = queues[leader]
                 self._running[slot] = (member, queue)
@@ -250,16 +256,12 @@ class EnsembleClient(EngineClient):
                 ended = {leader} if finished else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
 
-    async def _posterior_of(
-        self, prior: np.ndarray, prompt: Any, request_id: str, kwargs: dict[str, Any]
-    ) -> np.ndarray:
-        """Score ``prompt`` on every expert; return the posterior log weights [K] after it."""
-        scores = await asyncio.gather(
-            *(self._score(k, prompt, f"{request_id}-score", kwargs) for k in range(len(self.experts)))
-        )
+    async def _posterior_of(self, prior: np.ndarray, asked: Asked) -> np.ndarray:
+        """Score the prompt on every expert; return the posterior log weights [K] after it."""
+        scores = await asyncio.gather(*(self._score(k, asked) for k in range(len(self.experts))))
         return log_weights_after(prior, scores)
 
-    async def _score(self, expert: int, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> float:
+    async def _score(self, expert: int, asked: Asked) -> float:
         """log p_k(prompt), the first token given; its keys and values stay in the engine's prefix cache."""
         params = SamplingParams(
             max_tokens=1,
@@ -269,7 +271,9 @@ class EnsembleClient(EngineClient):
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        outputs = self.experts[expert].engine.generate(prompt, params, request_id, **kwargs)
+        outputs = self.experts[expert].engine.generate(
+            asked.prompt, params, f"{asked.request_id}-score", **asked.kwargs
+        )
         (output,) = [output async for output in outputs]
         total = 0.0
         ids = output.prompt_token_ids or []

@@ -1,0 +1,119 @@
+"""`decar bench serve`: its report, and one whole run on real servers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from decar.benchmarks import report, serve, today
+from tests.reference import Reference, mixture_decode
+
+LOAD = {"concurrency": 2, "requests": 4, "input_tokens": 8, "output_tokens": 8, "rate_per_s": None}
+
+
+def run(system: str, tokens_per_s: float, repeat: int = 0, **load: Any) -> dict[str, Any]:
+    return {
+        "system": system,
+        "load": {**LOAD, **load},
+        "repeat": repeat,
+        "output_throughput": tokens_per_s,
+        "mean_tpot_ms": 5.0,
+        "failed": 0,
+    }
+
+
+def test_ratios_are_of_the_same_load_and_repeat() -> None:
+    runs = [run("single", 100), run("single", 50, 1), run("dense", 90), run("dense", 40, 1), run("http", 15)]
+    runs.append(run("dense", 70, concurrency=64))  # nothing to compare with
+    found = [(entry["system"], entry["repeat"], entry["ratio"]) for entry in report.ratios(runs)]
+    assert found == [("dense", 0, 0.9), ("dense", 1, 0.8), ("http", 0, 0.2)]
+
+
+def test_a_report_is_readable_and_never_overwritten(tmp_path: Path) -> None:
+    runs = [run("single", 100), run("dense", 90), run("dense", 80, rate_per_s=1.5)]
+    result = {
+        "environment": {"gpus": [], "cores": 2, "cpu": "some CPU", "date": "2026-01-02T03:04:05"},
+        "ensemble": {"name": "duo", "experts": 2, "dtype": "float32"},
+        "checked": {"tokens": 128, "largest_difference_nats": 1e-5},
+        "runs": runs,
+        "ratios": report.ratios(runs),
+        "steps": [{"load": LOAD, "ms": dict.fromkeys(report.PHASES, 1.0)}],
+    }
+    first, second = (report.write(result, tmp_path / "2026-01-02-cpu") for _ in range(2))
+    assert (first.name, second.name) == ("2026-01-02-cpu", "2026-01-02-cpu-2")
+    assert json.loads((tmp_path / "2026-01-02-cpu-2.json").read_text()) == result
+    assert (tmp_path / "2026-01-02-cpu-2.png").read_bytes().startswith(b"\x89PNG")
+    console = Console(width=120, record=True)
+    report.show(result, console)
+    text = console.export_text()
+    assert "0.90" in text
+    assert "1.50 req/s" in text
+    assert "128 greedy tokens" in text
+
+
+def test_what_people_do_today_decodes_the_mixture(duo: Reference) -> None:
+    prompts = [duo.encode("import os, sys")[:4], duo.encode("The value of it is")[:4]]
+    experts = [duo.directory / "experts" / name for name in ("code", "prose")]
+    decoded = today.transformers_loop(experts, [0.5, 0.5], prompts, 8, "float32")
+    assert decoded.duration_s > 0
+    expected = mixture_decode(duo, prompts, max_tokens=8, weights={"code": 0.5, "prose": 0.5})
+    for tokens, answer in zip(decoded.tokens, expected, strict=True):
+        assert tokens == answer.tokens
+
+
+def test_a_wrong_answer_is_not_timed(duo: Reference) -> None:
+    experts = {name: duo.directory / "experts" / name for name in ("code", "prose")}
+    bench: Any = SimpleNamespace(experts=experts, weights=[0.5, 0.5], dtype="float32")
+    prompt = duo.encode("import os")
+    tokens = today.transformers_loop(list(experts.values()), bench.weights, [prompt], 4, "float32").tokens[0]
+    off, allowed = serve._hold(bench, prompt, tokens)
+    assert off <= allowed
+    with pytest.raises(serve.WrongAnswer, match="token 0 of an answer"):
+        serve._hold(bench, prompt, [(tokens[0] + 1) % 100, *tokens[1:]])
+    with pytest.raises(serve.WrongAnswer, match="log-probability 0"):
+        serve._hold(bench, prompt, tokens, [0.0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--systems", "dense,vapour"], "vapour"), (["--shape", "7B"], "3M, 40M")]
+)
+def test_unknown_names_are_refused(flags: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "decar.server", "bench", "serve", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@pytest.mark.engines
+def test_a_whole_run_on_real_servers(duo: Reference, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "decar.server",
+        "bench",
+        "serve",
+        str(duo.directory),
+        "--output",
+        str(tmp_path),
+    ]
+    command += ["--concurrency", "2", "--repeats", "1", "--input-len", "8", "--output-len", "8"]
+    command += ["--poisson", "0.5", "--dtype", "float32", "--vllm", "--enforce-eager"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = tmp_path.glob("*-serve-duo.json")
+    result = json.loads(path.read_text())
+    assert path.with_suffix(".png").exists()
+    systems = [run["system"] for run in result["runs"]]
+    assert sorted(systems) == ["dense", "dense", "http", "single", "single", "top-1", "top-1", "transformers"]
+    assert all(run["failed"] == 0 for run in result["runs"])
+    assert result["checked"]["largest_difference_nats"] < 1e-3
+    assert {entry["system"] for entry in result["ratios"]} == {"dense", "top-1", "http", "transformers"}
+    step = result["steps"][0]
+    assert step["steps"] >= 8
+    assert all(ms > 0 for phase, ms in step["ms"].items() if phase != "other")
+    assert "vllm" in " ".join(result["environment"]["versions"])
