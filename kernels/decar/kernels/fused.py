@@ -87,8 +87,9 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     BLOCKS_PER_CHUNK: tl.constexpr,
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    chunks = tl.num_programs(0)
+    # Rows along the first axis: CUDA allows only 65,535 programs along the second.
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    chunks = tl.num_programs(1)
     lanes = tl.arange(0, LANES)
     entry = tl.load(entries + row)
     log_weight, normaliser, active = _effective_log_weights(
@@ -189,7 +190,7 @@ def _decide_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _normalise_kernel(out, totals, V, out_stride, chunks, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Subtract each row's log-sum-exp, known from its chunks."""
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, CHUNKS)
     there = columns < chunks
     tops = tl.load(totals + (row * chunks + columns) * 2, mask=there, other=-float("inf"))
@@ -198,7 +199,7 @@ def _normalise_kernel(out, totals, V, out_stride, chunks, CHUNKS: tl.constexpr, 
     top = tl.where(top > -float("inf"), top, 0.0)
     total = tl.sum(sums * tl.exp(tops - top), axis=0)
     normaliser = top + tl.log(tl.where(total > 0.0, total, 1.0))
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     pointers = out + row * out_stride + token
     tl.store(pointers, tl.load(pointers, mask=token < V) - normaliser, mask=token < V)
 
@@ -214,7 +215,7 @@ def mix_rows(
     totals = torch.empty(count, chunks, 2, dtype=torch.float32, device=rows.device) if total else out
     _launch(rows, entries, log_weights, rule, anchored=anchored, out=out, totals=totals if total else None)
     if total and count:
-        _normalise_kernel[(triton.cdiv(vocabulary, BLOCK), count)](
+        _normalise_kernel[(count, triton.cdiv(vocabulary, BLOCK))](
             out,
             totals,
             vocabulary,
@@ -285,7 +286,7 @@ def _launch(
         return
     unused = entries  # a pointer that is never followed
     best, best_token, temperatures, seeds, positions = sample or (unused,) * 5
-    _mix_kernel[(triton.cdiv(rows.vocab_size, BLOCK * BLOCKS_PER_CHUNK), count)](
+    _mix_kernel[(count, triton.cdiv(rows.vocab_size, BLOCK * BLOCKS_PER_CHUNK))](
         rows.pointers,
         rows.normaliser_pointers,
         entries,
