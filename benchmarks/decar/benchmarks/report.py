@@ -162,7 +162,8 @@ def _plot(result: dict[str, Any], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks := sorted({run["load"]["concurrency"] for run in closed}), map(str, ticks))
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize="small")
+        if axis.has_data():
+            axis.legend(fontsize="small")
     _plot_steps(steps, result)
     of = result["environment"]
     hardware = ", ".join(of["gpus"]) or f"{of['cores']} cores of {of['cpu']}"
