@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,7 +58,7 @@ def test_a_report_is_readable_and_never_overwritten(tmp_path: Path) -> None:
 def test_what_people_do_today_decodes_the_mixture(duo: Reference) -> None:
     prompts = [duo.encode("import os, sys")[:4], duo.encode("The value of it is")[:4]]
     experts = [duo.directory / "experts" / name for name in ("code", "prose")]
-    decoded = today.transformers_loop(experts, [0.5, 0.5], prompts, 8, "float32")
+    decoded = today.Mixture(experts, [0.5, 0.5], "float32").decode(prompts, 8)
     assert decoded.duration_s > 0
     expected = mixture_decode(duo, prompts, max_tokens=8, weights={"code": 0.5, "prose": 0.5})
     for tokens, answer in zip(decoded.tokens, expected, strict=True):
@@ -67,16 +66,16 @@ def test_what_people_do_today_decodes_the_mixture(duo: Reference) -> None:
 
 
 def test_a_wrong_answer_is_not_timed(duo: Reference) -> None:
-    experts = {name: duo.directory / "experts" / name for name in ("code", "prose")}
-    bench: Any = SimpleNamespace(experts=experts, weights=[0.5, 0.5], dtype="float32")
+    experts = [duo.directory / "experts" / name for name in ("code", "prose")]
+    mixture = today.Mixture(experts, [0.5, 0.5], "float32")
     prompt = duo.encode("import os")
-    tokens = today.transformers_loop(list(experts.values()), bench.weights, [prompt], 4, "float32").tokens[0]
-    off, allowed = serve._hold(bench, prompt, tokens)
+    tokens = mixture.decode([prompt], 4).tokens[0]
+    off, allowed = serve._hold("float32", mixture, prompt, tokens)
     assert off <= allowed
     with pytest.raises(serve.WrongAnswer, match="token 0 of an answer"):
-        serve._hold(bench, prompt, [(tokens[0] + 1) % 100, *tokens[1:]])
+        serve._hold("float32", mixture, prompt, [(tokens[0] + 1) % 100, *tokens[1:]])
     with pytest.raises(serve.WrongAnswer, match="log-probability 0"):
-        serve._hold(bench, prompt, tokens, [0.0] * 4)
+        serve._hold("float32", mixture, prompt, tokens, [0.0] * 4)
 
 
 @pytest.mark.parametrize(

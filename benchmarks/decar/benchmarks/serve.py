@@ -74,6 +74,9 @@ class Bench:
         extra = {"decar": {"weights": weights}} if weights else {}
         return Target(base, model, self.experts[self.first], extra)
 
+    def mixture(self) -> today.Mixture:
+        return today.Mixture(list(self.experts.values()), self.weights, self.dtype)
+
     def run(self, system: str, target: Target, load: Load, repeat: int) -> None:
         result = measure(target, load, self.goodput, self.logs / "client.log", seed=repeat)
         self.runs.append({"system": system, "load": asdict(load), "repeat": repeat, **result})
@@ -201,18 +204,21 @@ def _measure_all(
         best = max(run["request_throughput"] for run in bench.runs if run["system"] == "single")
         for share in shares:
             measure_each(replace(most, rate_per_s=share * best))
+        over_http = []
         for load in closed if "http" in compared else []:
             say("http", load)
             prompts = _prompts(bench, load.concurrency, load.input_tokens)
             decoded = asyncio.run(today.over_http(plain, bench.weights, prompts, HTTP_TOKENS))
-            _today(bench, "http", load, prompts, decoded)
-    for load in closed if "transformers" in compared else []:
-        say("transformers", load)
-        prompts = _prompts(bench, load.concurrency, load.input_tokens)
-        tokens = min(load.output_tokens, 32)
-        paths = list(bench.experts.values())
-        decoded = today.transformers_loop(paths, bench.weights, prompts, tokens, bench.dtype)
-        _today(bench, "transformers", load, prompts, decoded)
+            over_http.append((load, prompts, decoded))
+    if {"http", "transformers"} & set(compared):
+        mixture = bench.mixture()
+        for load, prompts, decoded in over_http:
+            _today(bench, mixture, "http", load, prompts, decoded)
+        for load in closed if "transformers" in compared else []:
+            say("transformers", load)
+            prompts = _prompts(bench, load.concurrency, load.input_tokens)
+            decoded = mixture.decode(prompts, min(load.output_tokens, 32))
+            _today(bench, mixture, "transformers", load, prompts, decoded)
     return checked
 
 
@@ -254,6 +260,7 @@ def _warm(bench: Bench, target: Target, most: Load) -> None:
 def _check(bench: Bench, dense: Target) -> dict[str, Any]:
     """Hold greedy answers of the ensemble to the mixture, see `_hold`; returns what was seen."""
     worst, allowed = 0.0, 0.0
+    mixture = bench.mixture()
     for prompt in _prompts(bench, CHECKED_PROMPTS, 16):
         body = {
             "model": dense.model,
@@ -268,14 +275,20 @@ def _check(bench: Bench, dense: Target) -> dict[str, Any]:
         response = httpx.post(f"{dense.base_url}/v1/completions", json=body, timeout=600)
         response.raise_for_status()
         choice = response.json()["choices"][0]
-        off, allowed = _hold(bench, prompt, choice["token_ids"], choice["logprobs"]["token_logprobs"])
+        off, allowed = _hold(
+            bench.dtype, mixture, prompt, choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        )
         worst = max(worst, off)
     tokens = CHECKED_PROMPTS * CHECKED_TOKENS
     return {"tokens": tokens, "largest_difference_nats": worst, "allowed_nats": allowed}
 
 
 def _hold(
-    bench: Bench, prompt: list[int], tokens: list[int], log_probs: list[float] | None = None
+    dtype: str,
+    mixture: today.Mixture,
+    prompt: list[int],
+    tokens: list[int],
+    log_probs: list[float] | None = None,
 ) -> tuple[float, float]:
     """Compare a greedy answer with a transformers mixture: is each token the best, are its log-probabilities right?
 
@@ -288,11 +301,8 @@ def _hold(
     Raises:
         WrongAnswer: it is further off.
     """
-    experts = list(bench.experts.values())
-    expected, best, largest = today.mixture_scores(
-        experts, bench.weights, prompt + tokens, len(prompt), bench.dtype
-    )
-    allowed = max(16 * torch.finfo(getattr(torch, bench.dtype)).eps / 2 * largest, 1e-3)
+    expected, best, largest = mixture.scores(prompt + tokens, len(prompt))
+    allowed = max(16 * torch.finfo(getattr(torch, dtype)).eps / 2 * largest, 1e-3)
     worst = 0.0
     for i, (ours, theirs, highest) in enumerate(zip(log_probs or expected, expected, best, strict=True)):
         off = max(abs(ours - theirs), highest - theirs)
@@ -315,9 +325,16 @@ def _prompts(bench: Bench, count: int, length: int) -> list[list[int]]:
     return ids
 
 
-def _today(bench: Bench, system: str, load: Load, prompts: list[list[int]], decoded: today.Decoded) -> None:
+def _today(
+    bench: Bench,
+    mixture: today.Mixture,
+    system: str,
+    load: Load,
+    prompts: list[list[int]],
+    decoded: today.Decoded,
+) -> None:
     """These have no server whose requests vLLM's client could time: throughput, and the mean time of a token."""
-    _hold(bench, prompts[0], decoded.tokens[0])
+    _hold(bench.dtype, mixture, prompts[0], decoded.tokens[0])
     tokens = sum(map(len, decoded.tokens))
     each = 1000 * decoded.duration_s * len(prompts) / tokens
     bench.runs.append(

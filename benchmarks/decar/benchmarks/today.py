@@ -1,6 +1,6 @@
 """The ways an ensemble is decoded without decar: a transformers loop, and log-probabilities over HTTP.
 
-Both mix by the velocity rule with fixed weights and decode greedily. `mixture_scores` is what served answers are
+Both mix by the velocity rule with fixed weights and decode greedily. `Mixture.scores` is what served answers are
 checked against.
 
 Shapes: K experts, V vocabulary, T tokens.
@@ -27,50 +27,53 @@ class Decoded(NamedTuple):
     duration_s: float
 
 
-@torch.inference_mode()
-def transformers_loop(
-    experts: Sequence[Path], weights: Sequence[float], prompts: list[list[int]], tokens: int, dtype: str
-) -> Decoded:
-    """One static batch of equally long ``prompts``: every expert's forward pass, one after another, then mix."""
-    models = _load(experts, dtype)
-    ids = torch.tensor(prompts, device=models[0].device)
-    caches = [None] * len(models)
-    chosen = []
-    started = time.perf_counter()
-    for _ in range(tokens):
-        rows = []
-        for k, model in enumerate(models):
-            output = model(ids, past_key_values=caches[k], use_cache=True)
-            caches[k] = output.past_key_values
-            rows.append(output.logits[:, -1])
-        ids = _mixed(rows, weights).argmax(-1, keepdim=True)
-        chosen.append(ids)
-    decoded: list[list[int]] = torch.cat(chosen, dim=1).tolist()  # waits for a GPU
-    return Decoded(decoded, time.perf_counter() - started)
+class Mixture:
+    """The experts as transformers models, loaded once.
 
-
-@torch.inference_mode()
-def mixture_scores(
-    experts: Sequence[Path], weights: Sequence[float], text: list[int], start: int, dtype: str
-) -> tuple[list[float], list[float], float]:
-    """What the mixture says of ``text`` from position ``start`` on, each token given those before it.
-
-    Returns:
-        log-probabilities of its tokens, the highest log-probability at each of them, and the largest logit.
+    Args:
+        experts: their directories.
+        weights: fixed, sum to 1.
+        dtype: a torch dtype's name.
     """
-    rows = []
-    for model in _load(experts, dtype):
-        ids = torch.tensor([text], device=model.device)
-        rows.append(model(ids).logits[0, start - 1 : -1])  # [T, V]
-    mixed = _mixed(rows, weights)
-    chosen = mixed.gather(1, torch.tensor(text[start:], device=mixed.device)[:, None])[:, 0]
-    return chosen.tolist(), mixed.max(-1).values.tolist(), max(float(row.abs().max()) for row in rows)
 
+    def __init__(self, experts: Sequence[Path], weights: Sequence[float], dtype: str):
+        self._weights = weights
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._models: list[Any] = [
+            AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(self._device).eval()
+            for path in experts
+        ]
 
-def _load(experts: Sequence[Path], dtype: str) -> list[Any]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = getattr(torch, dtype)
-    return [AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(device).eval() for path in experts]
+    @torch.inference_mode()
+    def decode(self, prompts: list[list[int]], tokens: int) -> Decoded:
+        """One static batch of equally long ``prompts``: every expert's forward pass, one after another, then mix."""
+        ids = torch.tensor(prompts, device=self._device)
+        caches = [None] * len(self._models)
+        chosen = []
+        started = time.perf_counter()
+        for _ in range(tokens):
+            rows = []
+            for k, model in enumerate(self._models):
+                output = model(ids, past_key_values=caches[k], use_cache=True)
+                caches[k] = output.past_key_values
+                rows.append(output.logits[:, -1])
+            ids = _mixed(rows, self._weights).argmax(-1, keepdim=True)
+            chosen.append(ids)
+        decoded: list[list[int]] = torch.cat(chosen, dim=1).tolist()  # waits for a GPU
+        return Decoded(decoded, time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def scores(self, text: list[int], start: int) -> tuple[list[float], list[float], float]:
+        """What the mixture says of ``text`` from position ``start`` on, each token given those before it.
+
+        Returns:
+            log-probabilities of its tokens, the highest log-probability at each of them, and the largest logit.
+        """
+        ids = torch.tensor([text], device=self._device)
+        rows = [model(ids).logits[0, start - 1 : -1] for model in self._models]  # [T, V]
+        mixed = _mixed(rows, self._weights)
+        chosen = mixed.gather(1, ids[0, start:, None])[:, 0]
+        return chosen.tolist(), mixed.max(-1).values.tolist(), max(float(row.abs().max()) for row in rows)
 
 
 def _mixed(rows: list[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

@@ -17,6 +17,7 @@ import httpx
 
 START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 60.0
+POLL_S = 0.2
 
 
 class ServerDidNotStart(Exception):
@@ -24,9 +25,7 @@ class ServerDidNotStart(Exception):
 
 
 @contextlib.contextmanager
-def serving(
-    command: Sequence[str], port: int, log: Path, *, cores: Collection[int] = (), poll_s: float = 0.2
-) -> Iterator[str]:
+def serving(command: Sequence[str], port: int, log: Path, *, cores: Collection[int] = ()) -> Iterator[str]:
     """Run a server until the block ends.
 
     Args:
@@ -34,7 +33,6 @@ def serving(
         port: where it shall listen, on 127.0.0.1.
         log: gets what it prints.
         cores: confines it to these; empty leaves it free.
-        poll_s: how often to ask whether it is healthy.
 
     Yields:
         its base URL, once /health answers 200.
@@ -57,7 +55,7 @@ def serving(
             while not _healthy(client, f"{base}/health"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise ServerDidNotStart(f"the server did not start; the end of {log}:\n{_tail(log)}")
-                time.sleep(poll_s)
+                time.sleep(POLL_S)
             yield base
         finally:
             process.terminate()

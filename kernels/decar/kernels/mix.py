@@ -45,10 +45,10 @@ def mix(
 
 
 def mix_rows(rows: Rows, entries: torch.Tensor, log_weights: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """Mixture logits of rows read in place: `mix` plus the mean log-normaliser of the experts.
+    """Mixture logits of rows read in place: `mix` plus one number for each row, which softmax does not see.
 
-    Softmax does not see the difference; but K identical experts give exactly that expert's logits, and under
-    the logit rule the result is sum_k w_k logits_k itself, in one pass.
+    Under the velocity rule that is the mean log-normaliser of the experts; under the logit rule the result is
+    sum_k w_k logits_k itself, in one pass. Under both, K identical experts give exactly that expert's logits.
 
     Args:
         rows: the experts' buffers.

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from decar.router import Ensemble
 from decar.router.errors import DecarError
-from decar.server.placement import place, visible_gpus
+from decar.server.placement import gib, place, visible_gpus
 
 app = typer.Typer(
     help="Serve independently trained experts as one language model.",
@@ -104,16 +104,14 @@ def _describe_places(ensemble: Ensemble, console: Console) -> None:
         table.add_row(
             of.expert,
             "CPU" if of.gpu is None else f"GPU {of.gpu} ({gpus[of.gpu].name})",
-            _gib(of.weight_bytes),
-            "what is left" if of.kv_bytes is None else _gib(of.kv_bytes),
-            f"about {_gib(of.overhead_bytes)}",
-            f"at least {_gib(of.needed_bytes)}" if of.kv_bytes is None else f"about {_gib(of.needed_bytes)}",
+            gib(of.weight_bytes, 2),
+            "what is left" if of.kv_bytes is None else gib(of.kv_bytes, 2),
+            f"about {gib(of.overhead_bytes, 2)}",
+            f"at least {gib(of.needed_bytes, 2)}"
+            if of.kv_bytes is None
+            else f"about {gib(of.needed_bytes, 2)}",
         )
     console.print(table)
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:,.2f} GiB"
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ class Place:
         weight_bytes: of its checkpoint.
         kv_bytes: its KV cache; None where it has a GPU to itself, and takes what is left.
         overhead_bytes: everything else, estimated.
+        devices: CUDA_VISIBLE_DEVICES of its process, its own GPU first; empty on CPU.
     """
 
     expert: str
@@ -48,6 +49,7 @@ class Place:
     weight_bytes: int
     kv_bytes: int | None
     overhead_bytes: int
+    devices: str = ""
 
     @property
     def needed_bytes(self) -> int:
@@ -121,13 +123,14 @@ def place(
         share = left // len(sharing)
         if (kv_bytes or max(share, SMALLEST_KV_BYTES)) > share:
             raise StartError(
-                f"GPU {gpu} ({gpus[gpu].name}, {_gib(gpus[gpu].total_bytes)}) is too small for "
-                f"{', '.join(other.name for other in sharing)}: weights {_gib(weights)}, about {_gib(overhead)} "
-                f"besides for each engine, and {_gib(share * len(sharing))} left for KV caches; use another "
+                f"GPU {gpu} ({gpus[gpu].name}, {gib(gpus[gpu].total_bytes)}) is too small for "
+                f"{', '.join(other.name for other in sharing)}: weights {gib(weights)}, about {gib(overhead)} "
+                f"besides for each engine, and {gib(share * len(sharing))} left for KV caches; use another "
                 "--placement, more GPUs, or lower --kv-cache-memory-bytes or --max-num-seqs"
             )
         own = kv_bytes or (None if len(sharing) == 1 else share)
-        places.append(Place(expert.name, gpu, expert.weight_bytes, own, overhead))
+        devices = device_order(gpu, len(gpus))
+        places.append(Place(expert.name, gpu, expert.weight_bytes, own, overhead, devices))
     return places
 
 
@@ -155,5 +158,5 @@ def _wished(names: Sequence[str], gpus: int, wish: str) -> list[int]:
     return [chosen[name] for name in names]
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"
+def gib(size_bytes: int, digits: int = 1) -> str:
+    return f"{size_bytes / 2**30:,.{digits}f} GiB"

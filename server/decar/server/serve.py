@@ -23,7 +23,7 @@ import psutil
 
 from decar.router import Ensemble
 from decar.router.errors import StartError
-from decar.server.placement import CPU_KV_BYTES, Place, device_order, place, visible_gpus
+from decar.server.placement import CPU_KV_BYTES, Place, gib, place, visible_gpus
 from decar.server.plane import Plane, remove_stale
 from decar.server.routing import Call, current_call, model_ids
 from decar.server.seat import Seat
@@ -159,9 +159,9 @@ async def _start_engines(
     cpus = _share_cores(len(configs))
 
     def start(expert: int) -> Any:
-        gpu = places[expert].gpu
-        devices = "" if gpu is None else device_order(gpu, len(visible_gpus()))
-        configs[expert].additional_config = Seat(expert, plane.spec, cpus[expert], devices, os.getpid())
+        configs[expert].additional_config = Seat(
+            expert, plane.spec, cpus[expert], places[expert].devices, os.getpid()
+        )
         engine = AsyncLLM.from_vllm_config(
             configs[expert],
             stat_loggers=None if disable_log_stats else [metrics.factory_for(expert)],
@@ -320,10 +320,12 @@ def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -
     """
     from vllm.platforms import current_platform
 
+    from decar.server.transport import buffer_bytes
+
     cache = configs[0].cache_config
     gpus = [] if current_platform.is_cpu() else visible_gpus()
     slots = configs[0].scheduler_config.max_num_seqs
-    rows_bytes = 2 * slots * ensemble.vocab_size * _itemsize(_row_dtype(configs))
+    rows_bytes = buffer_bytes(slots, ensemble.vocab_size, _row_dtype(configs))
     places = place(
         ensemble,
         gpus,
@@ -348,19 +350,15 @@ def _row_dtype(configs: Sequence[Any]) -> str:
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
-def _itemsize(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
 def _check_memory(places: Sequence[Place]) -> None:
     """On CPU, refuse before anything starts what cannot fit."""
     available = psutil.virtual_memory().available
     needed = sum(of.needed_bytes for of in places)
     if needed > available:
         raise StartError(
-            f"not enough memory: {len(places)} experts need about {needed / 2**30:.1f} GiB "
-            f"({(places[0].kv_bytes or 0) / 2**30:.1f} GiB of it for each one's KV cache), "
-            f"{available / 2**30:.1f} GiB are free; lower --kv-cache-memory-bytes"
+            f"not enough memory: {len(places)} experts need about {gib(needed)} "
+            f"({gib(places[0].kv_bytes or 0)} of it for each one's KV cache), {gib(available)} are free; "
+            "lower --kv-cache-memory-bytes"
         )
 
 

@@ -78,6 +78,16 @@ class HostTransport:
         )
 
 
+def buffer_bytes(slots: int, vocab_size: int, dtype: str) -> int:
+    """Memory on its device that one engine's rows and log-normalisers take."""
+    itemsize: int = getattr(torch, dtype).itemsize
+    return 2 * slots * (_stride(vocab_size) * itemsize + 4)
+
+
+def _stride(vocab_size: int) -> int:
+    return -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
 class DeviceMemory(Protocol):
     """Memory that another process can map by a handle of at most 128 bytes."""
 
@@ -107,15 +117,12 @@ class DeviceTransport:
         self._expert = expert
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
         self._entries, self._vocab_size = 2 * spec.slots, spec.vocab_size
-        self._stride = -(-spec.vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        self._stride = _stride(spec.vocab_size)
+        self._size_bytes = buffer_bytes(spec.slots, spec.vocab_size, spec.dtype)
         self._rows: Rows | None = None
-        self._buffer, handle = memory.allocate(self.size_bytes)
+        self._buffer, handle = memory.allocate(self._size_bytes)
         self._own = self._views(self._buffer)
         plane.blocks[expert].offer(handle)
-
-    @property
-    def size_bytes(self) -> int:
-        return self._entries * (self._stride * self._dtype.itemsize + 4)
 
     @property
     def rows(self) -> Rows:
@@ -143,7 +150,7 @@ class DeviceTransport:
         handle = block.offered()
         if handle is None:
             raise RuntimeError(f"expert {expert} is asked for rows before its engine has started")
-        return self._memory.open(handle, self.size_bytes)
+        return self._memory.open(handle, self._size_bytes)
 
     def _views(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [2S, V] and log-normalisers [2S] of a buffer."""
