@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 PERCENTILES = (50, 90, 99)
 TIMES = ("ttft", "tpot", "itl", "e2el")
 """Time to first token, time per output token after it, time between chunks, end to end."""
+
+
+Measured = dict[str, Any]
 
 
 class LoadFailed(Exception):
@@ -51,22 +55,36 @@ class Target:
     extra_body: dict[str, Any]
 
 
-def measure(target: Target, load: Load, goodput: list[str], log: Path, seed: int = 0) -> dict[str, Any]:
-    """Put ``load`` on ``target``; what vLLM's client prints goes to ``log``.
+def measure(
+    targets: Sequence[Target], load: Load, goodput: list[str], log: Path, seed: int = 0
+) -> list[Measured]:
+    """Put ``load`` on each of ``targets`` at the same time; what vLLM's client prints goes to ``log``.
 
     Returns:
-        duration_s, completed, failed, request_throughput, output_throughput (tokens/s), request_goodput
-        (requests/s that kept the ``goodput`` promises), and for each of TIMES mean, p50, p90, p99 in ms.
+        of each target duration_s, completed, failed, request_throughput, output_throughput (tokens/s),
+        request_goodput (requests/s that kept the ``goodput`` promises), and for each of TIMES mean, p50, p90, p99
+        in ms.
 
     Raises:
         LoadFailed: not every request came back whole.
     """
-    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.benchmarks.serve import main_async
+
+    async def all_at_once() -> list[dict[str, Any]]:
+        return await asyncio.gather(*(main_async(_arguments(of, load, goodput, seed)) for of in targets))
+
+    with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        results = asyncio.run(all_at_once())
+    return [_measured(target, load, result, log) for target, result in zip(targets, results, strict=True)]
+
+
+def _arguments(target: Target, load: Load, goodput: list[str], seed: int) -> argparse.Namespace:
+    from vllm.benchmarks.serve import add_cli_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
-    arguments = {
+    options = {
         "backend": "openai",
         "base-url": target.base_url,
         "endpoint": "/v1/completions",
@@ -85,18 +103,20 @@ def measure(target: Target, load: Load, goodput: list[str], log: Path, seed: int
         "metric-percentiles": ",".join(map(str, PERCENTILES)),
         "extra-body": json.dumps(target.extra_body),
     }
-    flags = [item for key, value in arguments.items() for item in (f"--{key}", str(value))]
+    flags = [item for key, value in options.items() for item in (f"--{key}", str(value))]
     flags += ["--ignore-eos", "--disable-tqdm", "--goodput", *goodput]
-    args: argparse.Namespace = parser.parse_args(flags)
-    with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        result = asyncio.run(main_async(args))
+    arguments: argparse.Namespace = parser.parse_args(flags)
+    return arguments
+
+
+def _measured(target: Target, load: Load, result: dict[str, Any], log: Path) -> Measured:
     produced, wanted = result["total_output_tokens"], load.requests * load.output_tokens
     if result["failed"] or result["completed"] != load.requests or produced != wanted:
         raise LoadFailed(
             f"{target.model} at {load.label}: {result['completed']} of {load.requests} requests came back, with "
             f"{produced} of {wanted} tokens; see {log}"
         )
-    measured = {
+    measured: Measured = {
         "duration_s": result["duration"],
         "completed": result["completed"],
         "failed": result["failed"],
@@ -109,3 +129,17 @@ def measure(target: Target, load: Load, goodput: list[str], log: Path, seed: int
         measured[f"mean_{time}_ms"] = result[f"mean_{time}_ms"]
         measured |= {f"p{p}_{time}_ms": result[f"p{p}_{time}_ms"] for p in PERCENTILES}
     return measured
+
+
+def together(results: Sequence[Measured]) -> Measured:
+    """Several servers' results as one: what they get through adds up, times are the mean, the slowest counts."""
+    whole: Measured = {}
+    for key in results[0]:
+        values = [result[key] for result in results]
+        if key in ("completed", "failed") or key.endswith(("_throughput", "_goodput")):
+            whole[key] = sum(values)
+        elif key in ("duration_s", "slowest_over_median_e2el"):
+            whole[key] = max(values)
+        else:
+            whole[key] = sum(values) / len(values)
+    return whole

@@ -3,6 +3,7 @@
 Knows servers by their commands and HTTP. Systems that are compared:
 
 single        one expert's whole plain vLLM server, on one engine's share of the cores (or on one GPU)
+independent   such a server for every expert, each under the load, all at once: what the machine allows
 dense         the ensemble, all experts active with equal weights, on all cores (or GPUs)
 top-1         the ensemble's server, with one expert's weight 1
 http          log-probabilities of the whole vocabulary from K plain vLLM servers, mixed by the client
@@ -20,12 +21,13 @@ import shlex
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
+import psutil
 import torch
 import transformers
 import typer
@@ -33,14 +35,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from decar.benchmarks import report, today
-from decar.benchmarks.load import Load, LoadFailed, Target, measure
+from decar.benchmarks.load import Load, LoadFailed, Target, measure, together
 from decar.benchmarks.machine import environment, slug
 from decar.benchmarks.models import SHAPES, build_ensemble
-from decar.clients.child import ServerDidNotStart, end_on_sigterm, free_port, serving
+from decar.clients.child import Server, ServerDidNotStart, end_on_sigterm, free_port, serving
 
 HTTP_TOKENS = 4  # one token over HTTP costs as much as hundreds in an engine
 TIMED = ("forward", "post", "row_wait", "mix", "sample", "token_wait")
-SYSTEMS = ("dense", "top-1", "http", "transformers")
+SYSTEMS = ("independent", "dense", "top-1", "http", "transformers")
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 32
 
 
@@ -70,16 +72,16 @@ class Bench:
         self.cores = sorted(os.sched_getaffinity(0))
         self.on_gpu = torch.cuda.is_available()
 
-    def target(self, base: str, model: str, weights: dict[str, float] | None = None) -> Target:
+    def target(self, server: Server, model: str, weights: dict[str, float] | None = None) -> Target:
         extra = {"decar": {"weights": weights}} if weights else {}
-        return Target(base, model, self.experts[self.first], extra)
+        return Target(server.base_url, model, self.experts[self.first], extra)
 
     def mixture(self) -> today.Mixture:
         return today.Mixture(list(self.experts.values()), self.weights, self.dtype)
 
-    def run(self, system: str, target: Target, load: Load, repeat: int) -> None:
-        result = measure(target, load, self.goodput, self.logs / "client.log", seed=repeat)
-        self.runs.append({"system": system, "load": asdict(load), "repeat": repeat, **result})
+    def run(self, system: str, targets: list[Target], load: Load, repeat: int) -> None:
+        results = measure(targets, load, self.goodput, self.logs / "client.log", seed=repeat)
+        self.runs.append({"system": system, "load": asdict(load), "repeat": repeat, **together(results)})
 
 
 def serve(
@@ -163,7 +165,7 @@ def _measure_all(
     """Fill ``bench.runs``; returns what was checked.
 
     All servers are up throughout, and take turns: a machine that slows down slows all of them. Those whose turn
-    it is not sleep.
+    it is not are stopped: an idle engine still wakes a thousand times a second.
     """
     most = max(closed, key=lambda load: load.concurrency)
     task = bench.progress.add_task("", total=None)
@@ -176,25 +178,32 @@ def _measure_all(
         # The client's imports take seconds: while a plain server starts, the other cores have nothing to do.
         threading.Thread(target=importlib.import_module, args=("vllm.benchmarks.serve",)).start()
         say("plain vLLM")
-        plain = servers.enter_context(_plain_servers(bench, len(bench.experts) if "http" in compared else 1))
-        targets = {"single": bench.target(*plain[0])}
+        count = len(bench.experts) if {"independent", "http"} & set(compared) else 1
+        plain = servers.enter_context(_plain_servers(bench, count))
         say("the ensemble")
-        base = servers.enter_context(_ensemble_server(bench))
-        dense = bench.target(base, bench.name, dict(zip(bench.experts, bench.weights, strict=True)))
-        if "dense" in compared:
-            targets["dense"] = dense
-        if "top-1" in compared:
-            targets["top-1"] = bench.target(base, bench.name, {bench.first: 1.0})
+        ensemble = servers.enter_context(_ensemble_server(bench))
+        base = ensemble.base_url
+        dense = bench.target(ensemble, bench.name, dict(zip(bench.experts, bench.weights, strict=True)))
+        alone = bench.target(ensemble, bench.name, {bench.first: 1.0})
         checked = _check(bench, dense)
-        for target in targets.values():
-            _warm(bench, target, most)
+        under = {  # the systems that vLLM's client puts load on: who runs, and where it goes
+            "single": ([plain[0][0]], [bench.target(*plain[0])]),
+            "independent": ([server for server, _ in plain], [bench.target(*of) for of in plain]),
+            "dense": ([ensemble], [dense]),
+            "top-1": ([ensemble], [alone]),
+        }
+        under = {system: of for system, of in under.items() if system in ("single", *compared)}
+        for _, targets in under.values():
+            _warm(bench, targets, most)
+        everyone = {ensemble, *(server for server, _ in plain)}
 
         def measure_each(load: Load) -> None:
             for repeat in range(repeats):
-                for system, target in targets.items():
+                for system, (busy, targets) in under.items():
                     say(system, load, repeat)
                     before = _counted(base)
-                    bench.run(system, target, load, repeat)
+                    with _stopped(server.pid for server in everyone.difference(busy)):
+                        bench.run(system, targets, load, repeat)
                     if system == "dense":
                         step = _step(load, before, _counted(base), bench.runs[-1]["duration_s"])
                         bench.steps.append(step)
@@ -204,11 +213,11 @@ def _measure_all(
         best = max(run["request_throughput"] for run in bench.runs if run["system"] == "single")
         for share in shares:
             measure_each(replace(most, rate_per_s=share * best))
-        over_http = []
+        over_http, over = [], [(server.base_url, name) for server, name in plain]
         for load in closed if "http" in compared else []:
             say("http", load)
             prompts = _prompts(bench, load.concurrency, load.input_tokens)
-            decoded = asyncio.run(today.over_http(plain, bench.weights, prompts, HTTP_TOKENS))
+            decoded = asyncio.run(today.over_http(over, bench.weights, prompts, HTTP_TOKENS))
             over_http.append((load, prompts, decoded))
     if {"http", "transformers"} & set(compared):
         mixture = bench.mixture()
@@ -223,8 +232,8 @@ def _measure_all(
 
 
 @contextlib.contextmanager
-def _plain_servers(bench: Bench, count: int) -> Iterator[list[tuple[str, str]]]:
-    """The first ``count`` experts' plain vLLM servers, each on its share of the cores: (base URL, model)."""
+def _plain_servers(bench: Bench, count: int) -> Iterator[list[tuple[Server, str]]]:
+    """The first ``count`` experts' plain vLLM servers, each on its share of the cores, with their model ids."""
     share = max(len(bench.cores) // len(bench.experts), 1)
     with contextlib.ExitStack() as stack:
         servers = []
@@ -233,17 +242,31 @@ def _plain_servers(bench: Bench, count: int) -> Iterator[list[tuple[str, str]]]:
             command += ["--served-model-name", name, "--max-logprobs", "-1", *_kv(bench), *bench.flags]
             of = bench.cores[i * share % len(bench.cores) :][:share]
             cores = () if bench.on_gpu else of
-            base = stack.enter_context(serving(command, free_port(), bench.logs / f"{name}.log", cores=cores))
-            servers.append((base, name))
+            log = bench.logs / f"{name}.log"
+            servers.append((stack.enter_context(serving(command, free_port(), log, cores=cores)), name))
         yield servers
 
 
 @contextlib.contextmanager
-def _ensemble_server(bench: Bench) -> Iterator[str]:
+def _ensemble_server(bench: Bench) -> Iterator[Server]:
     command = [sys.executable, "-m", "decar.server", "serve", str(bench.directory), *_kv(bench), *bench.flags]
     cores = () if bench.on_gpu else bench.cores
-    with serving(command, free_port(), bench.logs / "ensemble.log", cores=cores) as base:
-        yield base
+    with serving(command, free_port(), bench.logs / "ensemble.log", cores=cores) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _stopped(pids: Iterable[int]) -> Iterator[None]:
+    """Stop these processes and their children as Ctrl-Z would, until the block ends."""
+    roots = [psutil.Process(pid) for pid in pids]
+    family = [process for root in roots for process in (root, *root.children(recursive=True))]
+    try:
+        for process in family:
+            process.suspend()
+        yield
+    finally:
+        for process in family:
+            process.resume()
 
 
 def _kv(bench: Bench) -> list[str]:
@@ -251,10 +274,10 @@ def _kv(bench: Bench) -> list[str]:
     return [] if "--kv-cache-memory-bytes" in bench.flags else ["--kv-cache-memory-bytes", str(1 << 29)]
 
 
-def _warm(bench: Bench, target: Target, most: Load) -> None:
+def _warm(bench: Bench, targets: list[Target], most: Load) -> None:
     """A short burst, so that no measured request pays for a first time."""
     load = Load(most.concurrency, most.concurrency, most.input_tokens, 8)
-    measure(target, load, bench.goodput, bench.logs / "client.log", seed=1000)
+    measure(targets, load, bench.goodput, bench.logs / "client.log", seed=1000)
 
 
 def _check(bench: Bench, dense: Target) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import httpx
 
@@ -24,8 +25,15 @@ class ServerDidNotStart(Exception):
     """The server ended, or was not healthy in time; the message has the end of its log."""
 
 
+class Server(NamedTuple):
+    """A running server: its base URL, and the id of its first process."""
+
+    base_url: str
+    pid: int
+
+
 @contextlib.contextmanager
-def serving(command: Sequence[str], port: int, log: Path, *, cores: Collection[int] = ()) -> Iterator[str]:
+def serving(command: Sequence[str], port: int, log: Path, *, cores: Collection[int] = ()) -> Iterator[Server]:
     """Run a server until the block ends.
 
     Args:
@@ -35,7 +43,7 @@ def serving(command: Sequence[str], port: int, log: Path, *, cores: Collection[i
         cores: confines it to these; empty leaves it free.
 
     Yields:
-        its base URL, once /health answers 200.
+        the server, once /health answers 200.
 
     Raises:
         ServerDidNotStart: see there.
@@ -56,7 +64,7 @@ def serving(command: Sequence[str], port: int, log: Path, *, cores: Collection[i
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise ServerDidNotStart(f"the server did not start; the end of {log}:\n{_tail(log)}")
                 time.sleep(POLL_S)
-            yield base
+            yield Server(base, process.pid)
         finally:
             process.terminate()
             try:

@@ -35,7 +35,7 @@ def demo_server(directory: Path, port: int, log: Path, console: Console) -> Iter
     with contextlib.ExitStack() as stack:
         with console.status("starting the experts' engines"):
             try:
-                base = stack.enter_context(serving(command, port, log))
+                base = stack.enter_context(serving(command, port, log)).base_url
             except ServerDidNotStart as error:
                 raise SystemExit(str(error)) from None
         yield f"{base}/v1"
