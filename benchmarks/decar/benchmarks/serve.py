@@ -184,25 +184,25 @@ def _measure_all(
         ensemble = servers.enter_context(_ensemble_server(bench))
         base = ensemble.base_url
         dense = bench.target(ensemble, bench.name, dict(zip(bench.experts, bench.weights, strict=True)))
-        alone = bench.target(ensemble, bench.name, {bench.first: 1.0})
         checked = _check(bench, dense)
-        under = {  # the systems that vLLM's client puts load on: who runs, and where it goes
-            "single": ([plain[0][0]], [bench.target(*plain[0])]),
-            "independent": ([server for server, _ in plain], [bench.target(*of) for of in plain]),
-            "dense": ([ensemble], [dense]),
-            "top-1": ([ensemble], [alone]),
+        loaded = {  # the systems that vLLM's client puts load on
+            "single": [bench.target(*plain[0])],
+            "independent": [bench.target(*of) for of in plain],
+            "dense": [dense],
+            "top-1": [bench.target(ensemble, bench.name, {bench.first: 1.0})],
         }
-        under = {system: of for system, of in under.items() if system in ("single", *compared)}
-        for _, targets in under.values():
+        under = {system: targets for system, targets in loaded.items() if system in ("single", *compared)}
+        for targets in under.values():
             _warm(bench, targets, most)
-        everyone = {ensemble, *(server for server, _ in plain)}
+        everyone = [ensemble, *(server for server, _ in plain)]
 
         def measure_each(load: Load) -> None:
             for repeat in range(repeats):
-                for system, (busy, targets) in under.items():
+                for system, targets in under.items():
+                    busy = {target.base_url for target in targets}
                     say(system, load, repeat)
                     before = _counted(base)
-                    with _stopped(server.pid for server in everyone.difference(busy)):
+                    with _stopped(server.pid for server in everyone if server.base_url not in busy):
                         bench.run(system, targets, load, repeat)
                     if system == "dense":
                         step = _step(load, before, _counted(base), bench.runs[-1]["duration_s"])
@@ -213,11 +213,12 @@ def _measure_all(
         best = max(run["request_throughput"] for run in bench.runs if run["system"] == "single")
         for share in shares:
             measure_each(replace(most, rate_per_s=share * best))
-        over_http, over = [], [(server.base_url, name) for server, name in plain]
+        over_http = []
+        experts = [(server.base_url, name) for server, name in plain]
         for load in closed if "http" in compared else []:
             say("http", load)
             prompts = _prompts(bench, load.concurrency, load.input_tokens)
-            decoded = asyncio.run(today.over_http(over, bench.weights, prompts, HTTP_TOKENS))
+            decoded = asyncio.run(today.over_http(experts, bench.weights, prompts, HTTP_TOKENS))
             over_http.append((load, prompts, decoded))
     if {"http", "transformers"} & set(compared):
         mixture = bench.mixture()
