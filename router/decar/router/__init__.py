@@ -1,8 +1,10 @@
 """Ensembles on disk and the arithmetic of expert weights. Knows nothing about HTTP or vLLM."""
 
+from decar.router.active import active_experts, prune, top_k
 from decar.router.errors import DecarError, EnsembleError
 from decar.router.manifest import Ensemble, ExpertEntry, Manifest, Mixing, RouterEntry, write_manifest
 from decar.router.posterior import log_normalise, log_prior, log_weights_after
+from decar.router.routers import Router, available_routers, load_router
 
 __all__ = [
     "DecarError",
@@ -11,9 +13,15 @@ __all__ = [
     "ExpertEntry",
     "Manifest",
     "Mixing",
+    "Router",
     "RouterEntry",
+    "active_experts",
+    "available_routers",
+    "load_router",
     "log_normalise",
     "log_prior",
     "log_weights_after",
+    "prune",
+    "top_k",
     "write_manifest",
 ]

@@ -15,10 +15,13 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from decar.router.errors import EnsembleError
+from decar.router.files import router_folder, router_problem
 
 MANIFEST_NAME = "ensemble.json"
 Rule = Literal["velocity", "logit"]
-Route = Literal["posterior", "prior"]
+Route = Literal["posterior", "prior", "classifier", "centroid"]
+Scope = Literal["full", "output"]
+Start = Literal["prior", "classifier", "centroid"]
 
 
 class _Strict(BaseModel):
@@ -36,15 +39,33 @@ class ExpertEntry(_Strict):
 
 
 class RouterEntry(_Strict):
-    """How requests are weighted when they do not say."""
+    """How requests are weighted when they do not say.
+
+    ``scope`` is the posterior router's: Bayes' rule over prompt and output (``full``), or over the output alone,
+    from the weights that the router ``start`` gives for the prompt (``output``).
+    """
 
     kind: Route = "posterior"
+    scope: Scope = "full"
+    start: Start = "prior"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether weights come from a trained router, whose files then have to be there."""
+        if self.kind == "posterior":
+            return self.scope == "output" and self.start != "prior"
+        return self.kind != "prior"
 
 
 class Mixing(_Strict):
-    """How expert distributions are mixed when a request does not say."""
+    """How expert distributions are mixed when a request does not say.
+
+    ``top_k`` keeps that many experts, ``prune`` drops experts whose weights add up to no more than that.
+    """
 
     rule: Rule = "velocity"
+    top_k: int | None = Field(default=None, ge=1)
+    prune: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False)
 
 
 class Manifest(_Strict):
@@ -187,6 +208,10 @@ class Ensemble:
             problems += _weight_problems(expert)
         if not problems:
             problems += _tokenizer_problems(experts)
+        wrong_router = router_problem(
+            router_folder(directory), [entry.name for entry in manifest.experts], manifest.router.reads_text
+        )
+        problems += [wrong_router] if wrong_router else []
         return cls(directory, manifest, tuple(experts)), problems
 
 
