@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -37,6 +38,7 @@ def run(config: ConfigPath, set_: Overrides = None) -> None:
     _partition(settings)
     for name in settings.expert_names:
         _expert(settings, name)
+    _router(settings)
     _export(settings)
 
 
@@ -56,6 +58,12 @@ def expert(
     settings = _load(config, set_)
     settings.model_of(name)
     _expert(settings, name)
+
+
+@app.command()
+def router(config: ConfigPath, set_: Overrides = None) -> None:
+    """Train the classifier and the centroids on all shards, and measure them on held-out text."""
+    _router(_load(config, set_))
 
 
 @app.command()
@@ -134,6 +142,28 @@ def _expert(config: TrainConfig, name: str) -> None:
         f"(perplexity {math.exp(min(report.held_out_loss, 100)):.1f})",
         soft_wrap=True,
     )
+
+
+def _router(config: TrainConfig) -> None:
+    from decar.training.router import read_router_report, router_stage, train_router
+
+    stage = router_stage(config)
+    if stage.is_done:
+        report, verb = read_router_report(config), "done before"
+    else:
+        with console.status("router: training"):
+            report, verb = train_router(config, stage), "done"
+    routers = report.routers.values()
+    table = Table("held out", "texts", *report.routers, box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = {f"{length} chars": [r.by_length[length] for r in routers] for length in report.lengths}
+    for name, row in {**rows, "all": [router.all_lengths for router in routers]}.items():
+        cells = (f"{quality.accuracy:.1%} {quality.nll:.3f} {quality.ece:.3f}" for quality in row)
+        table.add_row(name, f"{row[0].prefixes:,}", *cells)
+    console.print(table, markup=False)
+    console.print(
+        "each router's accuracy, negative log-likelihood in nats and calibration error, by length of text"
+    )
+    console.print(f"router: {verb}, plot {stage.directory / 'calibration.png'}", soft_wrap=True)
 
 
 def _export(config: TrainConfig) -> None:

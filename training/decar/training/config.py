@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from decar.router.errors import TrainingError
-from decar.router.manifest import Mixing, describe_validation_error
+from decar.router.files import Metric
+from decar.router.manifest import Mixing, RouterEntry, describe_validation_error
 
 Builtin = Literal["python-stdlib", "python-docstrings", "pydoc-topics"]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -124,6 +125,24 @@ class TrainingConfig(_Strict):
     log_steps: int = Field(default=10, gt=0)
 
 
+class RouterConfig(RouterEntry):
+    """How requests are weighted by default (``kind``, ``scope``, ``start``), and how classifier and centroids are made.
+
+    Their features are TF-IDF and truncated SVD, or the sentence-embedding model in the directory ``embedding``.
+    """
+
+    embedding: Path | None = None
+    num_features: int = Field(default=20_000, gt=0)
+    num_components: int = Field(default=64, gt=0)
+    prefixes_per_document: int = Field(default=4, gt=0, description="lengths are drawn log-uniformly")
+    centroid_metric: Metric = "cosine"
+
+    @property
+    def entry(self) -> RouterEntry:
+        """What of it the manifest holds."""
+        return RouterEntry(**{name: getattr(self, name) for name in RouterEntry.model_fields})
+
+
 class TrainConfig(_Strict):
     """A whole run of `decar-train`. Paths are relative to the working directory."""
 
@@ -138,6 +157,7 @@ class TrainConfig(_Strict):
     experts: list[ExpertConfig] = Field(min_length=1, max_length=16)
     model: dict[str, Any] = {}
     training: TrainingConfig = TrainingConfig()
+    router: RouterConfig = RouterConfig()
     mixing: Mixing = Mixing()
 
     @pydantic.model_validator(mode="after")

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, TrainingConfig
-from decar.training.partition import partition_fingerprint, read_shard, shard_file
-from decar.training.stages import Stage, digest, fingerprint, read_marker, write_atomically
+from decar.training.partition import check_marker, partition_fingerprint, read_shard, shard_file
+from decar.training.stages import Stage, digest, fingerprint, write_atomically
 from decar.training.tokenizer import load_tokenizer
 
 IGNORED = -100
@@ -77,16 +77,8 @@ def expert_stage(config: TrainConfig, name: str) -> Stage:
     for file in files:
         if not file.is_file():
             raise TrainingError(f"{file} is missing; run `decar-train partition` first")
-    # Where an expert is trained on another machine, the partition's marker may not have come along with the shard.
-    for directory, wanted in (
-        ("partition", partition_fingerprint(config)),
-        ("tokenizer", fingerprint(config.tokenizer)),
-    ):
-        marker = read_marker(config.work_dir / directory)
-        if marker is not None and marker["config"] != wanted:
-            raise TrainingError(
-                f"{config.work_dir / directory} was made with another configuration; run `decar-train partition` again"
-            )
+    check_marker(config.work_dir / "partition", partition_fingerprint(config))
+    check_marker(config.work_dir / "tokenizer", fingerprint(config.tokenizer))
     return Stage(expert_directory(config, name), settings, digest(*files))
 
 

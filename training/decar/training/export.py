@@ -1,4 +1,4 @@
-"""The export stage: trained experts into one ensemble directory. Knows files, never data or training."""
+"""The export stage: trained experts and a router into one ensemble directory. Knows files, never data or training."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import shutil
 from pathlib import Path
 
 from decar.router.errors import TrainingError
-from decar.router.manifest import MANIFEST_NAME, Ensemble, ExpertEntry, Manifest, RouterEntry, write_manifest
+from decar.router.files import router_folder
+from decar.router.manifest import MANIFEST_NAME, Ensemble, ExpertEntry, Manifest, write_manifest
 from decar.training.config import TrainConfig
 from decar.training.expert import expert_directory, expert_fingerprint, read_expert_report
+from decar.training.router import router_directory, router_fingerprint
 from decar.training.stages import MARKER, Stage, fingerprint, read_marker, replaced_directory
 
-_NOT_EXPORTED = {MARKER, "report.json"}
+_NOT_EXPORTED = (MARKER, "report.json", "*.png")
 
 
 def export_stage(config: TrainConfig) -> Stage:
-    """The stage as ``config`` and the trained experts are now.
+    """The stage as ``config``, the trained experts and the router are now.
 
     Raises:
-        TrainingError: an expert is not trained, or was trained with another configuration.
+        TrainingError: an expert, or a router that the ensemble needs, is not trained; or one of them was trained
+            with another configuration.
     """
     markers = []
     for name in config.expert_names:
@@ -30,10 +33,23 @@ def export_stage(config: TrainConfig) -> Stage:
                 f"expert {name!r} was trained with another configuration; run `decar-train expert {name}` again"
             )
         markers.append(marker)
+    router = read_marker(router_directory(config))
+    if router is None and config.router.reads_text:
+        raise TrainingError("the router is not trained; run `decar-train router` first")
+    if router is not None and router["config"] != router_fingerprint(config):
+        raise TrainingError(
+            "the router was trained with another configuration; run `decar-train router` again"
+        )
     return Stage(
         config.work_dir / "export",
-        fingerprint(config.name, config.expert_names, config.mixing, config.ensemble_path.resolve()),
-        fingerprint(markers),
+        fingerprint(
+            config.name,
+            config.expert_names,
+            config.router.entry,
+            config.mixing,
+            config.ensemble_path.resolve(),
+        ),
+        fingerprint(markers, router),
     )
 
 
@@ -60,14 +76,17 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
     experts = []
     with replaced_directory(target) as directory:
         for name in config.expert_names:
-            _copy_expert(expert_directory(config, name), directory / "experts" / name)
+            _copy(expert_directory(config, name), directory / "experts" / name)
             prior = tokens[name] / sum(tokens.values())
             experts.append(ExpertEntry(name=name, path=f"experts/{name}", prior=prior))
-        (directory / "router").mkdir()
+        if read_marker(router_directory(config)) is None:
+            router_folder(directory).mkdir()
+        else:
+            _copy(router_directory(config), router_folder(directory))
         manifest = Manifest(
             name=config.name,
             experts=tuple(experts),
-            router=RouterEntry(kind="posterior"),
+            router=config.router.entry,
             mixing=config.mixing,
         )
         write_manifest(directory, manifest)
@@ -77,8 +96,7 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
     return Ensemble.load(target)
 
 
-def _copy_expert(source: Path, target: Path) -> None:
-    target.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        if file.name not in _NOT_EXPORTED:
-            shutil.copyfile(file, target / file.name)
+def _copy(source: Path, target: Path) -> None:
+    # copyfile: safetensors are written for their owner only, but whoever serves the ensemble may be another user.
+    ignore = shutil.ignore_patterns(*_NOT_EXPORTED)
+    shutil.copytree(source, target, ignore=ignore, copy_function=shutil.copyfile)

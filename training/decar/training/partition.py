@@ -18,13 +18,12 @@ from pydantic import BaseModel
 from decar.router.errors import TrainingError
 from decar.training.cluster import balanced_kmeans
 from decar.training.config import PartitionConfig, TrainConfig
+from decar.training.features import embed, fit_components, fit_tfidf
 from decar.training.sources import Document, input_files, read_documents, read_parquet
-from decar.training.stages import Stage, digest, fingerprint
+from decar.training.stages import Stage, digest, fingerprint, read_marker
 
 Labels = NDArray[np.int64]
 _TOP_TERMS = 12
-# Words, and single punctuation marks: brackets and operators tell code from prose better than most words do.
-_TERM = r"(?u)\b\w\w+\b|[^\w\s]"
 
 
 class ShardReport(BaseModel):
@@ -62,6 +61,21 @@ def partition_stage(config: TrainConfig) -> Stage:
 
 def partition_fingerprint(config: TrainConfig) -> str:
     return fingerprint(config.data, config.documents, config.partition, config.expert_names, config.seed)
+
+
+def check_marker(directory: Path, wanted: str) -> None:
+    """Refuse a stage's ``directory`` whose marker names another configuration; one without a marker passes.
+
+    Where an expert is trained on another machine, the partition's marker may not have come along with the shard.
+
+    Raises:
+        TrainingError: it was made with another configuration.
+    """
+    marker = read_marker(directory)
+    if marker is not None and marker["config"] != wanted:
+        raise TrainingError(
+            f"{directory} was made with another configuration; run `decar-train partition` again"
+        )
 
 
 def shard_file(config: TrainConfig, expert: str, split: str) -> Path:
@@ -108,9 +122,10 @@ def make_partition(config: TrainConfig, stage: Stage) -> PartitionReport:
             f"{len(documents)} documents cannot be split among {len(config.experts)} experts; "
             "add data, lower documents.max_chars or list fewer experts"
         )
-    tfidf, terms = _tfidf([document.text for document in documents], config.partition)
+    vectorizer, tfidf = fit_tfidf([document.text for document in documents], config.partition.num_features)
+    components = fit_components(tfidf, config.partition.num_components, config.seed)
     clustering = balanced_kmeans(
-        _embed(tfidf, config.partition.num_components, config.seed),
+        embed(tfidf, components),
         len(config.experts),
         seed=config.seed,
         restarts=config.partition.restarts,
@@ -137,36 +152,12 @@ def make_partition(config: TrainConfig, stage: Stage) -> PartitionReport:
                     held_out_documents=len(kept),
                     train_chars=sum(len(documents[i].text) for i in train),
                     sources=dict(Counter(documents[i].source for i in np.flatnonzero(members)).most_common()),
-                    top_terms=_top_terms(tfidf, members, terms),
+                    top_terms=_top_terms(tfidf, members, list(vectorizer.get_feature_names_out())),
                 )
             )
         report = PartitionReport(mean_cosine=clustering.objective, shards=shards)
         (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
     return report
-
-
-def _tfidf(texts: list[str], config: PartitionConfig) -> tuple[Any, list[str]]:
-    """(sparse matrix [N, F], the F terms)."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectorizer = TfidfVectorizer(
-        max_features=config.num_features, sublinear_tf=True, token_pattern=_TERM, dtype=np.float64
-    )
-    try:
-        return vectorizer.fit_transform(texts), list(vectorizer.get_feature_names_out())
-    except ValueError:
-        raise TrainingError("the documents hold no words to tell them apart by") from None
-
-
-def _embed(tfidf: Any, num_components: int, seed: int) -> NDArray[np.float64]:
-    """Rows of unit length [N, D], D at most ``num_components``."""
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.preprocessing import normalize
-
-    num_components = min(num_components, min(tfidf.shape) - 1)
-    if num_components < 1:
-        return normalize(tfidf.toarray())
-    return normalize(TruncatedSVD(num_components, random_state=seed).fit_transform(tfidf))
 
 
 def _name_clusters(labels: Labels, documents: list[Document], config: TrainConfig) -> dict[str, int]:

@@ -1,0 +1,329 @@
+"""The router stage: classifier and centroids from the shards, calibrated and measured on held-out text.
+
+Knows texts and whose they are, never an expert's weights.
+
+Shapes: N prefixes, K experts, D features.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from decar.router.errors import TrainingError
+from decar.router.features import EmbeddingFeatures, Features
+from decar.router.files import EMBEDDING_FOLDER, Centroids, Classifier, TrainedRouter, write_router
+from decar.router.manifest import RouterEntry
+from decar.router.posterior import Float64s, log_normalise, log_prior
+from decar.router.routers import centroid_scores, classifier_scores
+from decar.training.config import RouterConfig, TrainConfig
+from decar.training.features import fit_features
+from decar.training.partition import check_marker, partition_fingerprint, read_shard, shard_file
+from decar.training.stages import Stage, digest, fingerprint
+
+SHORTEST_CHARS = 16
+_NUM_BINS = 10
+_LOG_TEMPERATURES = (np.log(1e-3), np.log(1e3))
+_EMBEDDING_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+
+Labels = NDArray[np.int64]
+
+
+class Quality(BaseModel):
+    """How well weights predict whose a prefix is: ``nll`` in nats; ``ece``, the expected calibration error, over
+    ten bins of the largest weight (Guo et al. 2017, arXiv 1706.04599)."""
+
+    prefixes: int
+    accuracy: float
+    nll: float
+    ece: float
+
+
+class RouterQuality(BaseModel):
+    """``by_length``: characters of the prefix, as text since JSON has no other keys. ``reliability``: for each bin
+    (mean largest weight, accuracy, prefixes)."""
+
+    temperature: float | None
+    all_lengths: Quality
+    by_length: dict[str, Quality]
+    reliability: list[tuple[float, float, int]]
+
+
+class RouterReport(BaseModel):
+    """``report.json``. Held-out text at temperatures that were tuned on the other half of it."""
+
+    experts: list[str]
+    train_prefixes: int
+    routers: dict[str, RouterQuality]
+
+    @property
+    def lengths(self) -> list[str]:
+        """Those of ``by_length``, alike for all routers."""
+        return list(self.routers["prior"].by_length)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Beginnings of documents: texts, their experts [N], the document each is from [N]."""
+
+    texts: list[str]
+    labels: Labels
+    documents: Labels
+
+    @property
+    def lengths(self) -> Labels:
+        return np.array([len(text) for text in self.texts])
+
+
+def router_fingerprint(config: TrainConfig) -> str:
+    """What of ``config`` a trained router depends on. Which router a request gets by default does not count."""
+    settings = config.router.model_dump(mode="json", exclude=set(RouterEntry.model_fields))
+    return fingerprint(settings, partition_fingerprint(config))
+
+
+def router_directory(config: TrainConfig) -> Path:
+    return config.work_dir / "router"
+
+
+def router_stage(config: TrainConfig) -> Stage:
+    """The stage as ``config``, the shards and the embedding model are now.
+
+    Raises:
+        TrainingError: shards are missing or made with another configuration, or there is no usable embedding model.
+    """
+    files = [
+        shard_file(config, name, split) for name in config.expert_names for split in ("train", "held_out")
+    ]
+    for file in files:
+        if not file.is_file():
+            raise TrainingError(f"{file} is missing; run `decar-train partition` first")
+    check_marker(config.work_dir / "partition", partition_fingerprint(config))
+    files += _embedding_files(config.router)
+    return Stage(router_directory(config), router_fingerprint(config), digest(*files))
+
+
+def _embedding_files(config: RouterConfig) -> list[Path]:
+    if config.embedding is None:
+        return []
+    files = sorted({file for pattern in _EMBEDDING_FILES for file in config.embedding.glob(pattern)})
+    names = {file.name for file in files}
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise TrainingError(
+            f"router.embedding: {config.embedding} holds no config.json with *.safetensors; save a model there"
+        )
+    return files
+
+
+def read_router_report(config: TrainConfig) -> RouterReport:
+    """The report of a finished router stage.
+
+    Raises:
+        TrainingError: it is missing or damaged.
+    """
+    file = router_directory(config) / "report.json"
+    try:
+        return RouterReport.model_validate_json(file.read_text())
+    except (OSError, pydantic.ValidationError):
+        raise TrainingError(f"{file} cannot be read; delete its directory and run again") from None
+
+
+def train_router(config: TrainConfig, stage: Stage) -> RouterReport:
+    """Fit features, classifier and centroids, tune their temperatures, measure them, and put all in place.
+
+    Raises:
+        TrainingError: the shards hold no words, or the embedding model cannot be read.
+    """
+    settings = config.router
+    shards = [read_shard(config, name, "train") for name in config.expert_names]
+    labels = np.repeat(np.arange(len(shards)), [len(texts) for texts in shards])
+    texts = [text for shard in shards for text in shard]
+    features: Features
+    if settings.embedding is not None:
+        features = EmbeddingFeatures(settings.embedding)
+    else:
+        features = fit_features(texts, settings.num_features, settings.num_components, config.seed)
+    train = draw_prefixes(texts, labels, settings.prefixes_per_document, config.seed)
+    weight, bias = fit_classifier(features(train.texts), train.labels, len(shards))
+    whole = features(texts)
+    means = np.stack([whole[labels == k].mean(axis=0) for k in range(len(shards))]).astype(np.float32)
+
+    held_out = held_out_prefixes([read_shard(config, name, "held_out") for name in config.expert_names])
+    known = features(held_out.texts)
+    # Documents are held out as they come, so each expert's share of them is the prior that they were drawn with.
+    shares = log_prior(np.bincount(labels, minlength=len(shards)).tolist())
+    flat = np.zeros(len(shards))
+    classifier_held_out = classifier_scores(known, Classifier(weight, bias, 1.0))
+    centroid_held_out = centroid_scores(known, Centroids(means, settings.centroid_metric, 1.0))
+    router = TrainedRouter(
+        tuple(config.expert_names),
+        features,
+        Classifier(weight, bias, fit_temperature(classifier_held_out, held_out.labels, shares)),
+        Centroids(
+            means,
+            settings.centroid_metric,
+            fit_temperature(centroid_held_out, held_out.labels, flat),
+        ),
+    )
+    report = RouterReport(
+        experts=config.expert_names,
+        train_prefixes=len(train.texts),
+        routers={
+            "prior": _quality(np.tile(shares, (len(known), 1)), held_out, None),
+            "centroid": _quality(
+                _cross_fitted(centroid_held_out, held_out, flat), held_out, router.centroids.temperature
+            ),
+            "classifier": _quality(
+                _cross_fitted(classifier_held_out, held_out, shares), held_out, router.classifier.temperature
+            ),
+        },
+    )
+    with stage.writing() as directory:
+        if settings.embedding is not None:
+            (directory / EMBEDDING_FOLDER).mkdir()
+            for file in _embedding_files(settings):
+                shutil.copyfile(file, directory / EMBEDDING_FOLDER / file.name)
+        write_router(router, directory)
+        (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+        _plot(report, directory / "calibration.png")
+    return report
+
+
+def draw_prefixes(texts: list[str], labels: Labels, per_document: int, seed: int) -> Prefixes:
+    """Beginnings of lengths drawn log-uniformly: p(S_k | prefix) changes most while a text is short."""
+    rng = np.random.default_rng(seed)
+    longest = np.log([max(len(text), 1) for text in texts])[:, None]
+    shortest = np.minimum(np.log(SHORTEST_CHARS), longest)
+    lengths = np.exp(rng.uniform(shortest, longest, size=(len(texts), per_document))).round().astype(np.int64)
+    return Prefixes(
+        [text[:length] for text, row in zip(texts, lengths, strict=True) for length in row],
+        np.repeat(labels, per_document),
+        np.repeat(np.arange(len(texts)), per_document),
+    )
+
+
+def held_out_prefixes(shards: Iterable[list[str]]) -> Prefixes:
+    """Every document's first 16, 32, 64, … characters; a shorter one whole."""
+    found = []
+    document = 0
+    for label, texts in enumerate(shards):
+        for text in texts:
+            length = min(SHORTEST_CHARS, len(text))
+            while length and length <= len(text):
+                found.append((text[:length], label, document))
+                length *= 2
+            document += 1
+    prefixes, labels, documents = zip(*found, strict=True)
+    return Prefixes(list(prefixes), np.array(labels), np.array(documents))
+
+
+def fit_classifier(
+    features: Float64s, labels: Labels, num_experts: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weight [K, D] and bias [K] of a logistic regression to which all experts are equally likely beforehand."""
+    from sklearn.linear_model import LogisticRegression
+
+    if num_experts == 1:
+        return np.zeros((1, features.shape[1]), np.float32), np.zeros(1, np.float32)
+    model = LogisticRegression(class_weight="balanced", max_iter=1_000).fit(features, labels)
+    weight, bias = model.coef_, model.intercept_
+    if num_experts == 2:  # scikit-learn keeps one logit, that of the second
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return weight.astype(np.float32), bias.astype(np.float32)
+
+
+def fit_temperature(scores: Float64s, labels: Labels, log_priors: Float64s) -> float:
+    """The T that makes log π_k + scores_k / T the most likely, of scores [N, K].
+
+    Targets are Platt's ("Probabilistic outputs for support vector machines", 1999): experts that are told apart
+    without error would else ask for endless confidence.
+    """
+    from scipy.optimize import minimize_scalar
+
+    num_prefixes, num_experts = scores.shape
+    targets = np.full(scores.shape, 1.0 / (num_prefixes + num_experts))
+    targets[np.arange(num_prefixes), labels] = (num_prefixes + 1.0) / (num_prefixes + num_experts)
+
+    def loss(log_temperature: float) -> float:
+        return -float((targets * log_normalise(log_priors + scores / np.exp(log_temperature))).sum())
+
+    return float(np.exp(minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded").x))
+
+
+def _cross_fitted(scores: Float64s, prefixes: Prefixes, log_priors: Float64s) -> Float64s:
+    """Log weights [N, K] of each half of the documents, at the temperature that suits the other half."""
+    log_weights = np.empty_like(scores)
+    half = prefixes.documents % 2 == 0
+    for mine in (half, ~half):
+        # One document alone has no other half.
+        others = ~mine if (~mine).any() else mine
+        temperature = fit_temperature(scores[others], prefixes.labels[others], log_priors)
+        log_weights[mine] = log_normalise(log_priors + scores[mine] / temperature)
+    return log_weights
+
+
+def _quality(log_weights: Float64s, prefixes: Prefixes, temperature: float | None) -> RouterQuality:
+    lengths = prefixes.lengths
+    return RouterQuality(
+        temperature=temperature,
+        all_lengths=quality_of(log_weights, prefixes.labels),
+        by_length={
+            str(length): quality_of(log_weights[lengths == length], prefixes.labels[lengths == length])
+            for length in np.unique(lengths[lengths >= SHORTEST_CHARS])
+        },
+        reliability=_reliability(log_weights, prefixes.labels),
+    )
+
+
+def quality_of(log_weights: Float64s, labels: Labels) -> Quality:
+    """Accuracy, mean negative log-likelihood and expected calibration error of weights [N, K] for labels [N]."""
+    bins = _reliability(log_weights, labels)
+    return Quality(
+        prefixes=len(labels),
+        accuracy=float((log_weights.argmax(axis=1) == labels).mean()),
+        nll=-float(log_weights[np.arange(len(labels)), labels].mean()),
+        ece=sum(abs(confidence - accuracy) * count for confidence, accuracy, count in bins) / len(labels),
+    )
+
+
+def _reliability(log_weights: Float64s, labels: Labels) -> list[tuple[float, float, int]]:
+    confidence = np.exp(log_weights.max(axis=1))
+    correct = log_weights.argmax(axis=1) == labels
+    bins = np.minimum((confidence * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
+    return [
+        (float(confidence[bins == b].mean()), float(correct[bins == b].mean()), int((bins == b).sum()))
+        for b in np.unique(bins)
+    ]
+
+
+def _plot(report: RouterReport, path: Path) -> None:
+    """Accuracy and NLL against the length of the prefix, and accuracy against confidence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (accuracy, nll, calibration) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    for name, router in report.routers.items():
+        lengths = [int(length) for length in router.by_length]
+        accuracy.plot(lengths, [q.accuracy for q in router.by_length.values()], marker="o", label=name)
+        nll.plot(lengths, [q.nll for q in router.by_length.values()], marker="o", label=name)
+        confidence, correct, _ = zip(*router.reliability, strict=True)
+        calibration.plot(confidence, correct, marker="o", label=f"{name}, error {router.all_lengths.ece:.3f}")
+    calibration.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    for axis, title, unit in ((accuracy, "accuracy", "share"), (nll, "negative log-likelihood", "nats")):
+        axis.set(title=title, xlabel="characters of the prefix", ylabel=unit)
+        axis.set_xscale("log", base=2)
+    calibration.set(title="calibration, all lengths", xlabel="largest weight", ylabel="accuracy")
+    for axis in (accuracy, nll, calibration):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle(f"routers of {', '.join(report.experts)} on held-out text")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
