@@ -239,6 +239,7 @@ class Answer:
     weights: list[list[float]]
     active: list[str]
     finish_reason: str | None
+    leaders: list[str] = field(default_factory=list)
 
 
 COMPLETION_EXTRAS = {"ignore_eos": True, "return_token_ids": True, "return_tokens_as_token_ids": True}
@@ -257,6 +258,7 @@ def answer_of(choice: Any) -> Answer:
         weights=trace.get("weights", []),
         active=trace.get("active", []),
         finish_reason=choice.finish_reason,
+        leaders=trace.get("leaders", []),
     )
 
 

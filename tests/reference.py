@@ -283,6 +283,7 @@ class Decoded:
     top_gaps: list[float] = field(default_factory=list)  # between the 5th and the 6th best
     weights: list[list[float]] = field(default_factory=list)  # [K] that mixed the token
     margin: float = math.inf  # the smallest lead of a chosen token over the runner-up, in nats
+    prune_gap: float = math.inf  # how near a weight came to being pruned, or not, by a hair
     finished: bool = False  # an end-of-sequence token was chosen
 
 
@@ -295,6 +296,7 @@ def mixture_decode(
     rule: Rule = "velocity",
     route: Route = "posterior",
     weights: Mapping[str, float] | None = None,
+    prune: float = 0.0,
     eos_token_id: int | None = None,
     logit_bias: Mapping[int, float] | None = None,
     repetition_penalty: float = 1.0,
@@ -306,6 +308,8 @@ def mixture_decode(
 
     Args:
         weights: by expert name, fixed for the whole answer; experts left out have none. Overrides ``route``.
+        prune: whenever the lightest experts' weights add up to at most what is left of it, those experts are dropped,
+            for good, and their weights are taken off it. As many as possible at once; never all.
         eos_token_id: ends an answer, and is its last token; None: never.
         logit_bias, repetition_penalty, frequency_penalty, presence_penalty: as vLLM defines them, applied in
             this order to the mixture's logits: its log-probs plus the weighted mean of the experts' log-normalisers.
@@ -323,6 +327,9 @@ def mixture_decode(
     if follow_posterior:
         scored = [log_likelihood(model, prompts, vocab_size) for model in reference.models]
         log_weights = (log_weights + torch.stack(scored, dim=1)).log_softmax(dim=1)
+    budgets = [prune] * len(prompts)
+    for b in range(len(prompts)):
+        log_weights[b], budgets[b] = _pruned(log_weights[b], budgets[b], answers[b])
 
     for _ in range(max_tokens):
         running = [b for b, answer in enumerate(answers) if not answer.finished]
@@ -360,7 +367,21 @@ def mixture_decode(
             answer.finished = token == eos_token_id
             if follow_posterior:
                 log_weights[b] = (log_weights[b] + row[:, token]).log_softmax(dim=0)
+                log_weights[b], budgets[b] = _pruned(log_weights[b], budgets[b], answer)
     return answers
+
+
+def _pruned(log_weights: torch.Tensor, budget: float, answer: Decoded) -> tuple[torch.Tensor, float]:
+    """Drop the largest set of lightest experts that ``budget`` allows; (log weights [K], budget left)."""
+    order = [k for k in log_weights.argsort().tolist() if log_weights[k] > -math.inf]
+    for count in range(len(order) - 1, 0, -1) if budget else ():
+        mass = math.fsum(math.exp(log_weights[k]) for k in order[:count])
+        answer.prune_gap = min(answer.prune_gap, abs(mass - budget))
+        if mass <= budget:
+            kept = log_weights.clone()
+            kept[order[:count]] = -math.inf
+            return kept.log_softmax(dim=0), budget - mass
+    return log_weights, budget
 
 
 def _penalised(
@@ -372,6 +393,34 @@ def _penalised(
     counts = torch.bincount(torch.tensor(answer.tokens, dtype=torch.long), minlength=len(scores))
     scores = torch.where(seen, torch.where(scores > 0, scores / repetition, scores * repetition), scores)
     return scores - frequency * counts - presence * (counts > 0)
+
+
+@_one_thread()
+def prompt_scores(
+    reference: Reference,
+    prompt: Sequence[int],
+    *,
+    rule: Rule,
+    posterior: bool,
+    start: Sequence[float] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mixture's log-probs [T - 1, V] of what follows each prompt token, and the weights [T - 1, K] that mixed them.
+
+    Args:
+        posterior: each token moves the weights on; else they stay as they are.
+        start: weights [K] before the prompt; default: the prior.
+    """
+    rows = torch.cat([logits_of(model, [prompt], reference.vocab_size) for model in reference.models])
+    rows = rows[:, :-1].log_softmax(dim=-1)  # [K, T - 1, V]
+    said = rows[:, torch.arange(len(prompt) - 1), list(prompt[1:])]  # [K, T - 1]
+    log_weights = (
+        torch.tensor(start or reference.prior, dtype=torch.float64).log().expand(len(prompt) - 1, -1)
+    )
+    if posterior:
+        before = torch.cat([torch.zeros(len(rows), 1), said.cumsum(dim=1)[:, :-1]], dim=1)
+        log_weights = (log_weights + before.T).log_softmax(dim=1)
+    mixed = [mix(of, rows[:, t], rule) for t, of in enumerate(log_weights)]
+    return torch.stack(mixed), log_weights.exp()
 
 
 def sequence_log_probs(reference: Reference, sequence: Sequence[int]) -> torch.Tensor:

@@ -42,7 +42,7 @@ def duo_server(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trio_server(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """K=3: one of another architecture, one with a padded vocabulary."""
     with running(trio, tmp_path_factory.mktemp("logs") / "trio.log") as server:

@@ -556,13 +556,3 @@ def _likelihood(reference: Reference, tokens: list[int], t: int) -> float:
         return mask
 
     return mixture_decode(reference, [tokens[:t]], 1, allowed=only)[0].logprobs[0]
-
-
-def test_the_ensemble_says_that_it_scores_no_prompts(client: openai.OpenAI, duo: Reference) -> None:
-    prompt = duo.encode(prompt_texts(1)[0])
-    for decar in ({"weights": WEIGHTS}, {"route": "posterior"}):
-        with pytest.raises(openai.BadRequestError, match=r"NAME/EXPERT") as caught:
-            complete(
-                client, duo.name, prompt, echo=True, logprobs=1, max_tokens=1, extra_body={"decar": decar}
-            )
-        assert caught.value.param == "prompt_logprobs"

@@ -66,7 +66,11 @@ async def test_decar_is_taken_out_and_a_summary_put_in(ensemble: Ensemble) -> No
 async def test_a_trace_is_put_on_the_choice(ensemble: Ensemble) -> None:
     async with client_of(ensemble, echo) as client:
         body = (await client.post("/v1/completions", json={"decar": {"trace": True}})).json()
-    assert body["choices"][0]["decar"] == {"weights": [[0.1, 0.9], [0.2, 0.8]], "active": ["code", "prose"]}
+    assert body["choices"][0]["decar"] == {
+        "weights": [[0.1, 0.9], [0.2, 0.8]],
+        "leaders": ["prose", "prose"],
+        "active": ["code", "prose"],
+    }
 
 
 @pytest.mark.parametrize("trace", [True, False])

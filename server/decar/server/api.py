@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from decar.router import Ensemble
+from decar.router import Ensemble, available_routers
 from decar.router.errors import RequestError
 from decar.server.client import EnsembleClient
 from decar.server.routing import Call, current_call, model_ids, parse_call
@@ -91,7 +91,9 @@ async def ensemble(request: Request) -> JSONResponse:
             "object": "ensemble",
             "name": client.ensemble.name,
             "experts": experts,
-            "defaults": {"route": manifest.router.kind, "rule": manifest.mixing.rule},
+            "routes": list(available_routers(client.ensemble)),
+            "defaults": {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
+            | manifest.mixing.model_dump(),
             "slots": {"total": client.slots.total, "in_use": client.slots.in_use},
         }
     )
@@ -205,7 +207,11 @@ class _Annotated:
             delta = choice.get("delta") or {}
             announces = "role" in delta and not delta.get("content") and not choice.get("finish_reason")
             if trace is not None and not announces:  # a stream's first chunk names the role, and has no token
-                choice["decar"] = {"weights": trace.weights[trace.sent :], "active": trace.experts}
+                choice["decar"] = {
+                    "weights": trace.weights[trace.sent :],
+                    "leaders": trace.leaders[trace.sent :],
+                    "active": trace.experts,
+                }
                 trace.sent = len(trace.weights)
         return {**data, "decar": self._call.summary()} if once else data
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from vllm.engine.protocol import EngineClient
@@ -24,10 +24,21 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from decar.router import Ensemble, log_weights_after
+from decar.router import (
+    Ensemble,
+    active_experts,
+    available_routers,
+    load_router,
+    log_weights_after,
+    prune,
+    top_k,
+)
+from decar.server.lockstep import follow_seats
 from decar.server.plane import Plane
-from decar.server.routing import Call, ChoiceTrace, current_call, parse_call
-from decar.server.seat import REQUEST_KEY, Member
+from decar.server.prompt import PromptLogprobs, PromptScorer, tokens_of
+from decar.server.relay import Relay, Route
+from decar.server.routing import Call, ChoiceTrace, Trained, current_call, parse_call
+from decar.server.seat import REQUEST_KEY, SCORE_KEY, Member
 
 
 class Slots:
@@ -122,6 +133,10 @@ class EnsembleClient(EngineClient):
         self.model_config = first.model_config
         self.renderer = first.renderer
         self.input_processor = first.input_processor
+        self._scorer = PromptScorer(engines, ensemble.vocab_size)
+        self._relay = Relay(engines, plane.blocks)
+        available = available_routers(ensemble)
+        self._routers = {kind: load_router(ensemble, kind) for kind in get_args(Trained) if kind in available}
         self._running: dict[int, tuple[Member, Any]] = {}  # slot -> its member and its leader's output queue
         self._last_arrival = 0.0
         self._stopped = False
@@ -135,7 +150,7 @@ class EnsembleClient(EngineClient):
         """Decode ``prompt`` as the current `Call` asks: by one expert alone, or by all of them as one.
 
         Raises:
-            VLLMValidationError: prompt log-probabilities are asked of the ensemble.
+            VLLMValidationError: something is asked that an ensemble has no answer to.
             EngineDeadError: an engine that takes part died.
         """
         if kwargs.get("priority"):
@@ -144,8 +159,9 @@ class EnsembleClient(EngineClient):
             )
         if isinstance(prompt, AsyncGenerator):
             raise VLLMValidationError("an ensemble does not take a prompt as a stream", parameter="prompt")
-        if REQUEST_KEY in (sampling_params.extra_args or {}):
-            raise VLLMValidationError(f"vllm_xargs.{REQUEST_KEY} is decar's own", parameter="vllm_xargs")
+        for key in (REQUEST_KEY, SCORE_KEY):
+            if key in (sampling_params.extra_args or {}):
+                raise VLLMValidationError(f"vllm_xargs.{key} is decar's own", parameter="vllm_xargs")
         for field, ids in (
             ("logit_bias", sampling_params.logit_bias),
             ("allowed_token_ids", sampling_params.allowed_token_ids),
@@ -161,35 +177,67 @@ class EnsembleClient(EngineClient):
         return self._generate(Asked(call, first_choice, prompt, sampling_params, request_id, kwargs))
 
     async def _generate(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
-        log_weights = asked.call.log_weights
-        if asked.call.posterior:
-            self._refuse_prompt_logprobs(asked.params)
-            log_weights = await self._posterior_of(log_weights, asked)
-        active = [int(k) for k in np.flatnonzero(np.isfinite(log_weights))]
-        if len(active) == 1:
+        call = asked.call
+        if call.draw:
+            _check_drawable(asked.params)
+        log_weights, prompt_logprobs = await self._routed(asked)
+        log_weights, budget = _restricted(call, log_weights)
+        active = active_experts(log_weights)
+        if len(active) == 1 and not call.draw:
             outputs = self._alone(asked, active[0])
         else:
-            self._refuse_prompt_logprobs(asked.params)
-            children = [
-                self._mixed(
-                    replace(
-                        asked,
-                        params=params,
-                        first_choice=asked.first_choice + i,
-                        request_id=f"{asked.request_id}-{i}",
-                    ),
-                    log_weights,
-                    active,
+            draws = _draws(log_weights, asked.params) if call.draw else [None] * asked.params.n
+            children = []
+            for i, (params, expert) in enumerate(zip(_children(asked.params), draws, strict=True)):
+                child = replace(
+                    asked,
+                    params=params,
+                    first_choice=asked.first_choice + i,
+                    request_id=f"{asked.request_id}-{i}",
                 )
-                for i, params in enumerate(_children(asked.params))
-            ]
+                children.append(
+                    self._mixed(child, log_weights, active, budget)
+                    if expert is None
+                    else self._alone(child, expert)
+                )
             outputs = children[0] if len(children) == 1 else _merged(children, asked.params)
         try:
             async for output in outputs:
                 output.request_id = asked.request_id
+                if prompt_logprobs is not None:
+                    output.prompt_logprobs = prompt_logprobs
                 yield output
         finally:
             await outputs.aclose()
+
+    async def _routed(self, asked: Asked) -> tuple[np.ndarray, PromptLogprobs | None]:
+        """Log weights [K] after the prompt; and what the mixture says of the prompt, where that is asked for.
+
+        From here on, ``asked`` does not ask for that any more.
+        """
+        call, log_weights = asked.call, asked.call.log_weights
+        if call.router is not None:
+            text = self.renderer.get_tokenizer().decode(tokens_of(asked.prompt))
+            log_weights = (await asyncio.to_thread(self._routers[call.router].log_weights, [text]))[0]
+        count = asked.params.prompt_logprobs
+        if count is not None and len(active_experts(log_weights)) > 1:
+            asked.params = copy(asked.params)
+            asked.params.prompt_logprobs = None
+            asked.params.skip_reading_prefix_cache = False
+            prompt_logprobs, after = await self._scorer.log_probs(
+                asked.prompt,
+                asked.request_id,
+                asked.kwargs,
+                log_weights,
+                call.rule,
+                self.ensemble.vocab_size if count < 0 else count,
+                posterior=call.scored,
+            )
+            return after, prompt_logprobs
+        if call.scored:
+            scores = await self._scorer.log_likelihoods(asked.prompt, asked.request_id, asked.kwargs)
+            log_weights = log_weights_after(log_weights, scores)
+        return log_weights, None
 
     async def _alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
         """One expert is active: plain vLLM, no plane."""
@@ -205,25 +253,34 @@ class EnsembleClient(EngineClient):
                 if call.trace:
                     for completion in output.outputs:
                         traces[completion.index].weights += [weights] * len(completion.token_ids)
+                        traces[completion.index].leaders += [name] * len(completion.token_ids)
                 yield output
         finally:
             await outputs.aclose()
 
     async def _mixed(
-        self, asked: Asked, log_weights: np.ndarray, active: list[int]
+        self, asked: Asked, log_weights: np.ndarray, active: list[int], budget: float
     ) -> AsyncGenerator[RequestOutput, None]:
         """Several experts are active: all of them run one choice in lockstep, and its leader answers."""
         call = asked.call
         async with self.slots.take() as (slot, generation):
             leader = self._leader(log_weights, active)
             member = Member(
-                slot, generation, leader, tuple(active), call.rule, log_weights.tolist(), call.posterior
+                slot,
+                generation,
+                leader,
+                tuple(active),
+                call.rule,
+                log_weights.tolist(),
+                call.posterior,
+                budget if call.posterior else 0.0,  # weights that do not move have been pruned already
             )
             trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
             call.choices[asked.first_choice] = trace
             queues: dict[int, Any] = {}
             finished = False
             self.experts[leader].leads += 1
+            route = Route(member, leader)
             try:
                 arrival = self._next_arrival()
                 # Followers first: they have nothing to do for the leader that it could not do meanwhile.
@@ -235,6 +292,8 @@ class EnsembleClient(EngineClient):
                         arrival_time=arrival,
                         **asked.kwargs,
                     )
+                    if member.prune > 0:
+                        self._relay.follow(route, k, queues[k].request_id)
                 queue = queues[leader]
                 self._running[slot] = (member, queue)
                 if not all(self.experts[k].up for k in active):
@@ -246,41 +305,28 @@ class EnsembleClient(EngineClient):
                     if call.trace:
                         for completion in output.outputs:
                             end = position + len(completion.token_ids)
-                            weights = self.plane.blocks[leader].log_weights[slot, position:end]
-                            trace.weights += np.exp(weights.astype(np.float64)).tolist()
+                            self._trace(trace, member, position, end)
                             position = end
                     yield output
             finally:
                 self._running.pop(slot, None)
+                self._relay.forget(route)
                 self.experts[leader].leads -= 1
-                ended = {leader} if finished else set()
+                ended = {route.speaker} if finished else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
 
-    async def _posterior_of(self, prior: np.ndarray, asked: Asked) -> np.ndarray:
-        """Score the prompt on every expert; return the posterior log weights [K] after it."""
-        scores = await asyncio.gather(*(self._score(k, asked) for k in range(len(self.experts))))
-        return log_weights_after(prior, scores)
-
-    async def _score(self, expert: int, asked: Asked) -> float:
-        """log p_k(prompt), the first token given; its keys and values stay in the engine's prefix cache."""
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=0,
-            detokenize=False,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        outputs = self.experts[expert].engine.generate(
-            asked.prompt, params, f"{asked.request_id}-score", **asked.kwargs
-        )
-        (output,) = [output async for output in outputs]
-        total = 0.0
-        ids = output.prompt_token_ids or []
-        for token, candidates in zip(ids, output.prompt_logprobs or [], strict=False):
-            if candidates is not None:
-                total += candidates[token].logprob
-        return total
+    def _trace(self, trace: ChoiceTrace, member: Member, start: int, end: int) -> None:
+        """Note who mixed the tokens from ``start`` to ``end``, and with which weights."""
+        follow_seats(self.plane.blocks, member)
+        for position in range(start, end):
+            leader = member.leader_at(position)
+            if member.alone_from is not None and position >= member.alone_from:
+                weights = [float(k == leader) for k in range(len(self.experts))]
+            else:
+                row = self.plane.blocks[leader].log_weights[member.slot, position]
+                weights = np.exp(row.astype(np.float64)).tolist()
+            trace.weights.append(weights)
+            trace.leaders.append(self.experts[leader].name)
 
     def _leader(self, log_weights: np.ndarray, active: list[int]) -> int:
         """The expert with the largest weight; among equals, the one that leads the fewest requests."""
@@ -297,15 +343,6 @@ class EnsembleClient(EngineClient):
                 with contextlib.suppress(EngineDeadError):
                     await self.experts[k].engine.abort(queue.request_id, internal=True)
 
-    @staticmethod
-    def _refuse_prompt_logprobs(params: SamplingParams) -> None:
-        if params.prompt_logprobs is not None:
-            raise VLLMValidationError(
-                "log-probabilities of the prompt are those of one model: ask for them with model id NAME/EXPERT, "
-                "or leave prompt_logprobs (and echo with logprobs) out",
-                parameter="prompt_logprobs",
-            )
-
     # --- health -------------------------------------------------------------------------------------------
 
     def watch_engines(self) -> None:
@@ -321,6 +358,7 @@ class EnsembleClient(EngineClient):
         self.experts[expert].up = False
         self.plane.alive[expert] = 0
         for member, queue in list(self._running.values()):
+            follow_seats(self.plane.blocks, member)  # those that had released it go on
             if expert in member.active:
                 queue.put(EngineDeadError())
 
@@ -377,6 +415,7 @@ class EnsembleClient(EngineClient):
         await self._all("reset_encoder_cache")
 
     async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        self._scorer.forget()
         return all(await self._all("reset_prefix_cache", *args, **kwargs))
 
     async def start_profile(self, *args: Any, **kwargs: Any) -> None:
@@ -424,7 +463,7 @@ class EnsembleClient(EngineClient):
 def _params_of(expert: int, member: Member, params: SamplingParams) -> SamplingParams:
     """The leader's sampling parameters are the user's; a follower's only keep it running as long."""
     wire = {REQUEST_KEY: member.to_wire()}
-    if expert == member.leader:
+    if expert == member.leader or member.prune > 0:  # where leaders may hand over, everybody is ready to lead
         mine = copy(params)
         mine.extra_args = {**(params.extra_args or {}), **wire}
         return mine
@@ -437,6 +476,50 @@ def _params_of(expert: int, member: Member, params: SamplingParams) -> SamplingP
         skip_reading_prefix_cache=params.skip_reading_prefix_cache,
         extra_args=wire,
     )
+
+
+def _restricted(call: Call, log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Log weights [K] of the experts that stay active, and how much weight may still be pruned."""
+    if call.top_k is not None:
+        log_weights = top_k(log_weights, call.top_k)
+    return prune(log_weights, call.prune)
+
+
+_DRAWABLE = frozenset(
+    {
+        *("n", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "include_stop_str_in_output"),
+        *("prompt_logprobs", "flat_logprobs", "detokenize", "skip_special_tokens", "output_kind"),
+        *("spaces_between_special_tokens", "stream_interval", "skip_clone", "output_text_buffer_length"),
+        *("skip_reading_prefix_cache", "watermarking", "routed_experts_prompt_start"),
+    }
+)
+"""Sampling parameters under which drawing an expert is drawing from the mixture, whatever their values."""
+
+
+def _check_drawable(params: SamplingParams) -> None:
+    """Refuse what does not commute with mixing: there, one expert's sample is not the mixture's.
+
+    Raises:
+        VLLMValidationError: names the parameter.
+    """
+    plain = SamplingParams()
+    for name in params.__struct_fields__:
+        value, wanted = getattr(params, name), getattr(plain, name)
+        if name in _DRAWABLE or name.startswith("_") or value == wanted or (name == "top_k" and value == -1):
+            continue
+        raise VLLMValidationError(
+            f'decar.sampling "draw" is exact only for plain sampling, and {name} is {value!r}: set it to {wanted!r} '
+            '(or leave it out, where that is the default), or decar.sampling to "mixture"',
+            parameter=name,
+        )
+
+
+def _draws(log_weights: np.ndarray, params: SamplingParams) -> list[int]:
+    """An expert for each choice, drawn by the weights [K]."""
+    weights = np.exp(log_weights)
+    rng = np.random.default_rng(params.seed if params.seed is None else abs(params.seed))
+    drawn: list[int] = rng.choice(len(weights), size=params.n, p=weights / weights.sum()).tolist()
+    return drawn
 
 
 def _children(params: SamplingParams) -> list[SamplingParams]:

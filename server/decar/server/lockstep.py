@@ -9,6 +9,7 @@ Shapes: K experts, B batch rows, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 
 from decar.kernels import mix_rows
-from decar.router import log_weights_after
-from decar.server.plane import NOTHING, Block, Plane, entry_of, stamp_of
+from decar.router import active_experts, log_weights_after, prune
+from decar.server.plane import NOTHING, Block, Plane, entry_of, read_seats_word, seats_word, stamp_of
 from decar.server.seat import Member, yield_core
 from decar.server.transport import Transport
 
@@ -34,6 +35,24 @@ class Turn:
     def __post_init__(self) -> None:
         self.stamp = stamp_of(self.member.generation, self.position)
         self.entry = entry_of(self.member.slot, self.stamp)
+        self.leader = self.member.leader_at(self.position)
+
+
+def follow_seats(blocks: Sequence[Block], member: Member) -> None:
+    """Bring ``member`` up to date with what its leaders have written of who takes part from which position on."""
+    while True:
+        block, slot = blocks[member.leader], member.slot
+        generation, leader, active = read_seats_word(block.seats[slot])
+        if generation != member.generation:
+            return  # an earlier tenant's: this one's leader has released nobody
+        member.active = active
+        if len(active) == 1:
+            member.alone_from = block.seats_from[slot]
+        if leader == member.leader:
+            return
+        *member.log_weights, member.prune = block.seats_weights[slot].tolist()
+        member.led_before.append((block.seats_from[slot], member.leader))
+        member.leader = leader
 
 
 class Lockstep:
@@ -124,13 +143,39 @@ class Lockstep:
         return result
 
     def publish(self, turns: Sequence[Turn], tokens: Sequence[int]) -> None:
-        """Tell the followers the token of each turn this engine decided, and move its weights on."""
-        for turn, token in zip(turns, tokens, strict=True):
-            self.mine.token[turn.entry] = token
-            self.mine.token_stamp[turn.entry] = turn.stamp
+        """Tell the followers the token of each turn this engine decided, and move its weights on.
+
+        Where experts may be pruned, who goes on is decided first: whoever has seen a token knows who takes part next.
+        """
+        pruning = [turn.member.prune > 0 for turn in turns]
+        self._stamp_tokens(turns, tokens, [not of for of in pruning])
         moving = [i for i, turn in enumerate(turns) if turn.member.posterior]
         if moving:
             self._move_weights([turns[i] for i in moving], [tokens[i] for i in moving])
+        if any(pruning):
+            for turn in itertools.compress(turns, pruning):
+                self._prune(turn.member, turn.position + 1)
+            self._stamp_tokens(turns, tokens, pruning)
+
+    def _stamp_tokens(self, turns: Sequence[Turn], tokens: Sequence[int], chosen: Sequence[bool]) -> None:
+        for turn, token in itertools.compress(zip(turns, tokens, strict=True), chosen):
+            self.mine.token[turn.entry] = token
+            self.mine.token_stamp[turn.entry] = turn.stamp
+
+    def _prune(self, member: Member, position: int) -> None:
+        """Release the experts that the weights of ``position`` allow to; this engine may be one of them."""
+        log_weights, left = prune(member.log_weights, member.prune)
+        active = tuple(active_experts(log_weights))
+        if active == member.active:
+            return
+        leader = member.leader if member.leader in active else int(log_weights.argmax())
+        self.mine.count("pruned", len(member.active) - len(active))
+        self.mine.count("handed_over", int(leader != member.leader))
+        member.log_weights, member.prune = log_weights.tolist(), left
+        self.mine.seats_weights[member.slot] = [*member.log_weights, left]
+        self.mine.seats_from[member.slot] = position
+        self.mine.seats[member.slot] = seats_word(member.generation, leader, active)
+        follow_seats(self.blocks, member)
 
     def adopt(self, turns: Sequence[Turn]) -> list[int | None]:
         """The leaders' tokens for turns this engine follows; None is a hold."""
@@ -147,9 +192,15 @@ class Lockstep:
             for f in member.followers
         )
 
+    def takes_part(self, member: Member) -> bool:
+        """Whether this engine still does, as far as leaders have decided; brings ``member`` up to date."""
+        follow_seats(self.blocks, member)
+        return self.expert in member.active
+
     def decided(self, member: Member, position: int) -> int | None:
         """The leader's token for ``position``, if it has published it."""
-        return self.blocks[member.leader].published(member.slot, stamp_of(member.generation, position))
+        leader = self.blocks[member.leader_at(position)]
+        return leader.published(member.slot, stamp_of(member.generation, position))
 
     def _row_comes(self, follower: int, turn: Turn) -> bool:
         block, slot, stamp = self.blocks[follower], turn.member.slot, turn.stamp
@@ -157,8 +208,8 @@ class Lockstep:
         return block.row(slot, stamp)
 
     def _token_comes(self, turn: Turn) -> int | None:
-        block, slot, stamp = self.blocks[turn.member.leader], turn.member.slot, turn.stamp
-        self._wait(lambda: block.published(slot, stamp) is not None, turn.member.leader, slot, stamp)
+        block, slot, stamp = self.blocks[turn.leader], turn.member.slot, turn.stamp
+        self._wait(lambda: block.published(slot, stamp) is not None, turn.leader, slot, stamp)
         return block.published(slot, stamp)
 
     def _wait(self, there: Callable[[], bool], peer: int, slot: int, stamp: int) -> None:

@@ -18,7 +18,7 @@ import mmap
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ COUNTERS = (
     "leader_holds",
     "follower_holds",
     "yielded",
+    "pruned",
+    "handed_over",
     "forward_ns",
     "post_ns",
     "row_wait_ns",
@@ -54,6 +56,16 @@ def entry_of(slot: int, stamp: int) -> int:
 def stamp_of(generation: int, position: int) -> int:
     """The stamp of ``position`` (tokens generated so far) for a slot's tenant."""
     return generation << 32 | (position + 1)
+
+
+def seats_word(generation: int, leader: int, active: Iterable[int]) -> int:
+    """Who takes part in a slot's tenant, in one word, so that nobody reads half of it. K is at most 16."""
+    return generation << 32 | leader << 16 | sum(1 << expert for expert in active)
+
+
+def read_seats_word(word: int) -> tuple[int, int, tuple[int, ...]]:
+    """(generation, leader, active) of a `seats_word`."""
+    return word >> 32, word >> 16 & 0xFFFF, tuple(k for k in range(16) if word >> k & 1)
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,12 @@ class PlaneSpec:
             "token": ((s, 2), np.int64),
             "counters": ((len(COUNTERS),), np.int64),
             "log_weights": ((s, t, k), np.float32),  # weights that mixed each position; leaders write it
+            "seats": (
+                (s,),
+                np.int64,
+            ),  # who takes part from a position on, see `seats_word`; leaders write it
+            "seats_from": ((s,), np.int64),
+            "seats_weights": ((s, k + 1), np.float64),  # log weights there, and what may still be pruned
             **(handle if self.on_device else rows),
         }
 
@@ -134,6 +152,9 @@ class Block:
         self.token_stamp = self.view("token_stamp").reshape(-1).data
         self.token = self.view("token").reshape(-1).data
         self.log_weights = self.view("log_weights")
+        self.seats = self.view("seats").data
+        self.seats_from = self.view("seats_from").data
+        self.seats_weights = self.view("seats_weights")
         self._counters = self.view("counters")
 
     def view(self, name: str) -> np.ndarray:
@@ -192,7 +213,7 @@ class Plane:
         Raises:
             StartError: /dev/shm has too little room; says how much is needed.
         """
-        name = f"{PREFIX}{_pid_namespace()}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
+        name = new_name()
         on_device = device_dtype is not None
         spec = PlaneSpec(name, experts, slots, vocab_size, positions, on_device, device_dtype or "float32")
         free = os.statvfs(DIRECTORY).f_bavail * os.statvfs(DIRECTORY).f_frsize
@@ -223,6 +244,11 @@ class Plane:
     def unlink(self) -> None:
         """Remove the segment's name; memory goes when the last engine does. Safe to call twice."""
         unlink(self.spec.name)
+
+
+def new_name() -> str:
+    """A name for a segment of this process, by which `remove_stale` finds it once the process is gone."""
+    return f"{PREFIX}{_pid_namespace()}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
 
 
 def unlink(name: str) -> None:

@@ -9,15 +9,18 @@ import difflib
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import pydantic
-from pydantic import BaseModel, ConfigDict, Strict, StrictBool
+from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool
 
-from decar.router import Ensemble, log_prior
+from decar.router import Ensemble, active_experts, available_routers, log_prior
 from decar.router.errors import RequestError
-from decar.router.manifest import Route, Rule, describe_validation_error
+from decar.router.manifest import Route, Rule, Scope, Start, describe_validation_error
+
+Sampling = Literal["mixture", "draw"]
+Trained = Literal["classifier", "centroid"]
 
 
 class DecarOptions(BaseModel):
@@ -26,18 +29,29 @@ class DecarOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     route: Route | None = None
+    scope: Scope | None = None
+    start: Start | None = None
     weights: dict[str, Annotated[float, Strict()]] | None = None
     rule: Rule | None = None
+    sampling: Sampling | None = None
+    top_k: Annotated[int, Strict(), Field(ge=1)] | None = None
+    prune: Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
     trace: StrictBool | None = None
+
+    @property
+    def routing(self) -> list[str]:
+        """The fields that are given of those that say which experts take part, and how."""
+        return sorted(self.model_dump(exclude={"trace"}, exclude_none=True))
 
 
 @dataclass
 class ChoiceTrace:
-    """What happened to one choice: its experts, its leader, and the weights that mixed each token."""
+    """What happened to one choice: the experts and the leader it began with, and what mixed each token."""
 
     experts: list[str]
     leader: str
-    weights: list[list[float]] = field(default_factory=list)  # [T][K] in manifest order
+    weights: list[list[float]] = field(default_factory=list)  # [T][K] in manifest order; 0: not active
+    leaders: list[str] = field(default_factory=list)  # [T]
     sent: int = 0  # tokens whose weights a stream has already sent
 
 
@@ -47,13 +61,22 @@ class Call:
 
     Attributes:
         log_weights: float64 [K] to start from.
-        posterior: whether the prompt and every token move them on.
+        posterior: whether every token moves them on.
+        scored: whether the prompt does.
+        router: the trained router that looks at the prompt first, and takes the place of ``log_weights``.
+        draw: decode one expert alone, drawn by the weights.
+        top_k, prune: which experts stay active.
         choices: by choice index, once routed.
     """
 
     log_weights: np.ndarray
     rule: Rule = "velocity"
     posterior: bool = False
+    scored: bool = False
+    router: Trained | None = None
+    draw: bool = False
+    top_k: int | None = None
+    prune: float = 0.0
     trace: bool = False
     choices: dict[int, ChoiceTrace] = field(default_factory=dict)
     prompts: int = 0  # prompts seen so far: a completion request may bring several
@@ -78,22 +101,86 @@ def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
     trace = bool(parsed.trace)
     alone = expert_of(ensemble, model)
     if alone is not None:
-        if parsed.weights is not None or parsed.route is not None or parsed.rule is not None:
+        if parsed.routing:
             raise RequestError(
-                f"model {model!r} is one expert alone: leave decar.weights, decar.route and decar.rule out, "
+                f"model {model!r} is one expert alone: leave decar.{parsed.routing[0]} out, "
                 f"or ask for model {ensemble.name!r}",
                 "decar",
             )
         log_weights = log_prior([float(name == alone) for name in ensemble.expert_names])
         return Call(log_weights, trace=trace)
-    rule = parsed.rule or ensemble.manifest.mixing.rule
+    mixing, router = ensemble.manifest.mixing, ensemble.manifest.router
+    call = Call(
+        log_prior([expert.prior for expert in ensemble.experts]),
+        parsed.rule or mixing.rule,
+        draw=parsed.sampling == "draw",
+        top_k=parsed.top_k or mixing.top_k,
+        prune=mixing.prune if parsed.prune is None else parsed.prune,
+        trace=trace,
+    )
     if parsed.weights is not None:
         if parsed.route is not None:
             raise RequestError("decar.weights fixes the weights: leave decar.route out", "decar.route")
-        return Call(_explicit(ensemble, parsed.weights), rule, trace=trace)
-    route = parsed.route or ensemble.manifest.router.kind
-    priors = log_prior([expert.prior for expert in ensemble.experts])
-    return Call(priors, rule, posterior=route == "posterior" and len(priors) > 1, trace=trace)
+        call.log_weights = _explicit(ensemble, parsed.weights)
+        call.top_k, call.prune = parsed.top_k, parsed.prune or 0.0  # the manifest's are for what it routes
+    elif parsed.route not in (None, "posterior") or (parsed.route is None and router.kind != "posterior"):
+        call.router = _trained(ensemble, parsed.route or router.kind, "decar.route")
+    else:
+        _route_by_posterior(ensemble, parsed, call)
+    if not call.posterior:
+        for field_name in ("scope", "start"):
+            if getattr(parsed, field_name) is not None:
+                raise RequestError(
+                    f"decar.{field_name} belongs to the posterior router: leave it out, or set decar.route to "
+                    '"posterior"',
+                    f"decar.{field_name}",
+                )
+    if call.draw:
+        _check_draw(call)
+    return call
+
+
+def _route_by_posterior(ensemble: Ensemble, parsed: DecarOptions, call: Call) -> None:
+    router = ensemble.manifest.router
+    scope = parsed.scope or (router.scope if router.kind == "posterior" else "full")
+    if scope == "full" and parsed.start is not None:
+        raise RequestError(
+            'decar.start is where decar.scope "output" begins: set that too, or leave decar.start out',
+            "decar.start",
+        )
+    call.posterior = len(ensemble.experts) > 1
+    call.scored = call.posterior and scope == "full"
+    if scope == "output":
+        call.router = _trained(ensemble, parsed.start or router.start, "decar.start")
+
+
+def _trained(ensemble: Ensemble, kind: Route, field_name: str) -> Trained | None:
+    """``kind`` if it is a router that this ensemble has been given by training; None for the prior."""
+    if kind in ("prior", "posterior"):
+        return None
+    available = available_routers(ensemble)
+    if kind not in available:
+        raise RequestError(
+            f"{field_name} {kind!r} is not trained for {ensemble.name!r}, which has {', '.join(available)}",
+            field_name,
+        )
+    return cast(Trained, kind)
+
+
+def _check_draw(call: Call) -> None:
+    """Drawing an expert once samples the mixture whose weights follow the posterior, and no other."""
+    if not call.posterior and len(active_experts(call.log_weights)) > 1:
+        raise RequestError(
+            'decar.sampling "draw" is exact only where every token moves the weights on: set decar.route to '
+            '"posterior" (or leave decar.weights out), or decar.sampling to "mixture"',
+            "decar.sampling",
+        )
+    if call.rule != "velocity":
+        raise RequestError(
+            'decar.sampling "draw" samples the arithmetic mixture: set decar.rule to "velocity", or decar.sampling to '
+            '"mixture"',
+            "decar.sampling",
+        )
 
 
 def expert_of(ensemble: Ensemble, model: str | None) -> str | None:

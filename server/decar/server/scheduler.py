@@ -15,7 +15,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from decar.server.lockstep import Lockstep
 from decar.server.plane import Plane
-from decar.server.seat import Member, Seat
+from decar.server.seat import Member, Scoring, Seat
 
 
 class LockstepScheduler(Scheduler):
@@ -25,7 +25,16 @@ class LockstepScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         seat: Seat = self.vllm_config.additional_config
         self.lockstep = Lockstep(Plane.attach(seat.plane), seat.expert)
-        self._held: dict[str, tuple[Request, Member]] = {}
+        self._members: dict[str, Member] = {}  # of requests in lockstep
+        self._held: dict[str, Request] = {}
+        self._find_cached_blocks = self.kv_cache_manager.get_computed_blocks
+        self.kv_cache_manager.get_computed_blocks = self._scored_blocks_only
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        member = Member.of(request.sampling_params)
+        if member is not None:
+            self._members[request.request_id] = member
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._release()
@@ -36,41 +45,76 @@ class LockstepScheduler(Scheduler):
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for request_id in scheduler_output.num_scheduled_tokens:
-            request = self.requests.get(request_id)
-            if request is None or request.status != RequestStatus.RUNNING:
-                continue
-            if request.num_computed_tokens >= request.num_tokens:
-                member = Member.of(request.sampling_params)
-                if member is not None:
-                    self._held[request_id] = (request, member)
         for of_client in outputs.values():
             of_client.outputs = [output for output in of_client.outputs if self._matters(output)]
+        for request_id in scheduler_output.num_scheduled_tokens if self._members else ():
+            member = self._members.get(request_id)
+            request = self.requests.get(request_id)
+            if member is None or request is None or request.status != RequestStatus.RUNNING:
+                continue
+            if self._leave(request, member):
+                continue
+            if request.num_computed_tokens >= request.num_tokens:
+                self._held[request_id] = request
         return outputs
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._members.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
 
     def _matters(self, output: Any) -> bool:
         """Nobody reads a follower's tokens, and the gateway would spend as much on them as on its leader's."""
-        if output.finish_reason is not None:
+        member, request = self._members.get(output.request_id), self.requests.get(output.request_id)
+        if member is None or request is None or output.finish_reason is not None:
             return True
-        request = self.requests.get(output.request_id)
-        leader = Member.leader_of(request.sampling_params) if request is not None else None
-        return leader is None or leader == self.lockstep.expert
+        self.lockstep.takes_part(member)
+        return member.leader_at(request.num_output_tokens - 1) == self.lockstep.expert
+
+    def _leave(self, request: Request, member: Member) -> bool:
+        """End a request whose leader has released this expert: its memory is free at once."""
+        if member.prune <= 0 or self.lockstep.takes_part(member):
+            return False
+        self.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        return True
 
     def _release(self) -> None:
         """Make held requests runnable whose token is published, or whose rows are there or coming."""
-        for request_id, (request, member) in list(self._held.items()):
-            if request.status == RequestStatus.RUNNING:
+        for request_id, request in list(self._held.items()):
+            member = self._members.get(request_id)
+            if member is not None and request.status == RequestStatus.RUNNING:
                 position = request.num_output_tokens
-                if member.leader == self.lockstep.expert:
+                if member.leader_at(position) == self.lockstep.expert:
                     if not self.lockstep.rows_may_come(member, position):
                         continue
                     request.num_computed_tokens -= 1
                 else:
                     token = self.lockstep.decided(member, position)
                     if token is None:
-                        continue
-                    request.append_output_token_ids(token)
+                        if not self._leave(request, member):
+                            continue
+                    else:
+                        self._append(request, token)
             del self._held[request_id]  # runnable; or preempted or finished, and then no longer a hold
+
+    def _append(self, request: Request, token: int) -> None:
+        """Give a held follower the token that its leader has published, as `update_from_output` would."""
+        request.append_output_token_ids(token)
+        self.structured_output_manager.accept_tokens(request, [token])
+
+    def _scored_blocks_only(self, request: Request) -> Any:
+        """Cached blocks of a request; of one that scores its prompt, only those whose score the gateway has.
+
+        What is read from the cache is not computed, and what is not computed has no log-likelihood.
+        """
+        scoring = Scoring.of(request.sampling_params)
+        if scoring is None:
+            return self._find_cached_blocks(request)
+        hashes = request.block_hashes
+        request.block_hashes = hashes[: scoring.scored // self.hash_block_size]
+        try:
+            return self._find_cached_blocks(request)
+        finally:
+            request.block_hashes = hashes
 
     def _yield_memory(self) -> None:
         """Preempt the youngest held request if an older one waits for its memory.
@@ -78,7 +122,7 @@ class LockstepScheduler(Scheduler):
         Held requests wait for other engines, and those may wait for a request that waits here. Every engine
         has the same order of age, so the oldest request can always run everywhere: no cycle of waits.
         """
-        held = [request for request, _ in self._held.values() if request.status == RequestStatus.RUNNING]
+        held = [request for request in self._held.values() if request.status == RequestStatus.RUNNING]
         if not self.waiting or not held:
             return
         oldest, youngest = self.waiting.peek_request(), max(held, key=_age)

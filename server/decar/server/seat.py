@@ -15,6 +15,8 @@ from decar.server.plane import PlaneSpec, unlink
 
 REQUEST_KEY = "decar"
 """Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""
+SCORE_KEY = "decar_score"
+"""The same of a request that scores its prompt: see `Scoring`."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,14 @@ class Member:
 
     Attributes:
         slot, generation: its place in the plane and which tenant of that place it is.
-        leader: index of the expert that mixes and samples.
+        leader: index of the expert that mixes and samples, now.
         active: indices of all experts that take part, the leader included.
         rule: how rows are mixed.
         log_weights: float64 [K], -inf for experts that do not take part; kept up to date by the leader.
         posterior: whether each sampled token updates the weights.
+        prune: weight that the leader may still drop, see `decar.router.prune`.
+        led_before: (position, expert) for each earlier leader, and the position from which on another one leads.
+        alone_from: position from which the leader is the only one left.
     """
 
     slot: int
@@ -69,10 +74,17 @@ class Member:
     rule: Rule
     log_weights: list[float] = field(repr=False)
     posterior: bool
+    prune: float = 0.0
+    led_before: list[tuple[int, int]] = field(default_factory=list)
+    alone_from: int | None = None
 
     @property
     def followers(self) -> tuple[int, ...]:
         return tuple(expert for expert in self.active if expert != self.leader)
+
+    def leader_at(self, position: int) -> int:
+        """Who decides ``position``."""
+        return next((expert for end, expert in self.led_before if position < end), self.leader)
 
     def to_wire(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -80,19 +92,38 @@ class Member:
     @classmethod
     def of(cls, sampling_params: Any) -> Member | None:
         """The member in a request's sampling parameters; None for a request that runs alone."""
-        wire = _wire(sampling_params)
+        wire = _wire(sampling_params, REQUEST_KEY)
         return cls(**wire) if wire else None
 
-    @staticmethod
-    def leader_of(sampling_params: Any) -> int | None:
-        """The member's leader, without making the member."""
-        wire = _wire(sampling_params)
-        return wire["leader"] if wire else None
+
+@dataclass(frozen=True)
+class Scoring:
+    """A request that scores its prompt, as an engine sees it.
+
+    Attributes:
+        scored: leading tokens whose log-likelihood the gateway has: what it may read from its cache.
+        file: under /dev/shm, float32 [end - start, V]; gets the log-probabilities that follow positions
+            ``start`` to ``end - 1``. Empty asks for none.
+    """
+
+    scored: int
+    file: str = ""
+    start: int = 0
+    end: int = 0
+
+    def to_wire(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def of(cls, sampling_params: Any) -> Scoring | None:
+        """The scoring in a request's sampling parameters; None for every other request."""
+        wire = _wire(sampling_params, SCORE_KEY)
+        return cls(**wire) if wire else None
 
 
-def _wire(sampling_params: Any) -> dict[str, Any] | None:
+def _wire(sampling_params: Any, key: str) -> dict[str, Any] | None:
     extra = getattr(sampling_params, "extra_args", None)
-    return extra.get(REQUEST_KEY) if extra else None
+    return extra.get(key) if extra else None
 
 
 @functools.cache  # one watch per process

@@ -192,7 +192,10 @@ async def _warm_up(client: Any) -> None:
 
     experts = len(client.experts)
     everyone = log_prior([1.0] * experts)
-    calls = [Call(everyone, posterior=experts > 1), Call(everyone, "velocity"), Call(everyone, "logit")]
+    calls = [Call(everyone, "velocity"), Call(everyone, "logit")]
+    calls += [
+        Call(everyone, posterior=True, scored=True, prune=prune) for prune in (0.0, 1e-9) if experts > 1
+    ]
     calls += [Call(log_prior([float(j == k) for j in range(experts)])) for k in range(experts)]
 
     async def run(call: Call, params: SamplingParams) -> None:
@@ -205,6 +208,8 @@ async def _warm_up(client: Any) -> None:
         for extra in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 0, "logprobs": 2}):
             params = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=kind, **extra)
             await asyncio.gather(*(asyncio.create_task(run(call, params)) for call in calls))
+    asked_for_prompt = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+    await asyncio.create_task(run(calls[0], asked_for_prompt))
     await client.reset_prefix_cache()
 
 

@@ -22,8 +22,8 @@ from vllm.v1.executor import uniproc_executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from decar.server.lockstep import Lockstep, Turn
-from decar.server.plane import Plane
-from decar.server.seat import Member, Seat
+from decar.server.plane import DIRECTORY, Plane
+from decar.server.seat import Member, Scoring, Seat
 from decar.server.transport import transport_of
 
 if current_platform.is_cpu():
@@ -59,6 +59,7 @@ class LockstepWorker(_Worker):
         self._members: dict[str, Member] = {}
         self._turns: dict[str, Turn] = {}  # this step's, by request
         self._ready: list[Turn] = []
+        self._scorings: dict[str, Scoring] = {}  # whose prompt rows are asked for
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
@@ -68,6 +69,8 @@ class LockstepWorker(_Worker):
         model.compute_logits = self._shared_vocabulary_only
         self._sample = self.model_runner._sample
         self.model_runner._sample = self._sample_in_lockstep
+        self._prompt_logprobs = self.model_runner._get_prompt_logprobs_dict
+        self.model_runner._get_prompt_logprobs_dict = self._with_prompt_rows
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self._turns = self._take_turns(scheduler_output)
@@ -86,7 +89,7 @@ class LockstepWorker(_Worker):
         turns = [turn for turn in self._turns.values() if lockstep.holds_slot(turn.member)]
         with lockstep.mine.timed("post_ns"):
             lockstep.post(turns, state.logits)
-        led = [turn for turn in turns if turn.member.leader == lockstep.expert]
+        led = [turn for turn in turns if turn.leader == lockstep.expert]
         self._ready = lockstep.wait_for_rows(led)
         if self._ready:
             with lockstep.mine.timed("mix_ns"):
@@ -125,7 +128,7 @@ class LockstepWorker(_Worker):
         followed = [
             turn
             for turn in self._turns.values()
-            if turn.member.leader != lockstep.expert and lockstep.holds_slot(turn.member)
+            if turn.leader != lockstep.expert and lockstep.holds_slot(turn.member)
         ]
         decided = set(map(id, self._ready))
         for turn, token in zip(followed, lockstep.adopt(followed), strict=True):
@@ -141,8 +144,12 @@ class LockstepWorker(_Worker):
         """Turns of this step: shared requests whose last known token is computed in it."""
         for request_id in scheduler_output.finished_req_ids:
             self._members.pop(request_id, None)
+            self._scorings.pop(request_id, None)
         turns = {}
         for new in scheduler_output.scheduled_new_reqs:
+            scoring = Scoring.of(new.sampling_params)
+            if scoring is not None and scoring.file:
+                self._scorings[new.req_id] = scoring
             member = Member.of(new.sampling_params)
             if member is None:
                 continue
@@ -159,13 +166,34 @@ class LockstepWorker(_Worker):
             if member is None:
                 continue
             state = self.model_runner.requests[request_id]
+            led_by = member.leader
+            if not self.lockstep.takes_part(member):
+                continue  # the scheduler, which knows too, ends it
+            if member.leader == self.lockstep.expert != led_by:
+                self._draw_what_others_drew(member, state)
             late = cached.num_output_tokens[i] > len(state.output_token_ids)
             if late and not self._adopt_late(request_id, member, state):
                 continue
+            position = len(state.output_token_ids)
+            if member.alone_from is not None and position >= member.alone_from:
+                continue  # nobody is left to mix with: plain vLLM
             scheduled = scheduler_output.num_scheduled_tokens[request_id]
             if cached.num_computed_tokens[i] + scheduled >= state.num_tokens:
-                turns[request_id] = Turn(member, position=len(state.output_token_ids))
+                turns[request_id] = Turn(member, position)
         return turns
+
+    def _draw_what_others_drew(self, member: Member, state: Any) -> None:
+        """A seeded request whose lead this engine takes over goes on in its stream of random numbers.
+
+        What vLLM draws for a token differs by device, so its own sampler draws it.
+        """
+        if state.generator is None:
+            return
+        tokens, _ = member.led_before[-1]
+        nothing = torch.zeros(1, self.model_runner.input_batch.vocab_size, device=state.generator.device)
+        state.generator.manual_seed(state.sampling_params.seed)
+        for _ in range(tokens):
+            self.model_runner.sampler.topk_topp_sampler(nothing, {0: state.generator}, None, None)
 
     def _adopt_late(self, request_id: str, member: Member, state: Any) -> bool:
         """Catch up with the scheduler, which took a held follower's token from the plane between two steps.
@@ -184,6 +212,27 @@ class LockstepWorker(_Worker):
             batch.is_token_ids[row, end] = True
             batch.num_tokens_no_spec[row] = end + 1
         return True
+
+    def _with_prompt_rows(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        """Write log-probabilities of prompt positions where the gateway wants whole rows of them."""
+        runner, vocab_size = self.model_runner, self.lockstep.vocab_size
+        for request_id, scoring in self._scorings.items():
+            if request_id not in num_scheduled_tokens:
+                continue
+            computed = runner.requests[request_id].num_computed_tokens
+            first = max(scoring.start, computed)
+            last = min(scoring.end, computed + num_scheduled_tokens[request_id])
+            if first >= last:
+                continue
+            row = runner.input_batch.req_id_to_index[request_id]
+            offset = int(runner.query_start_loc.np[row]) - computed
+            logits = runner.model.compute_logits(hidden_states[offset + first : offset + last])
+            log_probs = logits[:, :vocab_size].float().log_softmax(dim=-1)
+            shape = (scoring.end - scoring.start, vocab_size)
+            with contextlib.suppress(FileNotFoundError):  # the client has left
+                rows = np.memmap(DIRECTORY / scoring.file, np.float32, "r+", shape=shape)
+                rows[first - scoring.start : last - scoring.start] = log_probs.cpu().numpy()
+        return self._prompt_logprobs(hidden_states, num_scheduled_tokens)
 
     def _shared_vocabulary_only(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Logits with ids that some expert has no row for masked: they could not be fed to every expert."""

@@ -1,0 +1,240 @@
+"""Scoring prompts on every expert: sums for the posterior, whole rows for the mixture's prompt log-probabilities.
+
+Knows engines and the score cache; knows nothing of slots and decoding.
+
+Shapes: K experts, T tokens of a prompt, V vocabulary, W positions of a window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.logprobs import Logprob
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from decar.kernels import mix
+from decar.router import log_weights_after
+from decar.router.manifest import Rule
+from decar.server.plane import DIRECTORY, new_name
+from decar.server.scores import PrefixScores
+from decar.server.seat import SCORE_KEY, Scoring
+
+WINDOW_BYTES = 64 * 2**20  # of all experts' rows of one prompt at a time
+PROMPTS_AT_ONCE = 4  # whose rows are held
+
+PromptLogprobs = list[dict[int, Logprob] | None]
+
+
+class PromptScorer:
+    """Has prompts scored by K engines.
+
+    Args:
+        engines: in manifest order.
+        vocab_size: V, the ids that all experts share.
+    """
+
+    def __init__(self, engines: Sequence[AsyncLLM], vocab_size: int):
+        self._engines = engines
+        self._vocab_size = vocab_size
+        self._scores = [PrefixScores(engine.vllm_config.cache_config.block_size) for engine in engines]
+        self._under_way: dict[tuple[bytes, tuple[int, ...]], asyncio.Task[list[float]]] = {}
+        self._places = asyncio.Semaphore(PROMPTS_AT_ONCE)
+
+    async def log_likelihoods(self, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> list[float]:
+        """log p_k(prompt) [K], the first token given; keys and values stay in the engines' prefix caches.
+
+        A prompt that is asked for again, even before its first score is there, is scored once.
+        """
+        key = (_salt_of(prompt), tuple(tokens_of(prompt)))
+        task = self._under_way.get(key)
+        if task is None:
+            task = asyncio.create_task(self._score_on_all(prompt, request_id, kwargs))
+            self._under_way[key] = task
+            task.add_done_callback(lambda _: self._under_way.pop(key, None))
+        return await asyncio.shield(task)  # others may wait for it when this request's client has left
+
+    def forget(self) -> None:
+        """Ask the engines anew, as after they have dropped their prefix caches."""
+        for scores in self._scores:
+            scores.forget()
+
+    async def _score_on_all(self, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> list[float]:
+        return await asyncio.gather(
+            *(self._score(k, prompt, request_id, kwargs) for k in range(len(self._engines)))
+        )
+
+    async def _score(self, expert: int, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> float:
+        scores, ids, salt = self._scores[expert], tokens_of(prompt), _salt_of(prompt)
+        start, total = scores.known(ids, salt)
+        if start == len(ids):
+            return total
+        output = await self._run(
+            expert,
+            prompt,
+            f"{request_id}-score",
+            kwargs,
+            Scoring(start - 1),
+            prompt_logprobs=0,
+            flat_logprobs=True,
+        )
+        # What came from the cache was not computed: entries before `start` hold nothing.
+        found = [next(iter(output.prompt_logprobs[i].values())).logprob for i in range(start, len(ids))]
+        return scores.learn(ids, start, total, found, salt)
+
+    async def log_probs(
+        self,
+        prompt: Any,
+        request_id: str,
+        kwargs: dict[str, Any],
+        log_weights: np.ndarray,
+        rule: Rule,
+        count: int,
+        *,
+        posterior: bool,
+    ) -> tuple[PromptLogprobs, np.ndarray]:
+        """What the mixture says of each token of a prompt, as vLLM gives it: token, rank, and ``count`` best ones.
+
+        Args:
+            log_weights: [K] to start from; with ``posterior``, every token moves them on.
+
+        Returns:
+            None for the first token and a dict for each other one; and the log weights [K] after the last.
+        """
+        ids = tokens_of(prompt)
+        found: PromptLogprobs = [None]
+        width = max(WINDOW_BYTES // (4 * self._vocab_size * len(self._engines)), 1)
+        async with self._places:
+            for start in range(0, len(ids) - 1, width):
+                end = min(start + width, len(ids) - 1)
+                window = {**prompt, "prompt_token_ids": ids[: end + 1]} if end + 1 < len(ids) else prompt
+                with _shared_rows(len(self._engines), (end - start, self._vocab_size)) as (names, rows):
+                    await asyncio.gather(
+                        *(
+                            self._run(
+                                k, window, f"{request_id}-rows", kwargs, Scoring(start, name, start, end)
+                            )
+                            for k, name in enumerate(names)
+                        )
+                    )
+                    targets = torch.tensor(ids[start + 1 : end + 1])
+                    entries, log_weights = await asyncio.to_thread(
+                        _mixed, rows, targets, log_weights, rule, count, posterior
+                    )
+                found += [self._described(*entry) for entry in entries]
+        return found, log_weights
+
+    def _described(self, tokens: list[int], logprobs: list[float], ranks: list[int]) -> dict[int, Logprob]:
+        texts = convert_ids_list_to_tokens(self._engines[0].renderer.get_tokenizer(), tokens)
+        return {
+            token: Logprob(logprob, rank, text)
+            for token, logprob, rank, text in zip(tokens, logprobs, ranks, texts, strict=True)
+        }
+
+    async def _run(
+        self,
+        expert: int,
+        prompt: Any,
+        request_id: str,
+        kwargs: dict[str, Any],
+        scoring: Scoring,
+        **options: Any,
+    ) -> Any:
+        """Have one engine compute ``prompt``, and one token that nobody needs."""
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_reading_prefix_cache=False,
+            extra_args={SCORE_KEY: scoring.to_wire()},
+            **options,
+        )
+        outputs = self._engines[expert].generate(prompt, params, request_id, **kwargs)
+        (output,) = [output async for output in outputs]
+        return output
+
+
+def tokens_of(prompt: Any) -> list[int]:
+    """The token ids of what vLLM's renderer, or a caller of `EnsembleClient.generate`, gives as a prompt.
+
+    Raises:
+        VLLMValidationError: it has none, so that experts cannot be weighed by it.
+    """
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    if not ids:
+        raise VLLMValidationError("an ensemble needs a prompt of token ids", parameter="prompt")
+    return list(ids)
+
+
+def _salt_of(prompt: Any) -> bytes:
+    """What a prompt is beside its tokens, as vLLM's prefix cache tells prompts apart."""
+    salt = repr((prompt.get("cache_salt"), prompt.get("mm_hashes")))
+    return hashlib.blake2b(salt.encode(), digest_size=16).digest()
+
+
+@contextlib.contextmanager
+def _shared_rows(experts: int, shape: tuple[int, int]) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+    """Files under /dev/shm for ``experts`` engines to fill, and what they hold: float32 K x [W, V]."""
+    names = [new_name() for _ in range(experts)]
+    size_bytes = 4 * shape[0] * shape[1]
+    try:
+        rows = []
+        for name in names:
+            descriptor = os.open(DIRECTORY / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, size_bytes)
+                memory = mmap.mmap(descriptor, size_bytes)
+            finally:
+                os.close(descriptor)
+            rows.append(torch.frombuffer(memory, dtype=torch.float32).view(shape))
+        yield names, rows
+    finally:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(DIRECTORY / name)
+
+
+def _mixed(
+    rows: Sequence[torch.Tensor],
+    targets: torch.Tensor,
+    log_weights: np.ndarray,
+    rule: Rule,
+    count: int,
+    posterior: bool,
+) -> tuple[list[tuple[list[int], list[float], list[int]]], np.ndarray]:
+    """Mix a window of prompt rows K x [W, V]: (tokens, log-probabilities, ranks) of each position, weights after it."""
+    log_probs = torch.stack(list(rows))  # [K, W, V]
+    weights = np.repeat(np.asarray(log_weights)[None], len(targets), axis=0)  # [W, K]
+    if posterior:
+        said = log_probs[:, torch.arange(len(targets)), targets].double().numpy().T  # [W, K]
+        sums = np.cumsum(said, axis=0)
+        after = log_weights_after(np.asarray(log_weights), sums)
+        weights[1:] = after[:-1]
+        log_weights = after[-1]
+    mixed = mix(log_probs, torch.from_numpy(weights), rule)  # [W, V]
+    of_targets = mixed.gather(1, targets[:, None])
+    ranks = (mixed > of_targets).sum(dim=1).add(1).tolist()
+    best = mixed.topk(min(count, mixed.shape[1]), dim=1)
+    entries = []
+    for token, logprob, rank, tokens, logprobs in zip(
+        targets.tolist(),
+        of_targets[:, 0].tolist(),
+        ranks,
+        best.indices.tolist(),
+        best.values.tolist(),
+        strict=True,
+    ):
+        entries.append(([token, *tokens], [logprob, *logprobs], [rank, *range(1, len(tokens) + 1)]))
+    return entries, log_weights

@@ -1,0 +1,91 @@
+"""One request's output from several engines, one after another: leaders hand over, the stream goes on.
+
+Knows vLLM's output processor. Every engine has its own, which turns the engine's tokens into text, log-probabilities
+and stop strings; what it has of a request so far moves to the next leader's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from decar.server.lockstep import follow_seats
+from decar.server.plane import Block
+from decar.server.seat import Member
+
+
+@dataclass
+class Route:
+    """A request whose leader may change.
+
+    Attributes:
+        member: its part in the lockstep, as far as the gateway has followed.
+        speaker: whose processor has the user's state.
+        ids: expert -> the id that its engine knows the request by.
+        early: expert -> outputs of tokens that come after ones which are still on their way from another engine.
+    """
+
+    member: Member
+    speaker: int
+    ids: dict[int, str] = field(default_factory=dict)
+    early: dict[int, list[Any]] = field(default_factory=dict)
+
+
+class Relay:
+    """Stands in front of the output processors of ``engines``; ``blocks`` say who leads."""
+
+    def __init__(self, engines: Sequence[AsyncLLM], blocks: Sequence[Block]):
+        self._blocks = blocks
+        self._routes: dict[tuple[int, str], Route] = {}
+        self._processors = [engine.output_processor for engine in engines]
+        self._process = [processor.process_outputs for processor in self._processors]
+        for expert, processor in enumerate(self._processors):
+            processor.process_outputs = partial(self._process_outputs, expert)
+
+    def follow(self, route: Route, expert: int, request_id: str) -> None:
+        """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
+        route.ids[expert] = request_id
+        self._routes[expert, request_id] = route
+
+    def forget(self, route: Route) -> None:
+        for of in route.ids.items():
+            self._routes.pop(of, None)
+
+    def _process_outputs(self, expert: int, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if not self._routes:
+            return self._process[expert](outputs, *args, **kwargs)
+        now, touched = [], []
+        for output in outputs:
+            route = self._routes.get((expert, output.request_id))
+            if route is None or route.speaker == expert:
+                now.append(output)
+            else:
+                route.early.setdefault(expert, []).append(output)
+            if route is not None:
+                touched.append(route)
+        processed = self._process[expert](now, *args, **kwargs)
+        for route in touched:
+            self._hand_over(route)
+        return processed
+
+    def _hand_over(self, route: Route) -> None:
+        """Move the user's state to whoever decides the next token, and give it what has come early."""
+        while True:
+            old = self._processors[route.speaker].request_states
+            state = old.get(route.ids.get(route.speaker, ""))
+            if state is None:
+                return  # it has ended, or not begun
+            follow_seats(self._blocks, route.member)
+            speaker = route.member.leader_at(state.detokenizer.num_output_tokens())
+            if speaker == route.speaker:
+                return
+            new = self._processors[speaker].request_states
+            old_id, new_id = route.ids[route.speaker], route.ids[speaker]
+            old[old_id], new[new_id] = new[new_id], state
+            old[old_id].request_id, state.request_id = old_id, new_id
+            route.speaker = speaker
+            self._process[speaker](route.early.pop(speaker, []))
