@@ -254,7 +254,7 @@ def answer_of(choice: Any) -> Answer:
         text=choice.text,
         tokens=extra["token_ids"],
         logprobs=list(logprobs.token_logprobs) if logprobs else [],
-        top=[by_token_id(entries) for entries in logprobs.top_logprobs] if logprobs else [],
+        top=[by_token_id(entries or {}) for entries in logprobs.top_logprobs] if logprobs else [],
         weights=trace.get("weights", []),
         active=trace.get("active", []),
         finish_reason=choice.finish_reason,

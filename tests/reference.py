@@ -37,7 +37,7 @@ MAX_POSITIONS = 512
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention has
 
 _SPREAD = 0.1  # standard deviation of the weights; logits then vary by 1.6 nats
-_OWN_SHARE = 0.04  # of an expert's weights; the rest is common to all
+OWN_SHARE = 0.04
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -102,11 +102,27 @@ def make_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> PreTrainedT
     return fast
 
 
-def make_expert(kind: Kind, seed: int, directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def make_tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of so few words that everything a model can say in a few of them can be counted."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, vocab_size))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_POSITIONS, **special)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_expert(
+    kind: Kind, seed: int, directory: Path, tokenizer: PreTrainedTokenizerFast, own_share: float = OWN_SHARE
+) -> None:
     """Save an fp32 expert with random weights and ``tokenizer`` to ``directory``.
 
     All experts are near one common model, as fine-tuned siblings are: unrelated random models would differ by
     nats per token, and every posterior would be at 0 or 1 before the first generated token.
+
+    Args:
+        own_share: of an expert's weights; the rest is common to all.
     """
     rows = len(tokenizer) + (PADDING_ROWS if kind == "llama-padded" else 0)
     shape: dict[str, Any] = {
@@ -133,17 +149,17 @@ def make_expert(kind: Kind, seed: int, directory: Path, tokenizer: PreTrainedTok
             if name.endswith("norm.weight"):
                 continue
             if name.endswith("bias"):  # Qwen2's, which the common model lacks
-                parameter.normal_(std=_OWN_SHARE * _SPREAD, generator=own)
+                parameter.normal_(std=own_share * _SPREAD, generator=own)
                 continue
             size = (len(tokenizer), *parameter.shape[1:]) if parameter.shape[0] == rows else parameter.shape
             shared = torch.randn(size, generator=common)
             noise = torch.randn(parameter.shape, generator=own)
-            parameter.copy_(_OWN_SHARE * noise)
-            parameter[: size[0]] += math.sqrt(1 - _OWN_SHARE**2) * shared
+            parameter.copy_(own_share * noise)
+            parameter[: size[0]] += math.sqrt(1 - own_share**2) * shared
             parameter *= 2 * _SPREAD if name.startswith("lm_head") else _SPREAD
         if kind == "llama-padded":
             # As likely as the best tokens, so that leaving them in would show in every probability.
-            model.lm_head.weight[len(tokenizer) :] *= 1 / _OWN_SHARE
+            model.lm_head.weight[len(tokenizer) :] *= 1 / own_share
     model.to(torch.float32).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -165,12 +181,14 @@ def make_ensemble(
     name: str,
     rule: Rule = "velocity",
     route: Route = "posterior",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    own_share: float = OWN_SHARE,
 ) -> Path:
     """Write an ensemble directory: ``ensemble.json`` and ``experts/NAME/``."""
     directory.mkdir(parents=True)
-    tokenizer = make_tokenizer(directory / "tokenizer-source")
+    tokenizer = tokenizer or make_tokenizer(directory / "tokenizer-source")
     for spec in specs:
-        make_expert(spec.kind, spec.seed, directory / "experts" / spec.name, tokenizer)
+        make_expert(spec.kind, spec.seed, directory / "experts" / spec.name, tokenizer, own_share)
     manifest = {
         "format_version": 1,
         "name": name,
