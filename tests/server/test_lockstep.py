@@ -229,3 +229,68 @@ def test_rows_on_a_device_keep_the_models_dtype_and_normalisers_that_fit_it(tmp_
     expected = logits.bfloat16().double().log_softmax(-1)[[0, 1], [5, 7]]
     found = first.log_likelihoods([3, 0], [5, 7])[:, 1]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def pruning_member(budget: float, log_weights: list[float], leader: int = 0) -> Member:
+    return Member(0, 1, leader, (0, 1), "velocity", log_weights, True, prune=budget)
+
+
+def decide_first_token(
+    leader: Lockstep, follower: Lockstep, rows: torch.Tensor, token: int, led: Turn, followed: Turn
+) -> None:
+    """Both post position 0 of their turns, and the leader decides ``token``."""
+    for engine, turn, row in ((leader, led, rows[0]), (follower, followed, rows[1])):
+        engine.join(turn.member)
+        engine.announce([turn])
+        engine.post([turn], row)
+    ready = leader.wait_for_rows([led])
+    assert ready == [led]
+    leader.mixed(ready)
+    leader.publish(ready, [token])
+
+
+def test_a_leader_that_loses_its_weight_hands_over(engines: tuple[Lockstep, Lockstep]) -> None:
+    leader, follower = engines
+    rows = torch.zeros(2, 1, VOCABULARY)
+    rows[0, 0, 3] = -9.0  # the leader would hardly have said token 3
+    start = np.log([0.6, 0.4]).tolist()
+    led, followed = (Turn(pruning_member(0.05, list(start)), 0, row=0) for _ in range(2))
+    decide_first_token(leader, follower, rows, 3, led, followed)
+    assert not leader.takes_part(led.member)
+    assert (led.member.leader, led.member.active) == (1, (1,))
+    # The follower, one position behind, still gets token 0 from whom it was decided by.
+    assert follower.takes_part(followed.member)
+    assert (followed.member.leader_at(0), followed.member.leader_at(1)) == (0, 1)
+    assert follower.adopt([followed]) == [3]
+    assert follower.decided(followed.member, 0) == 3
+    assert followed.member.alone_from == 1
+    assert np.exp(followed.member.log_weights).tolist() == [0.0, 1.0]
+    assert followed.member.prune < 0.05
+    counted = leader.mine.counted()
+    assert (counted["pruned"], counted["handed_over"]) == (1, 1)
+
+
+def test_a_released_follower_knows_once_it_knows_the_token(engines: tuple[Lockstep, Lockstep]) -> None:
+    leader, follower = engines
+    rows = torch.zeros(2, 1, VOCABULARY)
+    rows[1, 0, 3] = -9.0
+    led, followed = (Turn(pruning_member(0.05, np.log([0.6, 0.4]).tolist()), 0, row=0) for _ in range(2))
+    assert follower.takes_part(followed.member)
+    decide_first_token(leader, follower, rows, 3, led, followed)
+    assert not follower.takes_part(followed.member)
+    assert leader.takes_part(led.member)
+    assert led.member.followers == ()
+    assert leader.wait_for_rows([Turn(led.member, 1, row=0)]) != []  # for nobody
+
+
+def test_a_later_tenant_of_a_slot_is_not_bound_by_an_earlier_ones_pruning(
+    engines: tuple[Lockstep, Lockstep],
+) -> None:
+    leader, follower = engines
+    rows = torch.zeros(2, 1, VOCABULARY)
+    rows[1, 0, 3] = -9.0
+    led, followed = (Turn(pruning_member(0.05, np.log([0.6, 0.4]).tolist()), 0, row=0) for _ in range(2))
+    decide_first_token(leader, follower, rows, 3, led, followed)
+    new = member(generation=2, posterior=True)
+    assert follower.takes_part(new)
+    assert new.active == (0, 1)

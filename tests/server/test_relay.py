@@ -1,0 +1,107 @@
+"""A stream that several engines speak, over vLLM's own output processors; sockets deliver in any order."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+from decar.server.lockstep import Lockstep
+from decar.server.plane import Plane
+from decar.server.relay import Relay, Route
+from decar.server.seat import Member
+
+OLD, NEW = 0, 1
+
+
+class Ensemble:
+    """Two engines' output processors, one request, and the plane that says who leads."""
+
+    def __init__(self, kind: RequestOutputKind):
+        self.plane = Plane.create(experts=2, slots=1, vocab_size=4, positions=16)
+        self.plane.unlink()
+        self.processors = [OutputProcessor(None, log_stats=False) for _ in range(2)]
+        engines: Any = [SimpleNamespace(output_processor=processor) for processor in self.processors]
+        self.relay = Relay(engines, self.plane.blocks)
+        self.member = self.new_member()
+        self.route = Route(self.member, OLD)
+        params = SamplingParams(detokenize=False, output_kind=kind)
+        self.queues = []
+        for expert, processor in enumerate(self.processors):
+            queue = RequestOutputCollector(kind, f"r-{expert}")
+            fields: dict[str, Any] = dict.fromkeys(EngineCoreRequest.__struct_fields__[:9])
+            fields |= {"request_id": f"r-{expert}", "prompt_token_ids": [1], "sampling_params": params}
+            request = EngineCoreRequest(**{**fields, "arrival_time": 0.0}, external_req_id="r")
+            processor.add_request(request, None, queue=queue)
+            self.relay.follow(self.route, expert, f"r-{expert}")
+            self.queues.append(queue)
+
+    @staticmethod
+    def new_member() -> Member:
+        return Member(0, 1, OLD, (0, 1), "velocity", [-0.1, -2.4], True, prune=0.5)
+
+    def says(self, expert: int, tokens: list[int], finish: FinishReason | None = None) -> None:
+        output = EngineCoreOutput(f"r-{expert}", tokens, finish_reason=finish)
+        self.processors[expert].process_outputs([output])
+
+    def hand_over(self, position: int) -> None:
+        """What the old leader writes when it releases itself before ``position``."""
+        leader = Lockstep(self.plane, OLD)
+        member = self.new_member()
+        member.log_weights = [-5.0, -0.0067]
+        leader._prune(member, position)
+
+    def heard(self) -> list[int]:
+        """Tokens the user has got so far."""
+        output = self.queues[OLD].get_nowait()
+        return list(output.outputs[0].token_ids) if output else []
+
+
+@pytest.fixture(params=[RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY], ids=["stream", "final"])
+def ensemble(request: pytest.FixtureRequest) -> Ensemble:
+    return Ensemble(request.param)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_user_hears_every_token_once_and_in_order(ensemble: Ensemble, early: bool) -> None:
+    ensemble.says(OLD, [10])
+    ensemble.hand_over(2)
+    if early:  # the next leader's socket was faster
+        ensemble.says(NEW, [12])
+        ensemble.says(NEW, [13])
+        ensemble.says(OLD, [11])
+    else:
+        ensemble.says(OLD, [11])
+        ensemble.says(NEW, [12])
+        ensemble.says(NEW, [13])
+    ensemble.says(NEW, [14], FinishReason.LENGTH)
+    assert ensemble.heard() == [10, 11, 12, 13, 14]
+    assert ensemble.route.speaker == NEW
+    assert "r-1" not in ensemble.processors[NEW].request_states
+
+
+def test_the_end_may_come_early_too(ensemble: Ensemble) -> None:
+    ensemble.hand_over(1)
+    ensemble.says(NEW, [11], FinishReason.STOP)
+    assert ensemble.heard() == []
+    ensemble.says(OLD, [10])
+    assert ensemble.heard() == [10, 11]
+
+
+def test_what_an_expert_that_was_left_behind_gets_is_not_the_users(ensemble: Ensemble) -> None:
+    """Its engine dies, or is told to stop: the user's request goes on."""
+    ensemble.hand_over(1)
+    ensemble.says(OLD, [10])
+    ensemble.processors[OLD].propagate_error(RuntimeError("dead"))
+    ensemble.says(NEW, [11], FinishReason.LENGTH)
+    assert ensemble.heard() == [10, 11]
+
+
+def test_requests_that_nobody_hands_over_pass_through(ensemble: Ensemble) -> None:
+    ensemble.relay.forget(ensemble.route)
+    ensemble.hand_over(1)
+    ensemble.says(OLD, [10], FinishReason.LENGTH)
+    assert ensemble.heard() == [10]
+    assert ensemble.route.speaker == OLD
