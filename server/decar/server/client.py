@@ -34,6 +34,7 @@ from decar.router import (
     top_k,
 )
 from decar.server.lockstep import follow_seats
+from decar.server.metrics import EnsembleMetrics
 from decar.server.plane import Plane
 from decar.server.prompt import PromptLogprobs, PromptScorer, tokens_of
 from decar.server.relay import Relay, Route
@@ -135,6 +136,7 @@ class EnsembleClient(EngineClient):
         self.input_processor = first.input_processor
         self._scorer = PromptScorer(engines, ensemble.vocab_size)
         self._relay = Relay(engines, plane.blocks)
+        self._metrics = EnsembleMetrics(ensemble.expert_names, plane)
         available = available_routers(ensemble)
         self._routers = {kind: load_router(ensemble, kind) for kind in get_args(Trained) if kind in available}
         self._running: dict[int, tuple[Member, Any]] = {}  # slot -> its member and its leader's output queue
@@ -248,14 +250,17 @@ class EnsembleClient(EngineClient):
         outputs = self.experts[expert].engine.generate(
             asked.prompt, asked.params, asked.request_id, **asked.kwargs
         )
+        produced = 0
         try:
             async for output in outputs:
+                produced += sum(len(completion.token_ids) for completion in output.outputs)
                 if call.trace:
                     for completion in output.outputs:
                         traces[completion.index].weights += [weights] * len(completion.token_ids)
                         traces[completion.index].leaders += [name] * len(completion.token_ids)
                 yield output
         finally:
+            self._metrics.observe_alone(produced)
             await outputs.aclose()
 
     async def _mixed(
@@ -279,6 +284,7 @@ class EnsembleClient(EngineClient):
             call.choices[asked.first_choice] = trace
             queues: dict[int, Any] = {}
             finished = False
+            produced = 0
             self.experts[leader].leads += 1
             route = Route(member, leader)
             try:
@@ -298,35 +304,37 @@ class EnsembleClient(EngineClient):
                 self._running[slot] = (member, queue)
                 if not all(self.experts[k].up for k in active):
                     raise EngineDeadError()
-                position = 0
                 while not finished:
                     output = queue.get_nowait() or await queue.get()
                     finished = output.finished
+                    start = produced
+                    produced += sum(len(completion.token_ids) for completion in output.outputs)
                     if call.trace:
-                        for completion in output.outputs:
-                            end = position + len(completion.token_ids)
-                            self._trace(trace, member, position, end)
-                            position = end
+                        trace.weights += self._weights(member, start, produced).tolist()
+                        trace.leaders += [
+                            self.experts[member.leader_at(t)].name for t in range(start, produced)
+                        ]
                     yield output
             finally:
+                self._metrics.observe(self._weights(member, 0, produced))
                 self._running.pop(slot, None)
                 self._relay.forget(route)
                 self.experts[leader].leads -= 1
                 ended = {route.speaker} if finished else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
 
-    def _trace(self, trace: ChoiceTrace, member: Member, start: int, end: int) -> None:
-        """Note who mixed the tokens from ``start`` to ``end``, and with which weights."""
+    def _weights(self, member: Member, start: int, end: int) -> np.ndarray:
+        """Weights [T, K] that mixed the tokens from ``start`` to ``end``."""
         follow_seats(self.plane.blocks, member)
-        for position in range(start, end):
-            leader = member.leader_at(position)
-            if member.alone_from is not None and position >= member.alone_from:
-                weights = [float(k == leader) for k in range(len(self.experts))]
-            else:
-                row = self.plane.blocks[leader].log_weights[member.slot, position]
-                weights = np.exp(row.astype(np.float64)).tolist()
-            trace.weights.append(weights)
-            trace.leaders.append(self.experts[leader].name)
+        weights = np.empty((end - start, len(self.experts)))
+        begin = start
+        for until, leader in [*member.led_before, (end, member.leader)]:
+            rows = self.plane.blocks[leader].log_weights[member.slot, begin : min(until, end)]
+            weights[begin - start :][: len(rows)] = np.exp(rows.astype(np.float64))
+            begin += len(rows)
+        if member.alone_from is not None:
+            weights[max(member.alone_from - start, 0) :] = np.eye(len(self.experts))[member.leader]
+        return weights
 
     def _leader(self, log_weights: np.ndarray, active: list[int]) -> int:
         """The expert with the largest weight; among equals, the one that leads the fewest requests."""

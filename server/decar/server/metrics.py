@@ -1,11 +1,31 @@
-"""vLLM's Prometheus metrics for K engines in one process. Knows vLLM's stat loggers."""
+"""Prometheus metrics: vLLM's for K engines in one process, and decar's own. Knows vLLM's stat loggers and the plane.
+
+Shapes: K experts, T tokens.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from decar.server.plane import Plane
+
+COUNTED = {
+    "holds": (("leader_holds", "follower_holds"), "Steps in which a request's row was not decided yet."),
+    "mixed_tokens": (("mixed_tokens",), "Tokens that this expert mixed as a leader."),
+    "pruned": (("pruned",), "Experts that this one, as a leader, released from a request."),
+    "handed_over": (("handed_over",), "Requests whose lead this expert passed on."),
+}
+"""Name of a metric -> the plane's counters it adds up, and its description."""
+ENTROPY_BOUNDS = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0)
+"""In nats. One expert alone has 0, two equal ones ln 2 = 0.69."""
 
 
 class SharedMetrics:
@@ -48,3 +68,78 @@ class SharedMetrics:
                 self._logger.record_sleep_state(*args, **kwargs)
 
         return ExpertMetrics
+
+
+class Tally:
+    """A histogram that takes many values at a time: prometheus_client's own takes one, per token too slow.
+
+    Args:
+        bounds: upper bounds of its buckets, ascending; one more takes what is above them.
+    """
+
+    def __init__(self, name: str, documentation: str, bounds: Sequence[float]):
+        self._name, self._documentation, self._bounds = name, documentation, bounds
+        self._counts = np.zeros(len(bounds) + 1, dtype=np.int64)
+        self._sum = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        self._counts += np.bincount(np.searchsorted(self._bounds, values), minlength=len(self._counts))
+        self._sum += float(values.sum())
+
+    def add_same(self, value: float, count: int) -> None:
+        """``value``, ``count`` times."""
+        self._counts[np.searchsorted(self._bounds, value)] += count
+        self._sum += value * count
+
+    def family(self) -> Metric:
+        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        buckets = list(zip(bounds, np.cumsum(self._counts).tolist(), strict=True))
+        return HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self._sum)
+
+
+class EnsembleMetrics(Collector):
+    """The `decar:*` metrics: what engines count in the plane, and the weights that mixed each token.
+
+    Args:
+        names: of the experts, in manifest order: the label ``expert``.
+        plane: read whenever the metrics are asked for.
+        registry: where they are registered; one server has one.
+    """
+
+    def __init__(self, names: Sequence[str], plane: Plane, registry: CollectorRegistry = REGISTRY):
+        self._names, self._plane = names, plane
+        self._active = Tally(
+            "decar:active_experts", "Experts that mixed a token.", [float(k + 1) for k in range(len(names))]
+        )
+        self._entropy = Tally(
+            "decar:weights_entropy_nats", "Entropy of the weights that mixed a token.", ENTROPY_BOUNDS
+        )
+        registry.register(self)
+
+    def observe(self, weights: np.ndarray) -> None:
+        """Take in the weights [T, K] that mixed a request's tokens; 0 for an expert that was not active."""
+        logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+        self._active.add((weights > 0).sum(axis=1))
+        self._entropy.add(np.maximum(-(weights * logs).sum(axis=1), 0.0))  # rounding may leave -1e-17
+
+    def observe_alone(self, tokens: int) -> None:
+        """The same of a request that one expert answers."""
+        self._active.add_same(1.0, tokens)
+        self._entropy.add_same(0.0, tokens)
+
+    def collect(self) -> Iterator[Metric]:
+        counted = [block.counted() for block in self._plane.blocks]
+        for name, (counters, documentation) in COUNTED.items():
+            family = CounterMetricFamily(f"decar:{name}", documentation, labels=["expert"])
+            for expert, of in zip(self._names, counted, strict=True):
+                family.add_metric([expert], sum(of[counter] for counter in counters))
+            yield family
+        mixing = CounterMetricFamily("decar:mixing_seconds", "Time spent on mixing rows.", labels=["expert"])
+        up = GaugeMetricFamily("decar:expert_up", "1 while the expert's engine lives.", labels=["expert"])
+        for expert, of, alive in zip(self._names, counted, self._plane.alive, strict=True):
+            mixing.add_metric([expert], of["mix_ns"] / 1e9)
+            up.add_metric([expert], alive)
+        yield mixing
+        yield up
+        yield self._active.family()
+        yield self._entropy.family()

@@ -1,0 +1,75 @@
+"""The `decar:*` metrics: what Prometheus reads is what was counted and observed."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from decar.server.metrics import EnsembleMetrics
+from decar.server.plane import Plane
+
+
+@pytest.fixture
+def plane() -> Iterator[Plane]:
+    plane = Plane.create(experts=2, slots=1, vocab_size=8, positions=4)
+    yield plane
+    plane.unlink()
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(plane: Plane, registry: CollectorRegistry) -> EnsembleMetrics:
+    return EnsembleMetrics(["code", "prose"], plane, registry)
+
+
+def test_engines_counters_are_labelled_by_expert(
+    plane: Plane, metrics: EnsembleMetrics, registry: CollectorRegistry
+) -> None:
+    code, prose = plane.blocks
+    code.count("mixed_tokens", 7)
+    code.count("leader_holds", 2)
+    code.count("follower_holds", 3)
+    prose.count("pruned")
+    prose.count("handed_over", 4)
+    prose.count("mix_ns", 2_500_000_000)
+    plane.alive[1] = 0
+
+    def of(name: str) -> list[float | None]:
+        return [registry.get_sample_value(name, {"expert": expert}) for expert in ("code", "prose")]
+
+    assert of("decar:mixed_tokens_total") == [7, 0]
+    assert of("decar:holds_total") == [5, 0]
+    assert of("decar:pruned_total") == [0, 1]
+    assert of("decar:handed_over_total") == [0, 4]
+    assert of("decar:mixing_seconds_total") == [0, 2.5]
+    assert of("decar:expert_up") == [1, 0]
+
+
+def test_weights_become_histograms_per_token(metrics: EnsembleMetrics, registry: CollectorRegistry) -> None:
+    metrics.observe(np.array([[0.5, 0.5], [0.9, 0.1], [1.0, 0.0]]))
+    metrics.observe(np.zeros((0, 2)))  # a request that ended before its first token
+    metrics.observe_alone(5)
+    value = registry.get_sample_value
+    assert value("decar:active_experts_count") == 8
+    assert value("decar:active_experts_sum") == 2 + 2 + 1 + 5
+    assert value("decar:active_experts_bucket", {"le": "1.0"}) == 6
+    assert value("decar:active_experts_bucket", {"le": "2.0"}) == 8
+    assert value("decar:weights_entropy_nats_count") == 8
+    entropy = math.log(2) - 0.9 * math.log(0.9) - 0.1 * math.log(0.1)
+    assert value("decar:weights_entropy_nats_sum") == pytest.approx(entropy)
+    assert value("decar:weights_entropy_nats_bucket", {"le": "0.001"}) == 6  # one expert alone
+    assert value("decar:weights_entropy_nats_bucket", {"le": "0.6"}) == 7
+    assert value("decar:weights_entropy_nats_bucket", {"le": "0.7"}) == 8  # ln 2 = 0.693
+    assert value("decar:weights_entropy_nats_bucket", {"le": "+Inf"}) == 8
+
+
+def test_prometheus_can_read_them(metrics: EnsembleMetrics, registry: CollectorRegistry) -> None:
+    text = generate_latest(registry).decode()
+    assert "# TYPE decar:active_experts histogram" in text
+    assert "# TYPE decar:holds_total counter" in text
