@@ -60,19 +60,23 @@ def tiny_config(root: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def write_config(tmp_path: Path) -> WriteConfig:
+    return config_writer(tmp_path)
+
+
+def config_writer(root: Path) -> WriteConfig:
     """Writes 15 documents of code-like and 15 of prose-like words, and a configuration changed by its arguments."""
     rng = random.Random(0)
     for name, words in (("code", CODE), ("prose", PROSE)):
         rows = [{"text": " ".join(rng.choices(words, k=30))} for _ in range(15)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write(**changes: Any) -> Path:
-        data = tiny_config(tmp_path)
+        data = tiny_config(root)
         for key, value in changes.items():
             data[key] = (
                 data[key] | value if isinstance(value, dict) and isinstance(data.get(key), dict) else value
             )
-        path = tmp_path / "config.yaml"
+        path = root / "config.yaml"
         path.write_text(yaml.safe_dump(data))
         return path
 

@@ -13,7 +13,7 @@ from decar.router import Ensemble
 from decar.training import stages
 from decar.training.cli import main
 from decar.training.config import load_config
-from decar.training.expert import read_expert_report
+from decar.training.expert import expert_directory, read_expert_report
 from tests.training.conftest import WriteConfig
 
 
@@ -35,7 +35,9 @@ def test_run_makes_a_servable_ensemble_once(
     assert command(monkeypatch, "run", path, "--set", "mixing.rule=logit") == 0
     config = load_config(path, ["mixing.rule=logit"])
     ensemble = Ensemble.load(config.ensemble_path)
-    tokens = {name: read_expert_report(config, name).train_tokens for name in config.expert_names}
+    tokens = {
+        name: read_expert_report(expert_directory(config, name)).train_tokens for name in config.expert_names
+    }
     assert (ensemble.name, ensemble.expert_names) == ("tiny", ["code", "prose"])
     assert ensemble.manifest.mixing.rule == "logit"
     for expert in ensemble.experts:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from decar.router.errors import DecarError
 from decar.training.config import TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from decar.training.expert import ExpertReport
+    from decar.training.stages import Stage
 
 app = typer.Typer(
     name="decar-train",
@@ -34,12 +47,7 @@ Overrides = Annotated[
 @app.command()
 def run(config: ConfigPath, set_: Overrides = None) -> None:
     """All stages, in order; finished ones are not redone."""
-    settings = _load(config, set_)
-    _partition(settings)
-    for name in settings.expert_names:
-        _expert(settings, name)
-    _router(settings)
-    _export(settings)
+    _run(_load(config, set_))
 
 
 @app.command()
@@ -72,6 +80,15 @@ def export(config: ConfigPath, set_: Overrides = None) -> None:
     _export(_load(config, set_))
 
 
+@app.command()
+def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
+    """Compare routers, mixing rules and pruning with a centralized model; makes first what is missing."""
+    settings = _load(config, set_)
+    _run(settings)
+    _centralized(settings)
+    _evaluate(settings)
+
+
 def main() -> None:
     """Entry point: errors that the user can mend end in one line and exit code 1."""
     try:
@@ -93,6 +110,14 @@ def _load(path: Path, overrides: list[str] | None) -> TrainConfig:
     for name in config.expert_names:
         check_model(config, name)
     return config
+
+
+def _run(config: TrainConfig) -> None:
+    _partition(config)
+    for name in config.expert_names:
+        _expert(config, name)
+    _router(config)
+    _export(config)
 
 
 def _partition(config: TrainConfig) -> None:
@@ -123,21 +148,32 @@ def _partition(config: TrainConfig) -> None:
 
 
 def _expert(config: TrainConfig, name: str) -> None:
-    from decar.training.expert import expert_stage, read_expert_report, train_expert
+    from decar.training.expert import expert_stage, train_expert
 
-    stage = expert_stage(config, name)
+    _model(expert_stage(config, name), f"expert {name}", partial(train_expert, config, name))
+
+
+def _centralized(config: TrainConfig) -> None:
+    from decar.training.centralized import centralized_stage, train_centralized
+
+    _model(centralized_stage(config), "centralized model", partial(train_centralized, config))
+
+
+def _model(stage: Stage, what: str, train: Callable[[Stage, list[Any]], ExpertReport]) -> None:
+    from decar.training.expert import read_expert_report
+
     if stage.is_done:
-        report = read_expert_report(config, name)
+        report = read_expert_report(stage.directory)
         verb = "done before"
     else:
         try:
-            report = train_expert(config, name, stage, [_progress_callback(name)])
+            report = train(stage, [_progress_callback(what)])
         except KeyboardInterrupt:
-            console.print(f"expert {name}: interrupted; the same command continues from its last checkpoint")
+            console.print(f"{what}: interrupted; the same command continues from its last checkpoint")
             raise typer.Exit(130) from None
         verb = f"done in {report.train_time_s:.0f} s"
     console.print(
-        f"expert {name}: {verb}, {report.num_parameters / 1e6:.1f}M parameters, {report.train_tokens:,} tokens, "
+        f"{what}: {verb}, {report.num_parameters / 1e6:.1f}M parameters, {report.train_tokens:,} tokens, "
         f"{report.steps:,} steps, held-out loss {report.held_out_loss:.3f} nats/token "
         f"(perplexity {math.exp(min(report.held_out_loss, 100)):.1f})",
         soft_wrap=True,
@@ -180,21 +216,63 @@ def _export(config: TrainConfig) -> None:
     console.print(f"export: {verb}, {ensemble.directory} (priors: {priors})", soft_wrap=True)
 
 
-def _progress_callback(name: str) -> Any:
+def _evaluate(config: TrainConfig) -> None:
+    from decar.training.evaluate import evaluate as compare
+    from decar.training.evaluate import evaluation_stage, read_evaluation
+
+    stage = evaluation_stage(config)
+    if stage.is_done:
+        report, verb = read_evaluation(stage), "done before"
+    else:
+        with Progress(*_columns("evaluate"), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("", total=None, note="")
+            report = compare(
+                config, stage, lambda done, total: bar.update(task, completed=done, total=total, note="texts")
+            )
+        verb = "done"
+    columns = (
+        "system",
+        "perple-\nxity",
+        "nats above\nposterior",
+        "active",
+        "prompt\npasses",
+        "most\ndropped",
+    )
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for row in report.rows:
+        if row.prune in (0.0, *config.evaluate.prune):
+            table.add_row(
+                row.system,
+                f"{row.perplexity:.2f}",
+                f"{row.above_dense:+.4f}±{row.standard_error:.4f}",
+                f"{row.active_experts:.3f}",
+                f"{row.prompt_passes:.2f}",
+                f"{row.dropped_max:.2g}" if row.prune else "",
+            )
+    console.print(table, markup=False)
+    console.print(
+        f"{sum(report.texts.values()):,} held-out texts, {sum(report.tokens.values()):,} tokens after prompts of "
+        f"{report.prompt_tokens}, pooled by the experts' priors; active: experts per token; passes: per prompt; "
+        "dropped: posterior mass that pruning took from a text",
+        soft_wrap=True,
+    )
+    console.print(f"centralized model: {report.centralized}", soft_wrap=True)
+    console.print(f"evaluate: {verb}, report and plots in {stage.directory}", soft_wrap=True)
+
+
+def _columns(what: str) -> tuple[ProgressColumn, ...]:
+    return TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
+
+
+def _progress_callback(what: str) -> Any:
     """A bar on a terminal, a line per ``log_steps`` elsewhere."""
     from transformers import TrainerCallback
 
-    columns = (
-        TextColumn(f"expert {name}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-    )
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    bar = Progress(*_columns(what), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
 
     class ShowProgress(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.task = bar.add_task(name, total=state.max_steps, completed=state.global_step, loss="")
+            self.task = bar.add_task(what, total=state.max_steps, completed=state.global_step, note="")
             bar.start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -204,9 +282,9 @@ def _progress_callback(name: str) -> Any:
             if "loss" not in (logs or {}):
                 return
             loss = f"loss {float(logs['loss']):.3f}"
-            bar.update(self.task, loss=loss)
+            bar.update(self.task, note=loss)
             if not console.is_terminal:
-                console.print(f"expert {name}: step {state.global_step}/{state.max_steps}, {loss}")
+                console.print(f"{what}: step {state.global_step}/{state.max_steps}, {loss}")
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.stop()

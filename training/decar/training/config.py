@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -18,6 +18,7 @@ from decar.router.files import Metric
 from decar.router.manifest import Mixing, RouterEntry, describe_validation_error
 
 Builtin = Literal["python-stdlib", "python-docstrings", "pydoc-topics"]
+Probability = Annotated[float, Field(gt=0, lt=1)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 # A plain language model continues text, so the default template adds nothing that its training text lacks:
@@ -143,6 +144,20 @@ class RouterConfig(RouterEntry):
         return RouterEntry(**{name: getattr(self, name) for name in RouterEntry.model_fields})
 
 
+class EvaluateConfig(_Strict):
+    """Which held-out texts systems are compared on: prompts of ``prompt_tokens``, and what follows them.
+
+    ``prune`` are the budgets in the table; ``prune_grid`` those of the plot of active experts.
+    """
+
+    prompt_tokens: int = Field(default=32, gt=1, description="bos included")
+    max_tokens: int = Field(default=512, gt=2, description="prompt and continuation")
+    max_texts: int = Field(default=200, gt=0, description="of each expert, drawn by the seed")
+    batch_size: int = Field(default=4, gt=0, description="texts whose rows are in memory at once")
+    prune: list[Probability] = [0.1, 0.01, 0.001]
+    prune_grid: list[Probability] = [0.5, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6]
+
+
 class TrainConfig(_Strict):
     """A whole run of `decar-train`. Paths are relative to the working directory."""
 
@@ -159,6 +174,7 @@ class TrainConfig(_Strict):
     training: TrainingConfig = TrainingConfig()
     router: RouterConfig = RouterConfig()
     mixing: Mixing = Mixing()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @pydantic.model_validator(mode="after")
     def _names_fit(self) -> TrainConfig:

@@ -211,17 +211,17 @@ def mean_loss(model: Any, blocks: Blocks, batch_size: int) -> float:
     return total / max(count, 1)
 
 
-def read_expert_report(config: TrainConfig, name: str) -> ExpertReport:
-    """The report of a finished expert.
+def read_expert_report(directory: Path) -> ExpertReport:
+    """The report of a finished model in ``directory``.
 
     Raises:
         TrainingError: it is missing or damaged.
     """
-    file = expert_directory(config, name) / "report.json"
+    file = directory / "report.json"
     try:
         return ExpertReport.model_validate_json(file.read_text())
     except (OSError, pydantic.ValidationError):
-        raise TrainingError(f"{file} cannot be read; delete its directory and train {name!r} again") from None
+        raise TrainingError(f"{file} cannot be read; delete its directory and train again") from None
 
 
 def train_expert(config: TrainConfig, name: str, stage: Stage, callbacks: Iterable[Any] = ()) -> ExpertReport:
@@ -233,25 +233,42 @@ def train_expert(config: TrainConfig, name: str, stage: Stage, callbacks: Iterab
     Raises:
         TrainingError: an unusable model, shard or tokenizer.
     """
+    train, held_out = (read_shard(config, name, split) for split in ("train", "held_out"))
+    return train_model(config, name, train, held_out, stage, callbacks)
+
+
+def train_model(
+    config: TrainConfig,
+    name: str,
+    train_texts: list[str],
+    held_out_texts: list[str],
+    stage: Stage,
+    callbacks: Iterable[Any] = (),
+) -> ExpertReport:
+    """Train the model that ``config`` describes for expert ``name`` on any texts, and put it in ``stage``'s place.
+
+    Raises:
+        TrainingError: an unusable model or tokenizer.
+    """
     from transformers import PrinterCallback
 
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
     model = build_model(config, name, tokenizer)
     length = config.training.sequence_length
-    train = pack(read_shard(config, name, "train"), tokenizer, length)
-    held_out = pack(read_shard(config, name, "held_out"), tokenizer, length)
-    checkpoints = config.work_dir / "checkpoints" / name / f"{stage.config}-{stage.inputs}"
-    trainer = _trainer(config, model, train, checkpoints)
+    train = pack(train_texts, tokenizer, length)
+    held_out = pack(held_out_texts, tokenizer, length)
+    checkpoints = config.work_dir / "checkpoints" / stage.directory.relative_to(config.work_dir)
+    trainer = _trainer(config, model, train, checkpoints / f"{stage.config}-{stage.inputs}")
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         trainer.add_callback(callback)
-    last = last_checkpoint(checkpoints)
+    last = last_checkpoint(Path(trainer.args.output_dir))
     start_s = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         result = trainer.train(resume_from_checkpoint=str(last) if last else None)
     report = ExpertReport(
-        expert=name,
+        expert=stage.directory.name,
         num_parameters=model.num_parameters(),
         train_tokens=train.num_tokens,
         held_out_tokens=held_out.num_tokens,
@@ -267,7 +284,7 @@ def train_expert(config: TrainConfig, name: str, stage: Stage, callbacks: Iterab
         for file in sorted((config.work_dir / "tokenizer").glob("*token*")):
             shutil.copyfile(file, directory / file.name)
         (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
-    shutil.rmtree(config.work_dir / "checkpoints" / name, ignore_errors=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return report
 
 

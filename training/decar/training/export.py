@@ -72,7 +72,9 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
         not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST_NAME).exists())
     ):
         raise TrainingError(f"{target} exists and is not an ensemble; move it away or change ensemble_dir")
-    tokens = {name: read_expert_report(config, name).train_tokens for name in config.expert_names}
+    tokens = {
+        name: read_expert_report(expert_directory(config, name)).train_tokens for name in config.expert_names
+    }
     experts = []
     with replaced_directory(target) as directory:
         for name in config.expert_names:

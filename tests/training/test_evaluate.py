@@ -1,0 +1,170 @@
+"""The head to head on tiny experts: its numbers against plain transformers, its budgets, and what it is matched to."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from decar.router import Ensemble
+from decar.router.errors import TrainingError
+from decar.training.centralized import centralized_stage, train_centralized
+from decar.training.cli import main
+from decar.training.config import TrainConfig, load_config
+from decar.training.evaluate import CENTRALIZED, EvaluationReport, evaluate, evaluation_stage
+from decar.training.expert import read_expert_report
+from decar.training.partition import read_shard
+from decar.training.systems import DENSE
+from decar.training.tokenizer import load_tokenizer
+from tests.training.conftest import WriteConfig, config_writer
+
+PROMPT = 6
+LONGEST = 40
+SETTINGS = {"prompt_tokens": PROMPT, "max_tokens": LONGEST, "batch_size": 2}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, path: Path, *overrides: str) -> int:
+    arguments = [word for override in overrides for word in ("--set", override)]
+    monkeypatch.setattr("sys.argv", ["decar-train", "evaluate", str(path), *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, EvaluationReport]:
+    write = config_writer(tmp_path_factory.mktemp("evaluated"))
+    path = write(evaluate=SETTINGS, training={"learning_rate": 1e-2, "max_steps": 8})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run(monkeypatch, path) == 0
+    config = load_config(path)
+    report = (config.work_dir / "evaluate" / "report.json").read_text()
+    return config, EvaluationReport.model_validate_json(report)
+
+
+@torch.inference_mode()
+def log_likelihoods(directory: Path, texts: list[list[int]]) -> np.ndarray:
+    """[N, 2]: log p of each prompt and of each whole text, by a forward pass for each text alone."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+    sums = []
+    for ids in texts:
+        rows = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        own = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        sums.append((float(own[: PROMPT - 1].sum()), float(own.sum())))
+    return np.array(sums)
+
+
+def test_perplexities_are_those_of_the_chain_rule(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    config, report = evaluated
+    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    ensemble = Ensemble.load(config.ensemble_path)
+    priors = np.array([expert.prior for expert in ensemble.experts])
+    nll = {row.system: row.nll for row in report.rows}
+    per_system: dict[str, list[float]] = {}
+    for name in config.expert_names:
+        texts = [tokenizer.encode(text)[:LONGEST] for text in read_shard(config, name, "held_out")]
+        tokens = sum(len(ids) - PROMPT for ids in texts)
+        each = np.stack([log_likelihoods(expert.path, texts) for expert in ensemble.experts], axis=-1)
+        prompt, whole = each[:, 0], each[:, 1]  # [N, K]
+        mixture = np.log(np.exp(whole) @ priors) - np.log(np.exp(prompt) @ priors)
+        per_system.setdefault(DENSE, []).append(-mixture.sum() / tokens)
+        for k, other in enumerate(config.expert_names):
+            per_system.setdefault(f"{other} alone", []).append(-(whole - prompt)[:, k].sum() / tokens)
+        twin = log_likelihoods(config.work_dir / "centralized", texts)
+        per_system.setdefault(CENTRALIZED, []).append(-(twin[:, 1] - twin[:, 0]).sum() / tokens)
+    # float32 forwards here against float64 there: 1e-6 of some 5 nats, averaged over tokens
+    for system, by_domain in per_system.items():
+        assert nll[system] == pytest.approx(float(priors @ by_domain), rel=1e-5), system
+    perplexity = {row.system: row.perplexity for row in report.rows}
+    assert perplexity[DENSE] == pytest.approx(math.exp(nll[DENSE]))
+    assert nll[f"{DENSE}, drawn"] == nll[DENSE]
+
+
+def test_mass_dropped_stays_within_each_budget(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    _, report = evaluated
+    pruned = [row for row in report.rows if row.prune]
+    assert any(row.dropped_max > 0 for row in pruned)
+    assert all(row.dropped_mean <= row.dropped_max <= row.prune for row in pruned)
+    for family in {row.family for row in pruned}:
+        mine = sorted((row for row in pruned if row.family == family), key=lambda row: row.prune)
+        active = [row.active_experts for row in mine]
+        assert active == sorted(active, reverse=True)
+        assert all(1 <= experts <= 2 for experts in active)
+
+
+def test_costs_are_counted(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    rows = {row.system: row for row in evaluated[1].rows}
+    costs = {name: (row.active_experts, row.prompt_passes) for name, row in rows.items()}
+    assert costs["code alone"] == costs[CENTRALIZED] == costs["classifier, top-1"] == (1, 1)
+    assert costs[DENSE] == costs["prior"] == (2, 2)
+    assert costs[f"{DENSE}, top-1"] == costs[f"{DENSE}, drawn"] == (1, 2)
+    assert rows[DENSE].above_dense == rows[DENSE].standard_error == 0
+
+
+def test_the_twin_takes_as_many_steps_as_all_experts(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    config, report = evaluated
+    twin = read_expert_report(config.work_dir / "centralized")
+    assert twin.steps == 16
+    experts = [read_expert_report(config.work_dir / "experts" / name) for name in config.expert_names]
+    assert twin.train_tokens == sum(expert.train_tokens for expert in experts)
+    assert twin.num_parameters == experts[0].num_parameters
+    assert "16 steps of 2 × 32 tokens" in report.centralized
+
+
+def test_a_finished_evaluation_is_shown_again(
+    evaluated: tuple[TrainConfig, EvaluationReport],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, report = evaluated
+    directory = config.work_dir / "evaluate"
+    assert {file.name for file in directory.iterdir()} == {
+        "DONE",
+        "pruning.png",
+        "report.json",
+        "systems.png",
+    }
+    assert {"date", "cpu", "cores", "versions", "command"} <= report.environment.keys()
+    before = (directory / "report.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(monkeypatch, config.work_dir.parent / "config.yaml") == 0
+    out = capsys.readouterr().out
+    assert "evaluate: done before" in out
+    assert out.count("done before") == 8
+    for name in ("classifier→posterior, ε 0.01", "posterior, logit rule", CENTRALIZED):
+        assert name in out
+    assert (directory / "report.json").stat().st_mtime_ns == before
+    assert json.loads((directory / "report.json").read_text())["seed"] == 0
+    changed = load_config(config.work_dir.parent / "config.yaml", ["evaluate.prompt_tokens=9"])
+    assert not evaluation_stage(changed).is_done
+
+
+def test_a_prompt_longer_than_every_text(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    config = load_config(evaluated[0].work_dir.parent / "config.yaml", ["evaluate.prompt_tokens=40"])
+    with pytest.raises(
+        TrainingError, match=r"no held-out text of 'code' is longer than evaluate\.prompt_tokens, 40"
+    ):
+        evaluate(config, evaluation_stage(config))
+
+
+def test_experts_of_different_models_have_no_twin(write_config: WriteConfig) -> None:
+    config = load_config(write_config(experts=["code", {"name": "prose", "model": {"hidden_size": 64}}]))
+    with pytest.raises(TrainingError, match="experts 'code' and 'prose' have different models"):
+        centralized_stage(config)
+
+
+def test_an_interrupted_twin_leaves_nothing_behind(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    config, _ = evaluated
+    stage = centralized_stage(config)
+    assert stage.is_done
+    (stage.directory / "DONE").unlink()
+    with pytest.raises(TrainingError, match="centralized model is not trained; run `decar-train evaluate"):
+        evaluation_stage(config)
+    train_centralized(config, stage)
+    assert stage.is_done
+    assert not list((config.work_dir / "checkpoints").rglob("checkpoint-*"))

@@ -1,0 +1,63 @@
+"""The centralized twin: one model of an expert's architecture, trained on all shards with all the experts' compute.
+
+Knows the experts' reports and shards, never their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from decar.router.errors import TrainingError
+from decar.training.config import TrainConfig
+from decar.training.expert import (
+    ExpertReport,
+    expert_directory,
+    expert_stage,
+    read_expert_report,
+    train_model,
+)
+from decar.training.partition import read_shard
+from decar.training.stages import Stage, fingerprint
+
+
+def with_all_compute(config: TrainConfig) -> TrainConfig:
+    """``config`` with as many steps as all trained experts took together; a step is as large as theirs.
+
+    Raises:
+        TrainingError: an expert's report is missing, or experts differ in architecture, so that steps do not add up.
+    """
+    first = config.expert_names[0]
+    for name in config.expert_names:
+        if config.model_of(name) != config.model_of(first):
+            raise TrainingError(
+                f"experts {first!r} and {name!r} have different models; a centralized model to compare with is "
+                "defined for experts of one architecture"
+            )
+    reports = [read_expert_report(expert_directory(config, name)) for name in config.expert_names]
+    steps = sum(report.steps for report in reports)
+    return config.model_copy(update={"training": config.training.model_copy(update={"max_steps": steps})})
+
+
+def centralized_stage(config: TrainConfig) -> Stage:
+    """The stage as ``config``, all shards and the tokenizer are now.
+
+    Raises:
+        TrainingError: shards or experts are missing, or made with another configuration.
+    """
+    twin = with_all_compute(config)
+    stages = [expert_stage(twin, name) for name in config.expert_names]
+    return Stage(config.work_dir / "centralized", stages[0].config, fingerprint([s.inputs for s in stages]))
+
+
+def train_centralized(config: TrainConfig, stage: Stage, callbacks: Iterable[Any] = ()) -> ExpertReport:
+    """Train the twin, from its last complete checkpoint if there is one, and put it in place.
+
+    Raises:
+        TrainingError: an unusable model, shard or tokenizer.
+    """
+    train, held_out = (
+        [text for name in config.expert_names for text in read_shard(config, name, split)]
+        for split in ("train", "held_out")
+    )
+    return train_model(with_all_compute(config), config.expert_names[0], train, held_out, stage, callbacks)

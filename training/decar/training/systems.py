@@ -1,0 +1,154 @@
+"""Ways to use one ensemble, as arithmetic on what its experts say of a text. Knows no models and no files.
+
+Shapes: K experts, T tokens of the continuation, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decar.router import log_weights_after, prune, top_k
+from decar.router.manifest import Rule, Start
+from decar.router.posterior import Float64s
+
+Bayes = Literal["none", "output", "full"]
+ROUTERS: tuple[Start, ...] = ("prior", "centroid", "classifier")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One text, split into a prompt and a continuation, as all experts see it.
+
+    Args:
+        prompt: [K], log p_k(prompt); the first token has no prediction and is not counted.
+        tokens: [T, K], log p_k of each token of the continuation.
+        rows: [T, K, V] float32, log p_k of every token.
+        ids: [T] int64, the continuation.
+        starts: log weights [K] that each router gives for the prompt.
+    """
+
+    prompt: Float64s
+    tokens: Float64s
+    rows: Tensor
+    ids: Tensor
+    starts: Mapping[Start, Float64s]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a system makes of one text.
+
+    Args:
+        log_probs: [T], nats, of the continuation's tokens.
+        active: [T], experts that ran for each of them.
+        prompt_passes: experts that ran over the prompt.
+        dropped: posterior mass that pruning released.
+    """
+
+    log_probs: Float64s
+    active: Float64s
+    prompt_passes: int
+    dropped: float = 0.0
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to serve the ensemble.
+
+    Args:
+        family: its name, but for pruning.
+        start: the router that weights experts before any of them has seen the text.
+        bayes: the experts' likelihoods that move the weights on: none, the output's, or prompt and output's.
+        experts: keep that many, chosen when the prompt is known.
+        prune: total posterior mass that may be released.
+        draw: one expert is drawn by the weights after the prompt and decodes alone. In distribution that is the
+            mixture, so the log-probabilities are the mixture's.
+    """
+
+    family: str
+    start: Start = "prior"
+    bayes: Bayes = "none"
+    rule: Rule = "velocity"
+    experts: int | None = None
+    prune: float = 0.0
+    draw: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}, ε {self.prune:g}" if self.prune else self.family
+
+    def outcome(self, scores: Scores) -> Outcome:
+        num_tokens, num_experts = scores.tokens.shape
+        first = scores.starts[self.start]
+        if self.bayes == "full":
+            first = log_weights_after(first, scores.prompt)
+        if self.experts is not None:
+            first = top_k(first, self.experts)
+        if self.bayes == "none":
+            log_weights, left = np.tile(first, (num_tokens, 1)), self.prune
+        else:
+            log_weights, left = posterior_path(first, scores.tokens, self.prune)
+        active = np.isfinite(log_weights).sum(axis=1).astype(np.float64)
+        # What has to run over the prompt: everything that is asked about it, or will decode.
+        passes = num_experts if self.bayes == "full" else int(active[0])
+        if self.draw:
+            active = np.ones(num_tokens)
+        mixed = mix_tokens if self.rule == "velocity" else mix_logits
+        return Outcome(mixed(log_weights, scores), active, passes, self.prune - left)
+
+
+def posterior_path(first: Float64s, tokens: Float64s, budget: float) -> tuple[Float64s, float]:
+    """Log weights [T, K] before each of ``tokens`` [T, K], from ``first`` [K], pruned at every step; budget left."""
+    if not budget:
+        before = np.concatenate([np.zeros_like(tokens[:1]), np.cumsum(tokens, axis=0)[:-1]])
+        return log_weights_after(first, before), budget
+    path = np.empty_like(tokens)
+    current = first
+    for t in range(len(tokens)):
+        current, budget = prune(current, budget)
+        path[t] = current
+        if np.isfinite(current).sum() == 1:  # alone from here on
+            path[t:] = current
+            break
+        current = log_weights_after(current, tokens[t])
+    return path, budget
+
+
+def mix_tokens(log_weights: Float64s, scores: Scores) -> Float64s:
+    """Velocity rule: log Σ_k w_k p_k of the continuation's tokens, [T], from log weights [T, K]."""
+    return np.asarray(np.logaddexp.reduce(log_weights + scores.tokens, axis=1))
+
+
+def mix_logits(log_weights: Float64s, scores: Scores) -> Float64s:
+    """Logit rule: the normalised geometric mean, [T], from log weights [T, K]."""
+    weights = torch.from_numpy(np.exp(log_weights)).to(scores.rows.dtype)
+    mean = torch.einsum("tk,tkv->tv", weights, scores.rows)
+    chosen = mean.log_softmax(dim=-1).gather(1, scores.ids[:, None])
+    return chosen[:, 0].double().numpy()
+
+
+DENSE = "posterior"
+"""The ensemble as it is: Bayes' rule from the prior over prompt and output, nothing left out."""
+
+
+def systems(num_experts: int, prunes: Sequence[float]) -> list[System]:
+    """All that are compared, from the simplest to the ensemble's exact distribution and its cheaper forms.
+
+    ``classifier→posterior``: the classifier weights the prompt, Bayes' rule the output (the manifest's scope `output`).
+    """
+    found = [System(router, router) for router in ROUTERS]
+    for count in (1, 2)[: num_experts - 1]:
+        found += [System(f"{router}, top-{count}", router, experts=count) for router in ROUTERS[1:]]
+        found += [System(f"{DENSE}, top-{count}", bayes="full", experts=count)]
+    found += [System(f"{router}→posterior", router, "output") for router in ROUTERS]
+    found += [System(DENSE, bayes="full"), System(f"{DENSE}, drawn", bayes="full", draw=True)]
+    found += [System(DENSE, bayes="full", prune=budget) for budget in prunes]
+    found += [System("classifier→posterior", "classifier", "output", prune=budget) for budget in prunes]
+    found += [System(f"{router}, logit rule", router, rule="logit") for router in ROUTERS]
+    return [*found, System(f"{DENSE}, logit rule", bayes="full", rule="logit")]
