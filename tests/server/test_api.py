@@ -34,7 +34,7 @@ def client_of(ensemble: Ensemble, answer: Answer) -> httpx.AsyncClient:
 async def echo(request: Request) -> JSONResponse:
     call = current_call.get()
     assert call is not None
-    call.choices[0] = ChoiceTrace(["code", "prose"], "prose", [[0.1, 0.9], [0.2, 0.8]])
+    call.choices[0] = ChoiceTrace(["code", "prose"], "prose", [[0.1, 0.9], [0.2, 0.8]], ["prose", "prose"])
     return JSONResponse({"got": await request.json(), "choices": [{"index": 0, "text": "hi"}]})
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from decar.router import Ensemble
 from decar.router.errors import RequestError
-from decar.router.manifest import ExpertEntry, Manifest
-from decar.server.routing import Call, ChoiceTrace, model_ids, parse_call
+from decar.router.manifest import ExpertEntry, Manifest, Mixing, RouterEntry
+from decar.server.routing import Call, ChoiceTrace, DecarOptions, model_ids, parse_call
 
 
 @pytest.fixture
@@ -41,8 +41,36 @@ def test_prior_explicit_weights_and_one_expert(ensemble: Ensemble) -> None:
     assert weights(parse_call(ensemble, "demo/code", {"trace": True})) == [1.0, 0.0]
 
 
+def test_the_posterior_looks_at_the_prompt_or_does_not(ensemble: Ensemble) -> None:
+    full = parse_call(ensemble, "demo", {"route": "posterior"})
+    assert (full.posterior, full.scored, full.router) == (True, True, None)
+    output = parse_call(ensemble, "demo", {"scope": "output", "start": "prior"})
+    assert (output.posterior, output.scored, output.router) == (True, False, None)
+    prior = parse_call(ensemble, "demo", {"route": "prior"})
+    assert (prior.posterior, prior.scored) == (False, False)
+
+
+def test_the_manifests_mixing_is_for_what_it_routes(ensemble: Ensemble) -> None:
+    mixing = Mixing(rule="logit", top_k=1, prune=0.01)
+    router = RouterEntry(kind="posterior", scope="output")
+    ensemble.manifest = ensemble.manifest.model_copy(update={"mixing": mixing, "router": router})
+    call = parse_call(ensemble, "demo", None)
+    assert (call.rule, call.top_k, call.prune, call.scored) == ("logit", 1, 0.01, False)
+    assert parse_call(ensemble, "demo", {"prune": 0.0, "scope": "full"}).prune == 0.0
+    # Who says the weights says them all.
+    explicit = parse_call(ensemble, "demo", {"weights": {"code": 1, "prose": 1}})
+    assert (explicit.top_k, explicit.prune) == (None, 0.0)
+    alone = parse_call(ensemble, "demo/code", None)
+    assert (alone.top_k, alone.prune, alone.draw) == (None, 0.0, False)
+
+
+def test_one_positive_weight_may_be_drawn(ensemble: Ensemble) -> None:
+    assert parse_call(ensemble, "demo", {"sampling": "draw", "weights": {"code": 1}}).draw
+    assert parse_call(ensemble, "demo", {"sampling": "draw", "scope": "output"}).draw
+
+
 def test_null_means_absent(ensemble: Ensemble) -> None:
-    nothing = {"route": None, "weights": None, "rule": None, "trace": None}
+    nothing = dict.fromkeys(DecarOptions.model_fields)
     assert parse_call(ensemble, "demo", nothing).posterior
 
 
@@ -66,6 +94,22 @@ def test_null_means_absent(ensemble: Ensemble) -> None:
         ("demo", {"route": "prior", "weights": {"code": 1}}, "decar.route", "leave decar.route out"),
         ("demo", "posterior", "decar", "must be an object"),
         ("demo/code", {"weights": {"code": 1}}, "decar", "one expert alone"),
+        ("demo/code", {"prune": 0.1}, "decar", "leave decar.prune out"),
+        ("demo", {"route": "classifier"}, "decar.route", "which has posterior, prior"),
+        ("demo", {"scope": "output", "start": "centroid"}, "decar.start", "not trained"),
+        ("demo", {"scope": "all"}, "decar.scope", "'full' or 'output'"),
+        ("demo", {"scope": "output", "route": "prior"}, "decar.scope", "belongs to the posterior"),
+        ("demo", {"scope": "full", "weights": {"code": 1}}, "decar.scope", "belongs to the posterior"),
+        ("demo", {"start": "prior"}, "decar.start", "decar.scope"),
+        ("demo", {"top_k": 0}, "decar.top_k", "greater than or equal to 1"),
+        ("demo", {"top_k": True}, "decar.top_k", "integer"),
+        ("demo", {"prune": 1.0}, "decar.prune", "less than 1"),
+        ("demo", {"prune": -0.1}, "decar.prune", "greater than or equal to 0"),
+        ("demo", {"prune": math.nan}, "decar.prune", "finite"),
+        ("demo", {"sampling": "greedy"}, "decar.sampling", "'mixture' or 'draw'"),
+        ("demo", {"sampling": "draw", "route": "prior"}, "decar.sampling", "posterior"),
+        ("demo", {"sampling": "draw", "weights": {"code": 1, "prose": 1}}, "decar.sampling", "posterior"),
+        ("demo", {"sampling": "draw", "rule": "logit"}, "decar.sampling", "velocity"),
     ],
 )
 def test_bad_options_name_the_field_and_the_fix(
