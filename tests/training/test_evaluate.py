@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from decar.router import Ensemble
@@ -16,10 +17,11 @@ from decar.router.errors import TrainingError
 from decar.training.centralized import centralized_stage, train_centralized
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
-from decar.training.evaluate import CENTRALIZED, EvaluationReport, evaluate, evaluation_stage
+from decar.training.evaluate import CENTRALIZED, EvaluationReport, evaluate, evaluation_stage, load_model
 from decar.training.expert import read_expert_report
 from decar.training.partition import read_shard
-from decar.training.systems import DENSE
+from decar.training.sampled import compare_pruned, sample_continuations
+from decar.training.systems import DENSE, Outcome
 from decar.training.tokenizer import load_tokenizer
 from tests.training.conftest import WriteConfig, config_writer
 
@@ -97,6 +99,47 @@ def test_mass_dropped_stays_within_each_budget(evaluated: tuple[TrainConfig, Eva
         assert all(1 <= experts <= 2 for experts in active)
 
 
+def test_what_the_ensemble_writes_changes_less_than_the_budget(
+    evaluated: tuple[TrainConfig, EvaluationReport],
+) -> None:
+    _, report = evaluated
+    assert report.sampled_tokens == LONGEST - PROMPT
+    assert [row.prune for row in report.sampled] == sorted(
+        (row.prune for row in report.sampled), reverse=True
+    )
+    for row in report.sampled:
+        # of six texts; each adds at most 1 / (1 - ε) - 1
+        assert 0 <= row.total_variation <= row.prune / (1 - row.prune)
+        assert row.dropped_max <= row.prune
+
+
+def test_continuations_are_drawn_from_the_mixture(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    """First tokens after one prompt, against the mixture's probabilities: chi-square over bins of equal mass."""
+    config, _ = evaluated
+    models = [load_model(expert.path) for expert in Ensemble.load(config.ensemble_path).experts]
+    prompt, weights = [5, 9, 7], np.array([0.3, 0.7])
+    with torch.inference_mode():
+        rows = [model(torch.tensor([prompt])).logits[0, -1].softmax(-1).double().numpy() for model in models]
+    mixture = weights @ rows
+    num_texts, num_bins = 4_000, 20
+    written = sample_continuations(
+        models, [prompt] * num_texts, np.log(np.tile(weights, (num_texts, 1))), 2, len(mixture), seed=0
+    )
+    assert all(text[:3] == prompt and len(text) == 5 for text in written)
+    bins = np.minimum((np.cumsum(mixture) - mixture / 2) * num_bins, num_bins - 1).astype(int)
+    counts = np.bincount(bins[[text[3] for text in written]], minlength=num_bins)
+    expected = np.bincount(bins, weights=mixture, minlength=num_bins) * num_texts
+    assert chisquare(counts[expected > 0], expected[expected > 0] * num_texts / expected.sum()).pvalue > 0.01
+
+
+def test_total_variation_is_estimated_from_the_ratio() -> None:
+    """p is even over two texts, q has 0.8 and 0.2: three tenths apart."""
+    whole, pruned = (
+        [Outcome(np.log([p]), np.ones(1), 1) for p in masses] for masses in ([0.5, 0.5], [0.8, 0.2])
+    )
+    assert compare_pruned(0.4, whole, pruned).total_variation == pytest.approx(0.3)
+
+
 def test_costs_are_counted(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
     rows = {row.system: row for row in evaluated[1].rows}
     costs = {name: (row.active_experts, row.prompt_passes) for name, row in rows.items()}
@@ -136,7 +179,7 @@ def test_a_finished_evaluation_is_shown_again(
     out = capsys.readouterr().out
     assert "evaluate: done before" in out
     assert out.count("done before") == 8
-    for name in ("classifier→posterior, ε 0.01", "posterior, logit rule", CENTRALIZED):
+    for name in ("classifier→posterior ε 0.01", "posterior, logit rule", CENTRALIZED):
         assert name in out
     assert (directory / "report.json").stat().st_mtime_ns == before
     assert json.loads((directory / "report.json").read_text())["seed"] == 0

@@ -256,6 +256,16 @@ def _evaluate(config: TrainConfig) -> None:
         "dropped: posterior mass that pruning took from a text",
         soft_wrap=True,
     )
+    distances = (
+        f"ε {row.prune:g}: {row.total_variation:.2g} ± {row.standard_error:.1g}"
+        for row in report.sampled
+        if row.prune in config.evaluate.prune
+    )
+    console.print(
+        f"total variation from the whole posterior, over the {report.sampled_tokens} tokens that it writes itself "
+        f"after a prompt: {', '.join(distances)}",
+        soft_wrap=True,
+    )
     console.print(f"centralized model: {report.centralized}", soft_wrap=True)
     console.print(f"evaluate: {verb}, report and plots in {stage.directory}", soft_wrap=True)
 

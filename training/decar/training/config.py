@@ -153,6 +153,7 @@ class EvaluateConfig(_Strict):
     prompt_tokens: int = Field(default=32, gt=1, description="bos included")
     max_tokens: int = Field(default=512, gt=2, description="prompt and continuation")
     max_texts: int = Field(default=200, gt=0, description="of each expert, drawn by the seed")
+    sampled_tokens: int = Field(default=128, gt=0, description="that the ensemble writes after each prompt")
     batch_size: int = Field(default=4, gt=0, description="texts whose rows are in memory at once")
     prune: list[Probability] = [0.1, 0.01, 0.001]
     prune_grid: list[Probability] = [0.5, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6]

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from decar.router import Ensemble, load_router
+from decar.router import Ensemble, load_router, log_weights_after
 from decar.router.errors import TrainingError
 from decar.router.manifest import Start
 from decar.training.centralized import centralized_stage
@@ -35,6 +35,7 @@ from decar.training.evaluate_plot import plot_pruning, plot_systems
 from decar.training.expert import read_expert_report
 from decar.training.export import export_stage
 from decar.training.partition import read_shard
+from decar.training.sampled import SampledRow, compare_pruned, sample_continuations
 from decar.training.stages import Stage, fingerprint, read_marker
 from decar.training.systems import DENSE, ROUTERS, Outcome, Scores, systems
 from decar.training.tokenizer import load_tokenizer
@@ -67,7 +68,10 @@ class Row(BaseModel):
 
 
 class EvaluationReport(BaseModel):
-    """``report.json`` of an evaluation; ``texts`` and ``tokens`` (of continuations) by whose held-out text it is."""
+    """``report.json`` of an evaluation; ``texts`` and ``tokens`` (of continuations) by whose held-out text it is.
+
+    ``sampled``: the pruned posterior on continuations that the ensemble itself wrote.
+    """
 
     ensemble: str
     experts: list[str]
@@ -80,6 +84,8 @@ class EvaluationReport(BaseModel):
     prompt_tokens: int
     max_tokens: int
     rows: list[Row]
+    sampled_tokens: int
+    sampled: list[SampledRow]
     seed: int
     environment: dict[str, Any]
 
@@ -162,13 +168,36 @@ def evaluate(
     compared = systems(len(ensemble.experts), sorted({*settings.prune, *settings.prune_grid}, reverse=True))
     alone = [*(f"{name} alone" for name in ensemble.expert_names), CENTRALIZED]
     totals = {name: Totals() for name in [*alone, *(system.name for system in compared)]}
+    after_prompt = []
+    num_steps = 2 * len(texts)
     for done, (text, rows) in enumerate(scored(models, texts, settings.batch_size, ensemble.vocab_size)):
         scores = scores_of(text, rows[:, :-1], settings.prompt_tokens, {s: starts[s][done] for s in starts})
         for name, log_probs in zip(alone, chosen(text, rows)[settings.prompt_tokens - 1 :].T, strict=True):
             totals[name].add(Outcome(log_probs, np.ones(len(log_probs)), 1))
         for system in compared:
             totals[system.name].add(system.outcome(scores))
-        progress(done + 1, len(texts))
+        after_prompt.append(log_weights_after(scores.starts["prior"], scores.prompt))
+        progress(done + 1, num_steps)
+
+    # The same prompts again, now with what the ensemble writes after them.
+    experts = models[:-1]
+    sampled_tokens = min(settings.sampled_tokens, max_tokens - settings.prompt_tokens)
+    written = sample_continuations(
+        experts,
+        [text.ids[: settings.prompt_tokens] for text in texts],
+        np.array(after_prompt),
+        sampled_tokens,
+        ensemble.vocab_size,
+        config.seed,
+    )
+    own = [Text(text.domain, ids) for text, ids in zip(texts, written, strict=True)]
+    outcomes: dict[float, list[Outcome]] = {system.prune: [] for system in compared if system.family == DENSE}
+    for done, (text, rows) in enumerate(scored(experts, own, settings.batch_size, ensemble.vocab_size)):
+        scores = scores_of(text, rows, settings.prompt_tokens, {s: starts[s][done] for s in starts})
+        for system in compared:
+            if system.family == DENSE:
+                outcomes[system.prune].append(system.outcome(scores))
+        progress(len(texts) + done + 1, num_steps)
 
     priors = [expert.prior for expert in ensemble.experts]
     domains = np.array([text.domain for text in texts])
@@ -194,6 +223,8 @@ def evaluate(
         prompt_tokens=settings.prompt_tokens,
         max_tokens=max_tokens,
         rows=list(rows_of.values()),
+        sampled_tokens=sampled_tokens,
+        sampled=[compare_pruned(budget, outcomes[0.0], of) for budget, of in outcomes.items() if budget],
         seed=config.seed,
         environment=environment(),
     )
@@ -212,7 +243,8 @@ def evaluate(
         for row in report.rows:
             if row.prune:
                 curves.setdefault(row.family, []).append((row.prune, row.active_experts, row.dropped_max))
-        plot_pruning(curves, title, directory / "pruning.png")
+        measured = [(row.prune, row.total_variation, row.standard_error) for row in report.sampled]
+        plot_pruning(curves, measured, title, directory / "pruning.png")
     return report
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from decar.training.systems import DENSE
+
 _SAME_COST = 0.12  # experts per token; names of points this close share a column
 _LINE = 0.034  # height of a name, of the axis
 
@@ -62,26 +64,39 @@ def _name(axis: Any, column: list[tuple[str, float, float]]) -> None:
         free += _LINE
 
 
-def plot_pruning(curves: dict[str, list[tuple[float, float, float]]], title: str, path: Path) -> None:
-    """Active experts per token, and the most mass dropped, against ε. ``curves``: (ε, active, most dropped)."""
+def plot_pruning(
+    curves: dict[str, list[tuple[float, float, float]]],
+    measured: list[tuple[float, float, float]],
+    title: str,
+    path: Path,
+) -> None:
+    """Active experts per token, and what pruning changes, against its budget ε.
+
+    Args:
+        curves: of each system, (ε, active experts, most mass dropped from a text).
+        measured: (ε, total variation on text that the ensemble wrote, its standard error).
+    """
     plt = _pyplot()
-    figure, (active, dropped) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    figure, (active, changed) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for name, points in curves.items():
         budgets, experts, mass = zip(*sorted(points), strict=True)
         active.plot(budgets, experts, marker="o", label=name)
-        dropped.plot(budgets, mass, marker="o", label=name)
-    dropped.plot(budgets, budgets, color="grey", linestyle=":", label="the bound")
+        changed.plot(budgets, mass, marker="o", label=f"{name}: most mass dropped from a text")
+    budgets, distances, errors = zip(*sorted(measured), strict=True)
+    changed.errorbar(
+        budgets,
+        distances,
+        yerr=errors,
+        marker="s",
+        color="black",
+        label=f"{DENSE}: total variation, own text",
+    )
+    changed.plot(budgets, budgets, color="grey", linestyle=":", label="ε, the bound")
     active.set(
         xscale="log", xlabel="ε", ylabel="experts", title="active experts per token", ylim=(0.95, None)
     )
-    dropped.set(
-        xscale="log",
-        yscale="log",
-        xlabel="ε",
-        ylabel="posterior mass",
-        title="most mass dropped from any text",
-    )
-    for axis in (active, dropped):
+    changed.set(xscale="log", yscale="log", xlabel="ε", title="what pruning changes")
+    for axis in (active, changed):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.suptitle(title)

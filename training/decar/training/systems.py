@@ -81,7 +81,7 @@ class System:
 
     @property
     def name(self) -> str:
-        return f"{self.family}, ε {self.prune:g}" if self.prune else self.family
+        return f"{self.family} ε {self.prune:g}" if self.prune else self.family
 
     def outcome(self, scores: Scores) -> Outcome:
         num_tokens, num_experts = scores.tokens.shape
