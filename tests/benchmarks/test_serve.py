@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from decar.benchmarks import report, serve, today
-from tests.reference import Reference, mixture_decode
+from decar.benchmarks.load import Load
+from tests.reference import Reference, mixture_decode, stdlib_text
 
 LOAD = {"concurrency": 2, "requests": 4, "input_tokens": 8, "output_tokens": 8, "rate_per_s": None}
 
@@ -33,8 +34,32 @@ def test_ratios_are_of_the_same_load_and_repeat() -> None:
     assert found == [("dense", 0, 0.9), ("dense", 1, 0.8), ("http", 0, 0.2)]
 
 
+def test_what_the_ensemble_does_is_compared_with_its_experts_plain_servers() -> None:
+    runs = [
+        run("single", 100),
+        run("independent", 180),
+        run("split", 160),
+        run("pruned", 150),
+        run("http", 15),
+    ]
+    runs += [run("single", 100, 1), run("pruned", 120, 1)]  # whatever of this repeat is missing is left out
+    of = {(entry["system"], entry["repeat"]): entry for entry in report.ratios(runs)}
+    assert of["pruned", 0]["over_independent"] == pytest.approx(150 / 180)
+    assert of["pruned", 0]["over_split"] == pytest.approx(150 / 160)
+    assert of["pruned", 0]["ratio"] == 1.5
+    for system, repeat in (("independent", 0), ("split", 0), ("http", 0), ("pruned", 1)):
+        assert set(of[system, repeat]) == {"system", "load", "repeat", "ratio"}
+
+
+def test_a_load_is_dealt_out_evenly_or_not_at_all() -> None:
+    load = Load(16, 32, 8, 8, rate_per_s=3.0)
+    assert load.dealt(2) == Load(8, 16, 8, 8, rate_per_s=1.5)
+    assert load.dealt(3) is None
+
+
 def test_a_report_is_readable_and_never_overwritten(tmp_path: Path) -> None:
-    runs = [run("single", 100), run("dense", 90), run("dense", 80, rate_per_s=1.5)]
+    runs = [run("single", 100), run("dense", 90), run("dense", 80, rate_per_s=1.5), run("independent", 180)]
+    runs.append({**run("pruned", 150), "active_experts": 1.23})
     result = {
         "environment": {"gpus": [], "cores": 2, "cpu": "some CPU", "date": "2026-01-02T03:04:05"},
         "ensemble": {"name": "duo", "experts": 2, "dtype": "float32"},
@@ -43,14 +68,15 @@ def test_a_report_is_readable_and_never_overwritten(tmp_path: Path) -> None:
         "ratios": report.ratios(runs),
         "steps": [{"load": LOAD, "ms": dict.fromkeys(report.PHASES, 1.0)}],
     }
-    first, second = (report.write(result, tmp_path / "2026-01-02-cpu") for _ in range(2))
+    first, second = (report.write(result, tmp_path / "2026-01-02-cpu", report.plot) for _ in range(2))
     assert (first.name, second.name) == ("2026-01-02-cpu", "2026-01-02-cpu-2")
     assert json.loads((tmp_path / "2026-01-02-cpu-2.json").read_text()) == result
     assert (tmp_path / "2026-01-02-cpu-2.png").read_bytes().startswith(b"\x89PNG")
-    console = Console(width=120, record=True)
+    console = Console(width=140, record=True)
     report.show(result, console)
     text = console.export_text()
     assert "0.90" in text
+    assert all(word in text for word in ("1.50", "0.83", "1.23"))  # pruned: ÷ single, ÷ independent, active
     assert "1.50 req/s" in text
     assert "128 greedy tokens" in text
 
@@ -78,6 +104,20 @@ def test_a_wrong_answer_is_not_timed(duo: Reference) -> None:
         serve._hold("float32", mixture, prompt, tokens, [0.0] * 4)
 
 
+def test_an_answer_of_the_posterior_is_held_to_the_posterior(duo: Reference) -> None:
+    prompt = duo.encode("import os, sys; from pathlib import")
+    (answer,) = mixture_decode(duo, [prompt], max_tokens=24)
+    experts = [duo.directory / "experts" / name for name in ("code", "prose")]
+    mixture = today.Mixture(experts, duo.prior, "float32")
+    off, _ = serve._hold("float32", mixture, prompt, answer.tokens, answer.logprobs, posterior=True)
+    assert off < 1e-4
+    (pruned,) = mixture_decode(duo, [prompt], max_tokens=24, prune=0.1)
+    assert pruned.logprobs != answer.logprobs
+    serve._hold("float32", mixture, prompt, pruned.tokens, pruned.logprobs, posterior=True, prune=0.1)
+    with pytest.raises(serve.WrongAnswer):
+        serve._hold("float32", mixture, prompt, pruned.tokens, pruned.logprobs, posterior=True)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"), [(["--systems", "dense,vapour"], "vapour"), (["--shape", "7B"], "3M, 40M")]
 )
@@ -102,18 +142,27 @@ def test_a_whole_run_on_real_servers(duo: Reference, tmp_path: Path) -> None:
     ]
     command += ["--concurrency", "2", "--repeats", "1", "--input-len", "8", "--output-len", "8"]
     command += ["--poisson", "0.5", "--dtype", "float32", "--vllm", "--enforce-eager"]
+    command += ["--systems", ",".join(serve.SYSTEMS)]
+    for module in ("string", "heapq"):
+        text = tmp_path / f"{module}.txt"
+        text.write_text(stdlib_text(module))
+        command += ["--prompts", str(text)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (path,) = tmp_path.glob("*-serve-duo.json")
     result = json.loads(path.read_text())
     assert path.with_suffix(".png").exists()
     systems = [run["system"] for run in result["runs"]]
-    under_load = ["single", "independent", "dense", "top-1"]
+    under_load = ["single", "independent", "split", "dense", "pruned", "draw", "top-1"]
     assert sorted(systems) == sorted([*under_load * 2, "http", "transformers"])
     assert all(run["failed"] == 0 for run in result["runs"])
     assert result["checked"]["largest_difference_nats"] < 1e-3
-    compared = {"independent", "dense", "top-1", "http", "transformers"}
-    assert {entry["system"] for entry in result["ratios"]} == compared
+    assert {entry["system"] for entry in result["ratios"]} == set(serve.SYSTEMS)
+    active = {run["system"]: run["active_experts"] for run in result["runs"] if "active_experts" in run}
+    assert (active["dense"], active["top-1"], active["draw"]) == (2, 1, 1)
+    assert 1 <= active["pruned"] <= 2
+    pruned = next(entry for entry in result["ratios"] if entry["system"] == "pruned")
+    assert pruned["over_split"] > pruned["over_independent"] > 0
     step = result["steps"][0]
     assert step["steps"] >= 8
     assert all(ms > 0 for phase, ms in step["ms"].items() if phase != "other")

@@ -7,6 +7,7 @@ import typer
 
 from decar.benchmarks.kernel import kernel
 from decar.benchmarks.serve import serve
+from decar.benchmarks.ttft import ttft
 
 
 def _leave(*_: object, **__: object) -> None:
@@ -20,4 +21,5 @@ bench = typer.Typer(
     help="Measure what serving an ensemble costs.", no_args_is_help=True, result_callback=_leave
 )
 bench.command()(serve)
+bench.command()(ttft)
 bench.command()(kernel)

@@ -7,9 +7,9 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PERCENTILES = (50, 90, 99)
 TIMES = ("ttft", "tpot", "itl", "e2el")
@@ -44,6 +44,17 @@ class Load:
     def label(self) -> str:
         return f"{self.concurrency} at once" if self.rate_per_s is None else f"{self.rate_per_s:.2f} req/s"
 
+    def dealt(self, servers: int) -> Load | None:
+        """What each of ``servers`` gets when the load is dealt out among them; None where it cannot be, evenly."""
+        if self.concurrency % servers or self.requests % servers:
+            return None
+        return replace(
+            self,
+            concurrency=self.concurrency // servers,
+            requests=self.requests // servers,
+            rate_per_s=None if self.rate_per_s is None else self.rate_per_s / servers,
+        )
+
 
 @dataclass(frozen=True)
 class Target:
@@ -55,8 +66,15 @@ class Target:
     extra_body: dict[str, Any]
 
 
+class Prompts(NamedTuple):
+    """Which prompts are sent: those of a file in its order, or else random tokens picked by the seed."""
+
+    seed: int
+    file: Path | None = None
+
+
 def measure(
-    targets: Sequence[Target], load: Load, goodput: list[str], log: Path, seed: int = 0
+    targets: Sequence[Target], load: Load, goodput: list[str], log: Path, prompts: Prompts
 ) -> list[Measured]:
     """Put ``load`` on each of ``targets`` at the same time; what vLLM's client prints goes to ``log``.
 
@@ -71,14 +89,15 @@ def measure(
     from vllm.benchmarks.serve import main_async
 
     async def all_at_once() -> list[dict[str, Any]]:
-        return await asyncio.gather(*(main_async(_arguments(of, load, goodput, seed)) for of in targets))
+        arguments = [_arguments(of, load, goodput, prompts) for of in targets]
+        return await asyncio.gather(*map(main_async, arguments))
 
     with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         results = asyncio.run(all_at_once())
     return [_measured(target, load, result, log) for target, result in zip(targets, results, strict=True)]
 
 
-def _arguments(target: Target, load: Load, goodput: list[str], seed: int) -> argparse.Namespace:
+def _arguments(target: Target, load: Load, goodput: list[str], prompts: Prompts) -> argparse.Namespace:
     from vllm.benchmarks.serve import add_cli_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -90,21 +109,31 @@ def _arguments(target: Target, load: Load, goodput: list[str], seed: int) -> arg
         "endpoint": "/v1/completions",
         "model": target.model,
         "tokenizer": target.tokenizer,
-        "dataset-name": "random",
-        "random-input-len": load.input_tokens,
-        "random-output-len": load.output_tokens,
-        "random-range-ratio": 0,
         "num-prompts": load.requests,
         "max-concurrency": load.concurrency,
         "request-rate": "inf" if load.rate_per_s is None else load.rate_per_s,
-        "seed": seed,
+        "seed": prompts.seed,
         "temperature": 0,
         "percentile-metrics": ",".join(TIMES),
         "metric-percentiles": ",".join(map(str, PERCENTILES)),
         "extra-body": json.dumps(target.extra_body),
     }
+    if prompts.file is None:
+        options |= {
+            "dataset-name": "random",
+            "random-input-len": load.input_tokens,
+            "random-output-len": load.output_tokens,
+            "random-range-ratio": 0,
+        }
+    else:
+        options |= {
+            "dataset-name": "custom",
+            "dataset-path": prompts.file,
+            "custom-output-len": load.output_tokens,
+        }
     flags = [item for key, value in options.items() for item in (f"--{key}", str(value))]
-    flags += ["--ignore-eos", "--disable-tqdm", "--goodput", *goodput]
+    flags += ["--ignore-eos", "--disable-tqdm", "--skip-chat-template", "--disable-shuffle"]
+    flags += ["--goodput", *goodput]
     arguments: argparse.Namespace = parser.parse_args(flags)
     return arguments
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,43 +23,45 @@ PHASES = {
 COLOURS = ("#4c72b0", "#dd8452", "#c44e52", "#55a868", "#8172b3", "#b8b8b8")
 
 
-def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Output throughput of each run over that of the single engine under the same load and repeat.
+PLAIN = ("single", "independent", "split")
+"""Systems of plain servers; those after the first are compared with as well."""
 
-    Systems that were run once are compared with the mean of the single engine's repeats.
+
+def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Output throughput of each run over that of the single engine under the same load and repeat: ``ratio``.
+
+    Systems that were run once are compared with the mean of the single engine's repeats. What the ensemble does is
+    also compared with its experts' plain servers, where these were run: ``over_independent``, ``over_split``.
     """
-    singles: dict[tuple[str, int], float] = {}
-    for run in runs:
-        if run["system"] == "single":
-            singles[_key(run), run["repeat"]] = run["output_throughput"]
+    rates = {(_key(run), run["system"], run["repeat"]): run["output_throughput"] for run in runs}
     found = []
     for run in runs:
-        same = [value for (key, _), value in singles.items() if key == _key(run)]
-        if run["system"] == "single" or not same:
+        key, system, repeat, rate = _key(run), run["system"], run["repeat"], run["output_throughput"]
+        singles = [value for (of, name, _), value in rates.items() if (of, name) == (key, "single")]
+        if system == "single" or not singles:
             continue
-        against = (
-            mean(same) if run["system"] in ("http", "transformers") else singles[_key(run), run["repeat"]]
-        )
-        found.append(
-            {
-                "system": run["system"],
-                "load": run["load"],
-                "repeat": run["repeat"],
-                "ratio": run["output_throughput"] / against,
-            }
-        )
+        once = system in ("http", "transformers")
+        entry = {"system": system, "load": run["load"], "repeat": repeat}
+        entry["ratio"] = rate / (mean(singles) if once else rates[key, "single", repeat])
+        for plain in PLAIN[1:]:
+            if not once and system not in PLAIN and (key, plain, repeat) in rates:
+                entry[f"over_{plain}"] = rate / rates[key, plain, repeat]
+        found.append(entry)
     return found
 
 
-def write(result: dict[str, Any], path: Path) -> Path:
-    """Write ``path``.json and ``path``.png, with a number in the name where that is taken; return ``path``."""
+def write(
+    result: dict[str, Any], path: Path, plot: Callable[[dict[str, Any], Path], None] | None = None
+) -> Path:
+    """Write ``path``.json and, by ``plot``, ``path``.png, with a number in the name where that is taken; return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     free, number = path, 1
     while free.with_name(f"{free.name}.json").exists():
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     free.with_name(f"{free.name}.json").write_text(json.dumps(result, indent=1))
-    _plot(result, free.with_name(f"{free.name}.png"))
+    if plot is not None:
+        plot(result, free.with_name(f"{free.name}.png"))
     return free
 
 
@@ -73,30 +75,37 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{result['ensemble']['dtype']}, on {hardware}; {checked['tokens']} greedy tokens are the mixture's by "
         f"transformers, log-probabilities within {checked['largest_difference_nats']:.2g} nats"
     )
-    columns = ("load", "system", "tokens/s", "÷ single", "TTFT p50/p99", "TPOT p50/p99", "goodput", "failed")
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    ratio_of: dict[tuple[str, str], list[float]] = {}
+    columns = ("load", "system", "tokens/s", *(f"÷ {plain}" for plain in PLAIN), "active")
+    table = Table(*columns, "TTFT p50/p99", "TPOT p50/p99", "goodput", box=box.SIMPLE_HEAD)
+    entries: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in result["ratios"]:
-        ratio_of.setdefault((_key(entry), entry["system"]), []).append(entry["ratio"])
+        entries.setdefault((_key(entry), entry["system"]), []).append(entry)
     previous = ""
     for (key, system), runs in _grouped(result["runs"]).items():
-        of_single = ratio_of.get((key, system), [])
+        mine = entries.get((key, system), [])
         table.add_row(
             key if key != previous else "",
             system,
             f"{mean(run['output_throughput'] for run in runs):,.0f}",
-            _range(of_single) if of_single else "1",
+            *(
+                _range([e[name] for e in mine if name in e])
+                for name in ("ratio", "over_independent", "over_split")
+            ),
+            f"{mean(run['active_experts'] for run in runs):.2f}" if "active_experts" in runs[0] else "",
             _times(runs, "ttft"),
             _times(runs, "tpot"),
             f"{mean(run['request_goodput'] for run in runs):.2f}/s" if "request_goodput" in runs[0] else "",
-            str(sum(run["failed"] for run in runs)),
         )
         previous = key
     console.print(table)
-    console.print("times in ms; repeats: throughput and times are means, ratios the range")
+    console.print(
+        "times in ms; repeats: throughput and times are means, ratios the range; active: experts a token"
+    )
 
 
 def _range(values: list[float]) -> str:
+    if not values:
+        return ""
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
     return low if low == high else f"{low}–{high}"
 
@@ -122,7 +131,7 @@ def _grouped(runs: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[
     return groups
 
 
-def _plot(result: dict[str, Any], path: Path) -> None:
+def plot(result: dict[str, Any], path: Path) -> None:
     """Throughput and latency against concurrency, and where a step's time goes."""
     import matplotlib
 
@@ -134,13 +143,13 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     )
     closed = [run for run in result["runs"] if run["load"]["rate_per_s"] is None]
     systems = list(dict.fromkeys(run["system"] for run in closed))
-    for colour, system in zip(COLOURS, systems, strict=False):
+    for i, system in enumerate(systems):
         mine: dict[int, list[dict[str, Any]]] = {}
         for run in closed:
             if run["system"] == system:
                 mine.setdefault(run["load"]["concurrency"], []).append(run)
         at = sorted(mine)
-        style = {"marker": "o", "color": colour}
+        style = {"marker": "o", "color": f"C{i}"}
         throughput.plot(
             at, [mean(run["output_throughput"] for run in mine[c]) for c in at], label=system, **style
         )

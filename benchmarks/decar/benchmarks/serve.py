@@ -4,7 +4,10 @@ Knows servers by their commands and HTTP. Systems that are compared:
 
 single        one expert's whole plain vLLM server, on one engine's share of the cores (or on one GPU)
 independent   such a server for every expert, each under the load, all at once: what the machine allows
+split         the same servers, the load dealt out among them: one expert a request, and nothing to decide
 dense         the ensemble, all experts active with equal weights, on all cores (or GPUs)
+pruned        the ensemble under the posterior, which drops experts of less than PRUNE's weight
+draw          the ensemble, one expert for each request drawn by the posterior (at temperature 1)
 top-1         the ensemble's server, with one expert's weight 1
 http          log-probabilities of the whole vocabulary from K plain vLLM servers, mixed by the client
 transformers  a static batch through every expert in turn, mixed, in one process on all cores
@@ -15,73 +18,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import json
-import os
+import math
 import shlex
-import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
-import psutil
 import torch
 import transformers
 import typer
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import Progress
 
 from decar.benchmarks import report, today
-from decar.benchmarks.load import Load, LoadFailed, Target, measure, together
+from decar.benchmarks.load import Load, LoadFailed, Target
 from decar.benchmarks.machine import environment, slug
 from decar.benchmarks.models import SHAPES, build_ensemble
-from decar.clients.child import Server, ServerDidNotStart, end_on_sigterm, free_port, serving
+from decar.benchmarks.servers import Bench, turn_of
+from decar.benchmarks.texts import BadPrompts, Texts
+from decar.clients.child import ServerDidNotStart, end_on_sigterm
 
 HTTP_TOKENS = 4  # one token over HTTP costs as much as hundreds in an engine
 TIMED = ("forward", "post", "row_wait", "mix", "sample", "token_wait")
-SYSTEMS = ("independent", "dense", "top-1", "http", "transformers")
+SYSTEMS = ("independent", "split", "dense", "pruned", "draw", "top-1", "http", "transformers")
+DEFAULT_SYSTEMS = ("independent", "dense", "top-1", "http", "transformers")
+PRUNE = 0.001
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 32
 
 
 class WrongAnswer(Exception):
     """The server does not give the mixture's tokens: how fast it does so is of no interest."""
-
-
-@dataclass
-class Bench:
-    """Everything that one run shares."""
-
-    directory: Path
-    dtype: str
-    flags: list[str]
-    goodput: list[str]
-    logs: Path
-    progress: Progress
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        manifest = json.loads((self.directory / "ensemble.json").read_text())
-        self.name: str = manifest["name"]
-        self.experts: dict[str, Path] = {e["name"]: self.directory / e["path"] for e in manifest["experts"]}
-        self.first = next(iter(self.experts))
-        self.weights = [1 / len(self.experts)] * len(self.experts)
-        self.cores = sorted(os.sched_getaffinity(0))
-        self.on_gpu = torch.cuda.is_available()
-
-    def target(self, server: Server, model: str, weights: dict[str, float] | None = None) -> Target:
-        extra = {"decar": {"weights": weights}} if weights else {}
-        return Target(server.base_url, model, self.experts[self.first], extra)
-
-    def mixture(self) -> today.Mixture:
-        return today.Mixture(list(self.experts.values()), self.weights, self.dtype)
-
-    def run(self, system: str, targets: list[Target], load: Load, repeat: int) -> None:
-        results = measure(targets, load, self.goodput, self.logs / "client.log", seed=repeat)
-        self.runs.append({"system": system, "load": asdict(load), "repeat": repeat, **together(results)})
 
 
 def serve(
@@ -102,7 +72,15 @@ def serve(
     output_len: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 256,
     dtype: Annotated[str, typer.Option(help="Of all systems.")] = "bfloat16",
     goodput: Annotated[str, typer.Option(help="Promises in ms that goodput counts.")] = "ttft:2000 tpot:200",
-    systems: Annotated[str, typer.Option(help="What is compared with one expert.")] = ",".join(SYSTEMS),
+    systems: Annotated[
+        str, typer.Option(help=f"What is compared with one expert: of {', '.join(SYSTEMS)}.")
+    ] = ",".join(DEFAULT_SYSTEMS),
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text to cut prompts from (jsonl, parquet, plain); again for more. Default: random."
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option(help="Within two minutes on two cores: one load, one repeat, eager mode.")
     ] = False,
@@ -115,7 +93,7 @@ def serve(
     """
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120  # a table cut to 80 columns would lose its ratios
+        console.width = 140  # a table cut to 80 columns would lose its ratios
     compared = [name for name in systems.split(",") if name]
     for name in compared:
         if name not in SYSTEMS:
@@ -140,33 +118,39 @@ def serve(
         progress = stack.enter_context(Progress(console=console, transient=True))
         flags = [*limits, "--dtype", dtype, *shlex.split(vllm)]
         bench = Bench(directory, dtype, flags, goodput.split(), logs, progress)
+        steps: list[dict[str, Any]] = []
         try:
-            checked = _measure_all(bench, closed, shares, repeats, compared)
-        except (LoadFailed, ServerDidNotStart, WrongAnswer) as error:
+            if prompts:
+                bench.texts = Texts(prompts, bench.experts[bench.first], input_len)
+                bench.texts.check(max(load.requests for load in closed))
+            checked = _measure_all(bench, closed, shares, repeats, compared, steps)
+        except (BadPrompts, LoadFailed, ServerDidNotStart, WrongAnswer) as error:
             console.print(f"decar bench: error: {error}", style="red", markup=False)
             raise typer.Exit(1) from None
     result = {
         "environment": environment(),
         "ensemble": {"name": bench.name, "experts": len(bench.experts), "dtype": dtype, "flags": bench.flags},
+        "prompts": [str(path) for path in prompts or ()],
         "goodput": bench.goodput,
         "checked": checked,
         "runs": bench.runs,
         "ratios": report.ratios(bench.runs),
-        "steps": bench.steps,
+        "steps": steps,
     }
-    path = report.write(result, output / f"{slug()}-serve-{bench.name}")
+    path = report.write(result, output / f"{slug()}-serve-{bench.name}", report.plot)
     report.show(result, console)
     console.print(f"\nreport: {path}.json, {path}.png; logs: {logs}")
 
 
 def _measure_all(
-    bench: Bench, closed: list[Load], shares: list[float], repeats: int, compared: list[str]
+    bench: Bench,
+    closed: list[Load],
+    shares: list[float],
+    repeats: int,
+    compared: list[str],
+    steps: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Fill ``bench.runs``; returns what was checked.
-
-    All servers are up throughout, and take turns: a machine that slows down slows all of them. Those whose turn
-    it is not are stopped: an idle engine still wakes a thousand times a second.
-    """
+    """Fill ``bench.runs`` and ``steps``; returns what was checked."""
     most = max(closed, key=lambda load: load.concurrency)
     task = bench.progress.add_task("", total=None)
 
@@ -178,35 +162,51 @@ def _measure_all(
         # The client's imports take seconds: while a plain server starts, the other cores have nothing to do.
         threading.Thread(target=importlib.import_module, args=("vllm.benchmarks.serve",)).start()
         say("plain vLLM")
-        count = len(bench.experts) if {"independent", "http"} & set(compared) else 1
-        plain = servers.enter_context(_plain_servers(bench, count))
+        count = len(bench.experts) if {"independent", "split", "http"} & set(compared) else 1
+        plain = servers.enter_context(bench.plain_servers(count))
         say("the ensemble")
-        ensemble = servers.enter_context(_ensemble_server(bench))
+        ensemble = servers.enter_context(bench.ensemble_server())
         base = ensemble.base_url
-        dense = bench.target(ensemble, bench.name, dict(zip(bench.experts, bench.weights, strict=True)))
-        checked = _check(bench, dense)
+        equal = dict.fromkeys(bench.experts, 1 / len(bench.experts))
+        decar: dict[str, dict[str, Any]] = {
+            "dense": {"weights": equal},
+            "pruned": {"route": "posterior", "prune": PRUNE},
+            "draw": {"route": "posterior", "sampling": "draw"},
+            "top-1": {"weights": {bench.first: 1.0}},
+        }
+        of = {
+            system: [bench.target(ensemble, bench.name, decar=options)] for system, options in decar.items()
+        }
+        of["draw"][0].extra_body["temperature"] = 1.0  # greedy, one expert's answer is not the mixture's
+        checked = _check(bench, of["pruned" if "pruned" in compared else "dense"][0])
         loaded = {  # the systems that vLLM's client puts load on
             "single": [bench.target(*plain[0])],
-            "independent": [bench.target(*of) for of in plain],
-            "dense": [dense],
-            "top-1": [bench.target(ensemble, bench.name, {bench.first: 1.0})],
+            "independent": [bench.target(*each) for each in plain],
+            "split": [bench.target(*each) for each in plain],
+            **of,
         }
         under = {system: targets for system, targets in loaded.items() if system in ("single", *compared)}
+        short = replace(most, requests=most.concurrency, output_tokens=8)
         for targets in under.values():
-            _warm(bench, targets, most)
+            bench.measured(targets, short)  # so that no measured request pays for a first time
         everyone = [ensemble, *(server for server, _ in plain)]
 
         def measure_each(load: Load) -> None:
             for repeat in range(repeats):
                 for system, targets in under.items():
-                    busy = {target.base_url for target in targets}
+                    each = load.dealt(len(plain)) if system == "split" else load
+                    if each is None:
+                        continue
                     say(system, load, repeat)
-                    before = _counted(base)
-                    with _stopped(server.pid for server in everyone if server.base_url not in busy):
-                        bench.run(system, targets, load, repeat)
+                    before, seen = _counted(base), _active(base)
+                    with turn_of(targets, everyone):
+                        measured = bench.measured(targets, each)
+                    if system in decar:
+                        tokens, experts = (new - old for new, old in zip(_active(base), seen, strict=True))
+                        measured["active_experts"] = experts / tokens
                     if system == "dense":
-                        step = _step(load, before, _counted(base), bench.runs[-1]["duration_s"])
-                        bench.steps.append(step)
+                        steps.append(_step(load, before, _counted(base), measured["duration_s"]))
+                    bench.keep(system, load, repeat, measured)
 
         for load in closed:
             measure_each(load)
@@ -214,93 +214,49 @@ def _measure_all(
         for share in shares:
             measure_each(replace(most, rate_per_s=share * best))
         over_http = []
-        experts = [(server.base_url, name) for server, name in plain]
+        endpoints = [(server.base_url, name) for server, name in plain]
+        weights = list(equal.values())
         for load in closed if "http" in compared else []:
             say("http", load)
-            prompts = _prompts(bench, load.concurrency, load.input_tokens)
-            decoded = asyncio.run(today.over_http(experts, bench.weights, prompts, HTTP_TOKENS))
+            prompts = bench.random_prompts(load.concurrency, load.input_tokens)
+            decoded = asyncio.run(today.over_http(endpoints, weights, prompts, HTTP_TOKENS))
             over_http.append((load, prompts, decoded))
     if {"http", "transformers"} & set(compared):
-        mixture = bench.mixture()
+        mixture = today.Mixture(list(bench.experts.values()), weights, bench.dtype)
         for load, prompts, decoded in over_http:
             _today(bench, mixture, "http", load, prompts, decoded)
         for load in closed if "transformers" in compared else []:
             say("transformers", load)
-            prompts = _prompts(bench, load.concurrency, load.input_tokens)
+            prompts = bench.random_prompts(load.concurrency, load.input_tokens)
             decoded = mixture.decode(prompts, min(load.output_tokens, 32))
             _today(bench, mixture, "transformers", load, prompts, decoded)
     return checked
 
 
-@contextlib.contextmanager
-def _plain_servers(bench: Bench, count: int) -> Iterator[list[tuple[Server, str]]]:
-    """The first ``count`` experts' plain vLLM servers, each on its share of the cores, with their model ids."""
-    share = max(len(bench.cores) // len(bench.experts), 1)
-    with contextlib.ExitStack() as stack:
-        servers = []
-        for i, (name, path) in enumerate(list(bench.experts.items())[:count]):
-            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
-            command += ["--served-model-name", name, "--max-logprobs", "-1", *_kv(bench), *bench.flags]
-            of = bench.cores[i * share % len(bench.cores) :][:share]
-            cores = () if bench.on_gpu else of
-            log = bench.logs / f"{name}.log"
-            servers.append((stack.enter_context(serving(command, free_port(), log, cores=cores)), name))
-        yield servers
-
-
-@contextlib.contextmanager
-def _ensemble_server(bench: Bench) -> Iterator[Server]:
-    command = [sys.executable, "-m", "decar.server", "serve", str(bench.directory), *_kv(bench), *bench.flags]
-    cores = () if bench.on_gpu else bench.cores
-    with serving(command, free_port(), bench.logs / "ensemble.log", cores=cores) as server:
-        yield server
-
-
-@contextlib.contextmanager
-def _stopped(pids: Iterable[int]) -> Iterator[None]:
-    """Stop these processes and their children as Ctrl-Z would, until the block ends."""
-    roots = [psutil.Process(pid) for pid in pids]
-    family = [process for root in roots for process in (root, *root.children(recursive=True))]
-    try:
-        for process in family:
-            process.suspend()
-        yield
-    finally:
-        for process in family:
-            process.resume()
-
-
-def _kv(bench: Bench) -> list[str]:
-    """The same KV cache for every engine: otherwise a plain server would take what K engines share."""
-    return [] if "--kv-cache-memory-bytes" in bench.flags else ["--kv-cache-memory-bytes", str(1 << 29)]
-
-
-def _warm(bench: Bench, targets: list[Target], most: Load) -> None:
-    """A short burst, so that no measured request pays for a first time."""
-    load = Load(most.concurrency, most.concurrency, most.input_tokens, 8)
-    measure(targets, load, bench.goodput, bench.logs / "client.log", seed=1000)
-
-
-def _check(bench: Bench, dense: Target) -> dict[str, Any]:
+def _check(bench: Bench, target: Target) -> dict[str, Any]:
     """Hold greedy answers of the ensemble to the mixture, see `_hold`; returns what was seen."""
     worst, allowed = 0.0, 0.0
-    mixture = bench.mixture()
-    for prompt in _prompts(bench, CHECKED_PROMPTS, 16):
+    options = target.extra_body["decar"]
+    posterior, prune = "weights" not in options, options.get("prune", 0.0)
+    start = bench.priors if posterior else list(options["weights"].values())
+    mixture = today.Mixture(list(bench.experts.values()), start, bench.dtype)
+    for prompt in bench.random_prompts(CHECKED_PROMPTS, 16):
         body = {
-            "model": dense.model,
+            "model": target.model,
             "prompt": prompt,
             "max_tokens": CHECKED_TOKENS,
             "temperature": 0,
             "ignore_eos": True,
             "logprobs": 0,
             "return_token_ids": True,
-            **dense.extra_body,
+            **target.extra_body,
         }
-        response = httpx.post(f"{dense.base_url}/v1/completions", json=body, timeout=600)
+        response = httpx.post(f"{target.base_url}/v1/completions", json=body, timeout=600)
         response.raise_for_status()
         choice = response.json()["choices"][0]
+        log_probs = choice["logprobs"]["token_logprobs"]
         off, allowed = _hold(
-            bench.dtype, mixture, prompt, choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            bench.dtype, mixture, prompt, choice["token_ids"], log_probs, posterior=posterior, prune=prune
         )
         worst = max(worst, off)
     tokens = CHECKED_PROMPTS * CHECKED_TOKENS
@@ -313,40 +269,36 @@ def _hold(
     prompt: list[int],
     tokens: list[int],
     log_probs: list[float] | None = None,
+    *,
+    posterior: bool = False,
+    prune: float = 0.0,
 ) -> tuple[float, float]:
     """Compare a greedy answer with a transformers mixture: is each token the best, are its log-probabilities right?
 
     Two right implementations round differently. Allowed are 16 units in the last place of the largest logit:
-    both sides, over the layers of a model.
+    both sides, over the layers of a model. ``prune`` changes a token's probability by so much at most.
 
     Returns:
-        the largest difference and the allowed one, in nats.
+        the largest difference and the allowed one without pruning, in nats.
 
     Raises:
         WrongAnswer: it is further off.
     """
-    expected, best, largest = mixture.scores(prompt + tokens, len(prompt))
+    expected, best, largest = mixture.scores(prompt + tokens, len(prompt), posterior)
     allowed = max(16 * torch.finfo(getattr(torch, dtype)).eps / 2 * largest, 1e-3)
     worst = 0.0
     for i, (ours, theirs, highest) in enumerate(zip(log_probs or expected, expected, best, strict=True)):
         off = max(abs(ours - theirs), highest - theirs)
         worst = max(worst, off)
-        if not off <= allowed:
+        limit = allowed + 2 * prune * math.exp(
+            -theirs
+        )  # twice: the best token's may have been raised as well
+        if not off <= limit:
             raise WrongAnswer(
                 f"token {i} of an answer has log-probability {ours:.4f}; the mixture's is {theirs:.4f}, and its "
-                f"best token's {highest:.4f}: further off than rounding explains ({allowed:.4f})"
+                f"best token's {highest:.4f}: further off than rounding explains ({limit:.4f})"
             )
     return worst, allowed
-
-
-def _prompts(bench: Bench, count: int, length: int) -> list[list[int]]:
-    """Random token ids that every expert knows."""
-    vocabulary = min(
-        json.loads((p / "config.json").read_text())["vocab_size"] for p in bench.experts.values()
-    )
-    generator = torch.Generator().manual_seed(0)
-    ids: list[list[int]] = torch.randint(2, vocabulary, (count, length), generator=generator).tolist()
-    return ids
 
 
 def _today(
@@ -372,6 +324,17 @@ def _today(
             "mean_tpot_ms": each,
         }
     )
+
+
+def _active(base: str) -> tuple[float, float]:
+    """(Tokens, experts that mixed them) so far: their quotient is how many experts a token has cost."""
+    samples = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(httpx.get(f"{base}/metrics").text)
+        for sample in family.samples
+        if family.name == "decar:active_experts"
+    }
+    return samples["decar:active_experts_count"], samples["decar:active_experts_sum"]
 
 
 def _counted(base: str) -> list[dict[str, int]]:

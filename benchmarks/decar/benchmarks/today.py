@@ -37,8 +37,8 @@ class Mixture:
     """
 
     def __init__(self, experts: Sequence[Path], weights: Sequence[float], dtype: str):
-        self._weights = weights
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._log_weights = torch.tensor(weights, device=self._device).log()
         self._models: list[Any] = [
             AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(self._device).eval()
             for path in experts
@@ -57,30 +57,39 @@ class Mixture:
                 output = model(ids, past_key_values=caches[k], use_cache=True)
                 caches[k] = output.past_key_values
                 rows.append(output.logits[:, -1])
-            ids = _mixed(rows, self._weights).argmax(-1, keepdim=True)
+            ids = (_log_probs(rows) + self._log_weights).logsumexp(-1).argmax(-1, keepdim=True)
             chosen.append(ids)
         decoded: list[list[int]] = torch.cat(chosen, dim=1).tolist()  # waits for a GPU
         return Decoded(decoded, time.perf_counter() - started)
 
     @torch.inference_mode()
-    def scores(self, text: list[int], start: int) -> tuple[list[float], list[float], float]:
+    def scores(
+        self, text: list[int], start: int, posterior: bool = False
+    ) -> tuple[list[float], list[float], float]:
         """What the mixture says of ``text`` from position ``start`` on, each token given those before it.
+
+        Args:
+            posterior: the weights are those before the text, and every token after the first moves them on.
 
         Returns:
             log-probabilities of its tokens, the highest log-probability at each of them, and the largest logit.
         """
         ids = torch.tensor([text], device=self._device)
-        rows = [model(ids).logits[0, start - 1 : -1] for model in self._models]  # [T, V]
-        mixed = _mixed(rows, self._weights)
+        rows = [model(ids).logits[0, :-1] for model in self._models]  # [T, V]
+        log_probs = _log_probs(rows)
+        log_weights = self._log_weights.expand(len(log_probs), 1, -1)
+        if posterior:
+            said = log_probs.take_along_dim(ids[0, 1:, None, None], dim=1)  # [T, 1, K]
+            log_weights = (log_weights + said.cumsum(0) - said).log_softmax(-1)
+        mixed = (log_probs + log_weights).logsumexp(-1)[start - 1 :]
         chosen = mixed.gather(1, ids[0, start:, None])[:, 0]
         return chosen.tolist(), mixed.max(-1).values.tolist(), max(float(row.abs().max()) for row in rows)
 
 
-def _mixed(rows: list[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Log-probabilities [..., V] of the mixture over the vocabulary that all ``rows`` [..., V'] share."""
+def _log_probs(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Log-probabilities [..., V, K] over the vocabulary that all ``rows`` [..., V'] share."""
     width = min(row.shape[-1] for row in rows)
-    log_probs = torch.stack([row[..., :width].float().log_softmax(-1) for row in rows], dim=-1)
-    return (log_probs + torch.tensor(weights, device=log_probs.device).log()).logsumexp(-1)
+    return torch.stack([row[..., :width].float().log_softmax(-1) for row in rows], dim=-1)
 
 
 async def over_http(

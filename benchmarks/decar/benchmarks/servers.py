@@ -1,0 +1,133 @@
+"""What the measurements of one run share: an ensemble, the servers that are compared, and whose turn it is.
+
+Knows servers by their commands and HTTP. All of them are up throughout, and take turns: a machine that slows down
+slows all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.progress import Progress
+
+from decar.benchmarks.load import Load, Measured, Prompts, Target, measure, together
+from decar.benchmarks.texts import Texts
+from decar.clients.child import Server, free_port, serving
+
+
+@dataclass
+class Bench:
+    """Everything that one run shares.
+
+    Attributes:
+        flags: vLLM's, of every server.
+        goodput: promises in ms that goodput counts.
+        texts: where prompts come from; None: random token ids.
+        runs: what was measured so far.
+    """
+
+    directory: Path
+    dtype: str
+    flags: list[str]
+    goodput: list[str]
+    logs: Path
+    progress: Progress
+    texts: Texts | None = None
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    picked: int = 0  # how often prompts were picked
+
+    def __post_init__(self) -> None:
+        manifest = json.loads((self.directory / "ensemble.json").read_text())
+        self.name: str = manifest["name"]
+        self.experts: dict[str, Path] = {e["name"]: self.directory / e["path"] for e in manifest["experts"]}
+        self.priors: list[float] = [e["prior"] for e in manifest["experts"]]
+        self.first = next(iter(self.experts))
+        self.cores = sorted(os.sched_getaffinity(0))
+        self.on_gpu = torch.cuda.is_available()
+
+    def target(self, server: Server, model: str, **extra: Any) -> Target:
+        """Requests for ``model`` of ``server`` that say ``extra`` besides."""
+        return Target(server.base_url, model, self.experts[self.first], extra)
+
+    def new_prompts(self, load: Load) -> Prompts:
+        """For every system others: what a server has seen before costs it less."""
+        self.picked += 1
+        if self.texts is None:
+            return Prompts(self.picked)
+        file = self.logs / f"prompts-{self.picked}.jsonl"
+        return Prompts(self.picked, self.texts.write(file, load.requests))
+
+    def measured(self, targets: list[Target], load: Load, prompts: Prompts | None = None) -> Measured:
+        """Put ``load`` on each of ``targets`` at the same time, with new prompts where none are given.
+
+        Raises:
+            LoadFailed: not every request came back whole.
+        """
+        prompts = prompts or self.new_prompts(load)
+        return together(measure(targets, load, self.goodput, self.logs / "client.log", prompts))
+
+    def keep(self, system: str, load: Load, repeat: int, measured: Measured) -> None:
+        self.runs.append({"system": system, "load": asdict(load), "repeat": repeat, **measured})
+
+    def random_prompts(self, count: int, length: int) -> list[list[int]]:
+        """Random token ids that every expert knows."""
+        vocabulary = min(
+            json.loads((path / "config.json").read_text())["vocab_size"] for path in self.experts.values()
+        )
+        generator = torch.Generator().manual_seed(0)
+        ids: list[list[int]] = torch.randint(2, vocabulary, (count, length), generator=generator).tolist()
+        return ids
+
+    @contextlib.contextmanager
+    def plain_servers(self, count: int) -> Iterator[list[tuple[Server, str]]]:
+        """The first ``count`` experts' plain vLLM servers, each on its share of the cores, with their model ids."""
+        share = max(len(self.cores) // len(self.experts), 1)
+        with contextlib.ExitStack() as stack:
+            servers = []
+            for i, (name, path) in enumerate(list(self.experts.items())[:count]):
+                command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
+                command += ["--served-model-name", name, "--max-logprobs", "-1", *self._all_flags()]
+                of = self.cores[i * share % len(self.cores) :][:share]
+                cores = () if self.on_gpu else of
+                log = self.logs / f"{name}.log"
+                servers.append((stack.enter_context(serving(command, free_port(), log, cores=cores)), name))
+            yield servers
+
+    @contextlib.contextmanager
+    def ensemble_server(self) -> Iterator[Server]:
+        command = [sys.executable, "-m", "decar.server", "serve", str(self.directory), *self._all_flags()]
+        cores = () if self.on_gpu else self.cores
+        with serving(command, free_port(), self.logs / "ensemble.log", cores=cores) as server:
+            yield server
+
+    def _all_flags(self) -> list[str]:
+        """The same KV cache for every engine: otherwise a plain server would take what K engines share."""
+        kv = [] if "--kv-cache-memory-bytes" in self.flags else ["--kv-cache-memory-bytes", str(1 << 29)]
+        return [*kv, *self.flags]
+
+
+@contextlib.contextmanager
+def turn_of(targets: Iterable[Target], everyone: Iterable[Server]) -> Iterator[None]:
+    """Stop the servers of ``everyone`` that ``targets`` do not need, as Ctrl-Z would, until the block ends.
+
+    An idle engine still wakes a thousand times a second.
+    """
+    busy = {target.base_url for target in targets}
+    roots = [psutil.Process(server.pid) for server in everyone if server.base_url not in busy]
+    family = [process for root in roots for process in (root, *root.children(recursive=True))]
+    try:
+        for process in family:
+            process.suspend()
+        yield
+    finally:
+        for process in family:
+            process.resume()
