@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any, cast
@@ -44,6 +45,21 @@ def stream_chat(
             yield choice.delta.content or "", extra.get("weights", [])
 
 
+@contextlib.contextmanager
+def api_errors(console: Console, base_url: str) -> Iterator[None]:
+    """Turn what OpenAI's client raises into one line and exit code 1."""
+    try:
+        yield
+    except openai.APIConnectionError:
+        console.print(
+            f"no server answers at {base_url}; start one with `decar serve DIR`", style="red", soft_wrap=True
+        )
+        raise typer.Exit(1) from None
+    except openai.APIError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
 def ensemble_of(client: openai.OpenAI) -> dict[str, Any]:
     """What the server says of its ensemble."""
     return client.get("/ensemble", cast_to=dict)
@@ -64,40 +80,33 @@ def chat(
     client = openai.OpenAI(base_url=base_url, api_key=api_key)
     options: dict[str, Any] = {"trace": trace}
     try:
-        if weights is not None:
-            options["weights"] = json.loads(weights)
-        ensemble = ensemble_of(client)
-        names = [expert["name"] for expert in ensemble["experts"]]
-        messages: list[dict[str, str]] = []
-        console.print(f"[bold]{model or ensemble['name']}[/bold] ({', '.join(names)})")
-        while True:
-            question = prompt or console.input("[bold]> [/bold]")
-            messages.append({"role": "user", "content": question})
-            answer = ""
-            seen: list[list[float]] = []
-            arguments = (client, messages, model or ensemble["name"], max_tokens, temperature, options)
-            for text, token_weights in stream_chat(*arguments):
-                console.print(text, end="", markup=False, soft_wrap=True)
-                answer += text
-                seen += token_weights
-            console.print()
-            if seen:
-                console.print(describe_weights(names, seen), style="dim")
-            messages.append({"role": "assistant", "content": answer})
-            if prompt is not None:
-                return
+        with api_errors(console, base_url):
+            if weights is not None:
+                options["weights"] = json.loads(weights)
+            ensemble = ensemble_of(client)
+            names = [expert["name"] for expert in ensemble["experts"]]
+            messages: list[dict[str, str]] = []
+            console.print(f"[bold]{model or ensemble['name']}[/bold] ({', '.join(names)})")
+            while True:
+                question = prompt or console.input("[bold]> [/bold]")
+                messages.append({"role": "user", "content": question})
+                answer = ""
+                seen: list[list[float]] = []
+                arguments = (client, messages, model or ensemble["name"], max_tokens, temperature, options)
+                for text, token_weights in stream_chat(*arguments):
+                    console.print(text, end="", markup=False, soft_wrap=True)
+                    answer += text
+                    seen += token_weights
+                console.print()
+                if seen:
+                    console.print(describe_weights(names, seen), style="dim")
+                messages.append({"role": "assistant", "content": answer})
+                if prompt is not None:
+                    return
     except (EOFError, KeyboardInterrupt):
         console.print()
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f"--weights is not JSON ({error})") from None
-    except openai.APIConnectionError:
-        console.print(
-            f"no server answers at {base_url}; start one with `decar serve DIR`", style="red", soft_wrap=True
-        )
-        raise typer.Exit(1) from None
-    except openai.APIError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 def describe_weights(names: list[str], weights: list[list[float]]) -> str:

@@ -1,0 +1,65 @@
+"""What `decar explain` draws, on terminals that can colour and on those that cannot."""
+
+import io
+
+import pytest
+import typer
+from rich.console import Console
+
+from decar.clients.explain import Piece, explain, show
+
+NAMES = ["code", "prose"]
+PIECES = [
+    Piece("def ", [[0.95, 0.05]], ["code"]),
+    Piece("f(x):\n", [[0.9, 0.1], [0.7, 0.3]], ["code", "code"]),
+    Piece("é is", [[0.45, 0.55]], ["code"]),
+    Piece(" it", [[0.0, 1.0]], ["prose"]),
+]
+
+
+def drawn(**of: object) -> str:
+    output = io.StringIO()
+    show(Console(file=output, width=80, highlight=False, **of), NAMES, "a\nprompt", PIECES)  # type: ignore[arg-type]
+    return output.getvalue()
+
+
+def test_without_colour_a_line_names_the_speaker_of_each_run() -> None:
+    lines = drawn().splitlines()
+    assert lines[0] == "prompt      | a\\nprompt"
+    assert lines[1] == "code   85% | def f(x):\\n"
+    assert lines[2] == "prose  78% | é is it"
+    assert lines[4:6] == ["code  ██▆▄▁  60.0%", "prose ▁▁▃▅█  40.0%"]
+    assert "active experts a token: 1.80" in lines[6]
+    assert lines[7] == "leader: code, prose from token 5 on"
+    assert "\x1b" not in "".join(lines)
+
+
+def test_with_colour_every_token_has_its_speakers() -> None:
+    text = drawn(force_terminal=True, color_system="standard")
+    assert "\x1b[2mprompt\x1b[0m" in text  # dim
+    assert "\x1b[1;36mdef \x1b[0m" in text  # bold cyan: code, sure
+    assert "\x1b[4;35mé is\x1b[0m" in text  # underlined magenta: prose, hardly
+    assert "\x1b[1;35m it\x1b[0m" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "base_url"), [(["only one"], None), (["runs/demo/ensemble", "a"], "http://x/v1")]
+)
+def test_a_missing_word_is_told_from_one_too_many(words: list[str], base_url: str | None) -> None:
+    with pytest.raises(typer.BadParameter, match="PROMPT"):
+        explain(words, base_url=base_url)
+
+
+def test_more_tokens_than_a_line_has_room_for_are_averaged() -> None:
+    output = io.StringIO()
+    pieces = [Piece("a", [[0.0, 1.0] if t < 100 else [1.0, 0.0]], ["code"]) for t in range(200)]
+    show(Console(file=output, width=40), NAMES, "", pieces)
+    row = next(line for line in output.getvalue().splitlines() if line.startswith("code  ▁"))
+    assert len(row) <= 40
+    assert row.count("▁") == row.count("█") > 10
+
+
+def test_an_empty_answer_is_said_to_be_one() -> None:
+    output = io.StringIO()
+    show(Console(file=output), NAMES, "prompt", [])
+    assert "the answer is empty" in output.getvalue()
