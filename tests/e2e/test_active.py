@@ -263,6 +263,8 @@ def test_a_draw_that_would_not_be_exact_is_refused(
     body = {"model": duo.name, "prompt": [5, 6, 7], "max_tokens": 2, "temperature": 1, **options}
     body["decar"] = {"sampling": "draw", **options.get("decar", {})}
     assert_error(duo_server.http.post("/v1/completions", json=body), 400, "draw", word, "mixture")
+    streamed = duo_server.http.post("/v1/completions", json={**body, "stream": True})
+    assert_error(streamed, 400, "draw", word, "mixture")  # before the stream has begun
 
 
 async def test_a_draw_is_one_experts_answer_and_as_many_as_choices(

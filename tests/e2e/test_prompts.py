@@ -13,7 +13,7 @@ import torch
 
 from tests.e2e.conftest import CHUNK_TOKENS
 from tests.e2e.test_exact import LEAD, LOGPROB_TOLERANCE, RULES, WEIGHT_TOLERANCE, complete_all
-from tests.helpers import SHARED_MEMORY, Server, answer_of, by_token_id, wait_until
+from tests.helpers import SHARED_MEMORY, Server, answer_of, assert_error, by_token_id, wait_until
 from tests.reference import (
     Reference,
     Rule,
@@ -195,11 +195,27 @@ async def test_a_prompt_asked_for_again_is_not_scored_again(duo_server: Server, 
         wait_until(duo_server.is_idle, 10, "all requests have ended")
         return sum(duo_server.metric("vllm:request_success_total")) - before
 
-    # Per prompt: one scoring on each of two experts, and the leader's own; a follower is aborted.
-    new = await requests_of(prompts)
-    assert await requests_of(prompts) <= new - 2 * len(prompts)
-    together = await requests_of([texts(duo, 9, 70)[8]] * 5)
-    assert together <= 2 + 2 * 5
+    # Per prompt: a scoring on each of two experts, and its answer; a follower may end before it is aborted, and count.
+    assert await requests_of(prompts) >= 3 * len(prompts)
+    assert await requests_of(prompts) <= 2 * len(prompts)
+    assert await requests_of([texts(duo, 9, 70)[8]] * 5) <= 2 + 2 * 5
+
+
+@pytest.mark.parametrize("count", [-1, 21, 10**9])
+def test_more_log_probabilities_than_the_server_allows_are_refused_at_once(
+    duo_server: Server, duo: Reference, count: int
+) -> None:
+    body = {"model": duo.name, "prompt": [5] * 400, "max_tokens": 1, "prompt_logprobs": count}
+    assert_error(duo_server.http.post("/v1/completions", json=body), 400, "prompt_logprobs", "20")
+
+
+@pytest.mark.parametrize("prompt", [[5], [5, 6]])
+async def test_the_shortest_prompts(duo_server: Server, duo: Reference, prompt: list[int]) -> None:
+    async with duo_server.async_openai() as client:
+        answer = await echo(client, duo.name, prompt, None)
+    if len(prompt) > 1:
+        assert_scores(answer.logprobs, prompt, prompt_scores(duo, prompt, rule="velocity", posterior=True)[0])
+    assert len(answer.logprobs.token_logprobs) == len(prompt) + 1
 
 
 async def test_scoring_leaves_no_file_behind(duo_server: Server, duo: Reference) -> None:

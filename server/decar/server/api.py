@@ -81,10 +81,12 @@ async def ensemble(request: Request) -> JSONResponse:
             "prior": entry.prior,
             "up": expert.up,
             "pid": expert.pid,
-            "leads": expert.leads,
+            "leads": leads,
             "lockstep": block.counted(),
         }
-        for expert, entry, block in zip(client.experts, manifest.experts, client.plane.blocks, strict=True)
+        for expert, entry, block, leads in zip(
+            client.experts, manifest.experts, client.plane.blocks, client.leads(), strict=True
+        )
     ]
     return JSONResponse(
         {

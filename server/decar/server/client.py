@@ -93,7 +93,6 @@ class Expert:
     engine: AsyncLLM
     pid: int
     up: bool = True
-    leads: int = 0  # requests it leads now
 
 
 @dataclass
@@ -139,7 +138,11 @@ class EnsembleClient(EngineClient):
         self._metrics = EnsembleMetrics(ensemble.expert_names, plane)
         available = available_routers(ensemble)
         self._routers = {kind: load_router(ensemble, kind) for kind in get_args(Trained) if kind in available}
-        self._running: dict[int, tuple[Member, Any]] = {}  # slot -> its member and its leader's output queue
+        for router in self._routers.values():
+            router.log_weights(["what loads on first use, loads before the first request"])
+        self._running: dict[
+            int, tuple[Member, Any]
+        ] = {}  # slot -> its member; its leader's output queue, once there
         self._last_arrival = 0.0
         self._stopped = False
         self._watches: list[asyncio.Task[None]] = []
@@ -173,15 +176,16 @@ class EnsembleClient(EngineClient):
                     f"{field} names a token id beyond the {self.ensemble.vocab_size} that all experts share",
                     parameter=field,
                 )
+        self._check_counts(sampling_params)
         call = current_call.get() or parse_call(self.ensemble, None, None)
+        if call.draw:
+            _check_drawable(sampling_params)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
         return self._generate(Asked(call, first_choice, prompt, sampling_params, request_id, kwargs))
 
     async def _generate(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
         call = asked.call
-        if call.draw:
-            _check_drawable(asked.params)
         log_weights, prompt_logprobs = await self._routed(asked)
         log_weights, budget = _restricted(call, log_weights)
         active = active_experts(log_weights)
@@ -285,7 +289,7 @@ class EnsembleClient(EngineClient):
             queues: dict[int, Any] = {}
             finished = False
             produced = 0
-            self.experts[leader].leads += 1
+            self._running[slot] = (member, None)
             route = Route(member, leader)
             try:
                 arrival = self._next_arrival()
@@ -316,12 +320,11 @@ class EnsembleClient(EngineClient):
                         ]
                     yield output
             finally:
-                self._metrics.observe(self._weights(member, 0, produced))
                 self._running.pop(slot, None)
                 self._relay.forget(route)
-                self.experts[leader].leads -= 1
-                ended = {route.speaker} if finished else set()
+                ended = {leader} if finished and not member.led_before else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
+                self._metrics.observe(self._weights(member, 0, produced))
 
     def _weights(self, member: Member, start: int, end: int) -> np.ndarray:
         """Weights [T, K] that mixed the tokens from ``start`` to ``end``."""
@@ -338,7 +341,31 @@ class EnsembleClient(EngineClient):
 
     def _leader(self, log_weights: np.ndarray, active: list[int]) -> int:
         """The expert with the largest weight; among equals, the one that leads the fewest requests."""
-        return max(active, key=lambda k: (round(float(log_weights[k]), 9), -self.experts[k].leads))
+        leads = self.leads()
+        return max(active, key=lambda k: (round(float(log_weights[k]), 9), -leads[k]))
+
+    def leads(self) -> list[int]:
+        """How many requests each expert leads now."""
+        leaders = [member.leader for member, _ in self._running.values()]
+        return [leaders.count(k) for k in range(len(self.experts))]
+
+    def _check_counts(self, params: SamplingParams) -> None:
+        """As vLLM's engines do: for an ensemble's prompt they are not asked, and for its answer after the prompt.
+
+        Raises:
+            VLLMValidationError: more log-probabilities are asked for than --max-logprobs allows.
+        """
+        limit = self.model_config.max_logprobs
+        if limit == -1:
+            limit = self.ensemble.vocab_size
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and (self.ensemble.vocab_size if count == -1 else count) > limit:
+                raise VLLMValidationError(
+                    f"{name} asks for {'all' if count == -1 else count} log-probabilities a token, and --max-logprobs "
+                    f"allows {limit}",
+                    parameter=name,
+                )
 
     def _next_arrival(self) -> float:
         """Arrival times are unique and the same for every engine: the order of age that holds yield by."""
@@ -348,8 +375,11 @@ class EnsembleClient(EngineClient):
     async def _abort(self, queues: dict[int, Any]) -> None:
         for k, queue in queues.items():
             if self.experts[k].up:
+                engine = self.experts[k].engine
                 with contextlib.suppress(EngineDeadError):
-                    await self.experts[k].engine.abort(queue.request_id, internal=True)
+                    # The engine is told also where its output processor knows the request no more: see `Relay`.
+                    engine.output_processor.abort_requests([queue.request_id], internal=True)
+                    await engine.engine_core.abort_requests_async([queue.request_id])
 
     # --- health -------------------------------------------------------------------------------------------
 
@@ -367,7 +397,7 @@ class EnsembleClient(EngineClient):
         self.plane.alive[expert] = 0
         for member, queue in list(self._running.values()):
             follow_seats(self.plane.blocks, member)  # those that had released it go on
-            if expert in member.active:
+            if expert in member.active and queue is not None:
                 queue.put(EngineDeadError())
 
     @property

@@ -42,9 +42,10 @@ def follow_seats(blocks: Sequence[Block], member: Member) -> None:
     """Bring ``member`` up to date with what its leaders have written of who takes part from which position on."""
     while True:
         block, slot = blocks[member.leader], member.slot
-        generation, leader, active = read_seats_word(block.seats[slot])
-        if generation != member.generation:
+        word = block.seats[slot]
+        if word >> 32 != member.generation:
             return  # an earlier tenant's: this one's leader has released nobody
+        leader, active = read_seats_word(word)
         member.active = active
         if len(active) == 1:
             member.alone_from = block.seats_from[slot]

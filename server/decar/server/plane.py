@@ -63,9 +63,9 @@ def seats_word(generation: int, leader: int, active: Iterable[int]) -> int:
     return generation << 32 | leader << 16 | sum(1 << expert for expert in active)
 
 
-def read_seats_word(word: int) -> tuple[int, int, tuple[int, ...]]:
-    """(generation, leader, active) of a `seats_word`."""
-    return word >> 32, word >> 16 & 0xFFFF, tuple(k for k in range(16) if word >> k & 1)
+def read_seats_word(word: int) -> tuple[int, tuple[int, ...]]:
+    """(leader, active) of a `seats_word`."""
+    return word >> 16 & 0xFFFF, tuple(k for k in range(16) if word >> k & 1)
 
 
 @dataclass(frozen=True)

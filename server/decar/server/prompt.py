@@ -13,6 +13,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,19 @@ from decar.server.plane import DIRECTORY, new_name
 from decar.server.scores import PrefixScores
 from decar.server.seat import SCORE_KEY, Scoring
 
-WINDOW_BYTES = 64 * 2**20  # of all experts' rows of one prompt at a time
+WINDOW_BYTES = 64 * 2**20  # of all experts' rows of one prompt at a time, at most
 PROMPTS_AT_ONCE = 4  # whose rows are held
 
 PromptLogprobs = list[dict[int, Logprob] | None]
+_Entry = tuple[list[int], list[float], list[int]]  # tokens, log-probabilities and ranks at one position
+
+
+@dataclass
+class _UnderWay:
+    """A prompt's scoring, and how many requests wait for it."""
+
+    task: asyncio.Task[list[float]]
+    waiting: int = 0
 
 
 class PromptScorer:
@@ -48,7 +58,10 @@ class PromptScorer:
         self._engines = engines
         self._vocab_size = vocab_size
         self._scores = [PrefixScores(engine.vllm_config.cache_config.block_size) for engine in engines]
-        self._under_way: dict[tuple[bytes, tuple[int, ...]], asyncio.Task[list[float]]] = {}
+        self._under_way: dict[tuple[bytes, tuple[int, ...]], _UnderWay] = {}
+        memory = os.statvfs(DIRECTORY)
+        share = memory.f_bavail * memory.f_frsize // (2 * PROMPTS_AT_ONCE)
+        self._window_bytes = min(WINDOW_BYTES, share)
         self._places = asyncio.Semaphore(PROMPTS_AT_ONCE)
 
     async def log_likelihoods(self, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> list[float]:
@@ -57,12 +70,20 @@ class PromptScorer:
         A prompt that is asked for again, even before its first score is there, is scored once.
         """
         key = (_salt_of(prompt), tuple(tokens_of(prompt)))
-        task = self._under_way.get(key)
-        if task is None:
+        scoring = self._under_way.get(key)
+        if scoring is None:
             task = asyncio.create_task(self._score_on_all(prompt, request_id, kwargs))
-            self._under_way[key] = task
-            task.add_done_callback(lambda _: self._under_way.pop(key, None))
-        return await asyncio.shield(task)  # others may wait for it when this request's client has left
+            scoring = self._under_way[key] = _UnderWay(task)
+        scoring.waiting += 1
+        try:
+            return await asyncio.shield(
+                scoring.task
+            )  # others may wait for it when this request's client has left
+        finally:
+            scoring.waiting -= 1
+            if not scoring.waiting:
+                self._under_way.pop(key)
+                scoring.task.cancel()
 
     def forget(self) -> None:
         """Ask the engines anew, as after they have dropped their prefix caches."""
@@ -113,7 +134,7 @@ class PromptScorer:
         """
         ids = tokens_of(prompt)
         found: PromptLogprobs = [None]
-        width = max(WINDOW_BYTES // (4 * self._vocab_size * len(self._engines)), 1)
+        width = max(self._window_bytes // (4 * self._vocab_size * len(self._engines)), 1)
         async with self._places:
             for start in range(0, len(ids) - 1, width):
                 end = min(start + width, len(ids) - 1)
@@ -131,15 +152,19 @@ class PromptScorer:
                     entries, log_weights = await asyncio.to_thread(
                         _mixed, rows, targets, log_weights, rule, count, posterior
                     )
-                found += [self._described(*entry) for entry in entries]
+                    rows.clear()  # its memory is free before the next window takes some
+                found += await asyncio.to_thread(self._described, entries)
         return found, log_weights
 
-    def _described(self, tokens: list[int], logprobs: list[float], ranks: list[int]) -> dict[int, Logprob]:
-        texts = convert_ids_list_to_tokens(self._engines[0].renderer.get_tokenizer(), tokens)
-        return {
-            token: Logprob(logprob, rank, text)
-            for token, logprob, rank, text in zip(tokens, logprobs, ranks, texts, strict=True)
-        }
+    def _described(self, entries: Sequence[_Entry]) -> PromptLogprobs:
+        """Each position's entry as vLLM's own output processor makes it."""
+        tokenizer = self._engines[0].renderer.get_tokenizer()
+        described: PromptLogprobs = []
+        for tokens, logprobs, ranks in entries:
+            texts = convert_ids_list_to_tokens(tokenizer, tokens)
+            fields = zip(tokens, logprobs, ranks, texts, strict=True)
+            described.append({token: Logprob(logprob, rank, text) for token, logprob, rank, text in fields})
+        return described
 
     async def _run(
         self,
@@ -213,8 +238,8 @@ def _mixed(
     rule: Rule,
     count: int,
     posterior: bool,
-) -> tuple[list[tuple[list[int], list[float], list[int]]], np.ndarray]:
-    """Mix a window of prompt rows K x [W, V]: (tokens, log-probabilities, ranks) of each position, weights after it."""
+) -> tuple[list[_Entry], np.ndarray]:
+    """Mix a window of prompt rows K x [W, V]: each position's prompt token and best ones; the weights after all."""
     log_probs = torch.stack(list(rows))  # [K, W, V]
     weights = np.repeat(np.asarray(log_weights)[None], len(targets), axis=0)  # [W, K]
     if posterior:

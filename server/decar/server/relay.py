@@ -69,11 +69,14 @@ class Relay:
                 touched.append(route)
         processed = self._process[expert](now, *args, **kwargs)
         for route in touched:
-            self._hand_over(route)
+            self._hand_over(route, *args, **kwargs)
         return processed
 
-    def _hand_over(self, route: Route) -> None:
-        """Move the user's state to whoever decides the next token, and give it what has come early."""
+    def _hand_over(self, route: Route, *args: Any, **kwargs: Any) -> None:
+        """Move the user's state to whoever decides the next token, and give it what has come early.
+
+        A stop string in there ends the request here, not in the engine: whoever follows the route aborts it.
+        """
         while True:
             old = self._processors[route.speaker].request_states
             state = old.get(route.ids.get(route.speaker, ""))
@@ -88,4 +91,4 @@ class Relay:
             old[old_id], new[new_id] = new[new_id], state
             old[old_id].request_id, state.request_id = old_id, new_id
             route.speaker = speaker
-            self._process[speaker](route.early.pop(speaker, []))
+            self._process[speaker](route.early.pop(speaker, []), *args, **kwargs)

@@ -6,6 +6,7 @@ K experts, T tokens.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -158,13 +159,16 @@ def _trained(ensemble: Ensemble, kind: Route, field_name: str) -> Trained | None
     """``kind`` if it is a router that this ensemble has been given by training; None for the prior."""
     if kind in ("prior", "posterior"):
         return None
-    available = available_routers(ensemble)
+    available = _available(ensemble)
     if kind not in available:
         raise RequestError(
             f"{field_name} {kind!r} is not trained for {ensemble.name!r}, which has {', '.join(available)}",
             field_name,
         )
     return cast(Trained, kind)
+
+
+_available = functools.cache(available_routers)  # as when the server started: it has loaded them
 
 
 def _check_draw(call: Call) -> None:

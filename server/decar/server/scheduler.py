@@ -27,16 +27,25 @@ class LockstepScheduler(Scheduler):
         self.lockstep = Lockstep(Plane.attach(seat.plane), seat.expert)
         self._members: dict[str, Member] = {}  # of requests in lockstep
         self._held: dict[str, Request] = {}
-        self._find_cached_blocks = self.kv_cache_manager.get_computed_blocks
-        self.kv_cache_manager.get_computed_blocks = self._scored_blocks_only
+        self._pruned: dict[str, Member] = {}  # those of them whose leader may release this expert
+        self._readable: int | None = None  # tokens that the request being scheduled may read from the cache
+        self._cached_blocks = self.kv_cache_manager.get_computed_blocks
+        self.kv_cache_manager.get_computed_blocks = self._cached_blocks_of
+        self._longest_hit = self.kv_cache_manager.coordinator.find_longest_cache_hit
+        self.kv_cache_manager.coordinator.find_longest_cache_hit = self._longest_readable_hit
 
     def add_request(self, request: Request) -> None:
         super().add_request(request)
         member = Member.of(request.sampling_params)
         if member is not None:
             self._members[request.request_id] = member
+            if member.prune > 0:
+                self._pruned[request.request_id] = member
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        released = [of for of, member in self._pruned.items() if not self.lockstep.takes_part(member)]
+        if released:
+            self.finish_requests(released, RequestStatus.FINISHED_ABORTED)  # their memory is free at once
         self._release()
         output = super().schedule(*args, **kwargs)
         if self._held and not output.num_scheduled_tokens:
@@ -52,14 +61,13 @@ class LockstepScheduler(Scheduler):
             request = self.requests.get(request_id)
             if member is None or request is None or request.status != RequestStatus.RUNNING:
                 continue
-            if self._leave(request, member):
-                continue
             if request.num_computed_tokens >= request.num_tokens:
                 self._held[request_id] = request
         return outputs
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._members.pop(request.request_id, None)
+        self._pruned.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
     def _matters(self, output: Any) -> bool:
@@ -69,13 +77,6 @@ class LockstepScheduler(Scheduler):
             return True
         self.lockstep.takes_part(member)
         return member.leader_at(request.num_output_tokens - 1) == self.lockstep.expert
-
-    def _leave(self, request: Request, member: Member) -> bool:
-        """End a request whose leader has released this expert: its memory is free at once."""
-        if member.prune <= 0 or self.lockstep.takes_part(member):
-            return False
-        self.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
-        return True
 
     def _release(self) -> None:
         """Make held requests runnable whose token is published, or whose rows are there or coming."""
@@ -90,10 +91,8 @@ class LockstepScheduler(Scheduler):
                 else:
                     token = self.lockstep.decided(member, position)
                     if token is None:
-                        if not self._leave(request, member):
-                            continue
-                    else:
-                        self._append(request, token)
+                        continue
+                    self._append(request, token)
             del self._held[request_id]  # runnable; or preempted or finished, and then no longer a hold
 
     def _append(self, request: Request, token: int) -> None:
@@ -101,20 +100,19 @@ class LockstepScheduler(Scheduler):
         request.append_output_token_ids(token)
         self.structured_output_manager.accept_tokens(request, [token])
 
-    def _scored_blocks_only(self, request: Request) -> Any:
+    def _cached_blocks_of(self, request: Request) -> Any:
         """Cached blocks of a request; of one that scores its prompt, only those whose score the gateway has.
 
         What is read from the cache is not computed, and what is not computed has no log-likelihood.
         """
         scoring = Scoring.of(request.sampling_params)
-        if scoring is None:
-            return self._find_cached_blocks(request)
-        hashes = request.block_hashes
-        request.block_hashes = hashes[: scoring.scored // self.hash_block_size]
-        try:
-            return self._find_cached_blocks(request)
-        finally:
-            request.block_hashes = hashes
+        self._readable = None if scoring is None else scoring.scored
+        return self._cached_blocks(request)
+
+    def _longest_readable_hit(self, block_hashes: Any, max_length: int) -> Any:
+        if self._readable is not None:
+            max_length = min(max_length, self._readable)
+        return self._longest_hit(block_hashes, max_length)
 
     def _yield_memory(self) -> None:
         """Preempt the youngest held request if an older one waits for its memory.

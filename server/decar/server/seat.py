@@ -87,7 +87,8 @@ class Member:
         return next((expert for end, expert in self.led_before if position < end), self.leader)
 
     def to_wire(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """As it begins: what leaders decide later is read from the plane, by each reader for itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("led_before", "alone_from")}
 
     @classmethod
     def of(cls, sampling_params: Any) -> Member | None:

@@ -239,6 +239,10 @@ def _parse(ensemble: Ensemble, flags: Sequence[str]) -> Namespace:
         raise StartError(
             f"unexpected argument {args.model_tag!r}: the ensemble directory says which models to serve"
         )
+    if str(args.logprobs_mode).endswith("logits"):
+        raise StartError(
+            f"--logprobs-mode {args.logprobs_mode} cannot be passed: experts are weighed by their log-probabilities"
+        )
     args.model = str(ensemble.directory)
     args.served_model_name = model_ids(ensemble)
     args.host = args.host or "127.0.0.1"

@@ -190,10 +190,14 @@ class LockstepWorker(_Worker):
         if state.generator is None:
             return
         tokens, _ = member.led_before[-1]
-        nothing = torch.zeros(1, self.model_runner.input_batch.vocab_size, device=state.generator.device)
+        sample = self.model_runner.sampler.topk_topp_sampler
+        # On a CPU it draws one number whatever the vocabulary, unless it is told to draw all of them.
+        narrow = current_platform.is_cpu() and not getattr(sample, "use_fp64_gumbel", False)
+        width = 1 if narrow else self.model_runner.input_batch.vocab_size
+        nothing = torch.zeros(1, width, device=state.generator.device)
         state.generator.manual_seed(state.sampling_params.seed)
         for _ in range(tokens):
-            self.model_runner.sampler.topk_topp_sampler(nothing, {0: state.generator}, None, None)
+            sample(nothing, {0: state.generator}, None, None)
 
     def _adopt_late(self, request_id: str, member: Member, state: Any) -> bool:
         """Catch up with the scheduler, which took a held follower's token from the plane between two steps.
