@@ -119,7 +119,12 @@ def test_an_answer_of_the_posterior_is_held_to_the_posterior(duo: Reference) -> 
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"), [(["--systems", "dense,vapour"], "vapour"), (["--shape", "7B"], "3M, 40M")]
+    ("flags", "said"),
+    [
+        (["--systems", "dense,vapour"], "vapour"),
+        (["--systems", "draw"], "add --temperature 1"),
+        (["--shape", "7B"], "3M, 40M"),
+    ],
 )
 def test_unknown_names_are_refused(flags: list[str], said: str) -> None:
     command = [sys.executable, "-m", "decar.server", "bench", "serve", *flags]
@@ -142,7 +147,7 @@ def test_a_whole_run_on_real_servers(duo: Reference, tmp_path: Path) -> None:
     ]
     command += ["--concurrency", "2", "--repeats", "1", "--input-len", "8", "--output-len", "8"]
     command += ["--poisson", "0.5", "--dtype", "float32", "--vllm", "--enforce-eager"]
-    command += ["--systems", ",".join(serve.SYSTEMS)]
+    command += ["--systems", ",".join(serve.SYSTEMS), "--temperature", "1"]
     for module in ("string", "heapq"):
         text = tmp_path / f"{module}.txt"
         text.write_text(stdlib_text(module))

@@ -113,7 +113,6 @@ def _arguments(target: Target, load: Load, goodput: list[str], prompts: Prompts)
         "max-concurrency": load.concurrency,
         "request-rate": "inf" if load.rate_per_s is None else load.rate_per_s,
         "seed": prompts.seed,
-        "temperature": 0,
         "percentile-metrics": ",".join(TIMES),
         "metric-percentiles": ",".join(map(str, PERCENTILES)),
         "extra-body": json.dumps(target.extra_body),

@@ -7,7 +7,7 @@ independent   such a server for every expert, each under the load, all at once: 
 split         the same servers, the load dealt out among them: one expert a request, and nothing to decide
 dense         the ensemble, all experts active with equal weights, on all cores (or GPUs)
 pruned        the ensemble under the posterior, which drops experts of less than PRUNE's weight
-draw          the ensemble, one expert for each request drawn by the posterior (at temperature 1)
+draw          the ensemble, one expert for each request drawn by the posterior
 top-1         the ensemble's server, with one expert's weight 1
 http          log-probabilities of the whole vocabulary from K plain vLLM servers, mixed by the client
 transformers  a static batch through every expert in turn, mixed, in one process on all cores
@@ -38,7 +38,7 @@ from decar.benchmarks import report, today
 from decar.benchmarks.load import Load, LoadFailed, Target
 from decar.benchmarks.machine import environment, slug
 from decar.benchmarks.models import SHAPES, build_ensemble
-from decar.benchmarks.servers import Bench, turn_of
+from decar.benchmarks.servers import Bench, limits, turn_of
 from decar.benchmarks.texts import BadPrompts, Texts
 from decar.clients.child import ServerDidNotStart, end_on_sigterm
 
@@ -70,6 +70,9 @@ def serve(
     requests: Annotated[int, typer.Option(min=1, help="Requests for each one at once.")] = 2,
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 32,
     output_len: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Of all requests; http and transformers are always greedy.")
+    ] = 0.0,
     dtype: Annotated[str, typer.Option(help="Of all systems.")] = "bfloat16",
     goodput: Annotated[str, typer.Option(help="Promises in ms that goodput counts.")] = "ttft:2000 tpot:200",
     systems: Annotated[
@@ -98,6 +101,10 @@ def serve(
     for name in compared:
         if name not in SYSTEMS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(SYSTEMS)}", param_hint="--systems")
+    if "draw" in compared and temperature != 1:
+        raise typer.BadParameter(
+            "draw is exact at temperature 1: add --temperature 1", param_hint="--systems"
+        )
     if shape not in SHAPES:
         raise typer.BadParameter(f"{shape!r} is none of {', '.join(SHAPES)}", param_hint="--shape")
     loads = [int(c) for c in concurrency.split(",")]
@@ -113,11 +120,9 @@ def serve(
             made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="decar-bench-")))
             directory = build_ensemble(made, shape)
         logs = Path(tempfile.mkdtemp(prefix="decar-bench-logs-"))
-        size = input_len + output_len
-        limits = ["--max-model-len", str(size + 32), "--max-num-seqs", str(max(loads))]
         progress = stack.enter_context(Progress(console=console, transient=True))
-        flags = [*limits, "--dtype", dtype, *shlex.split(vllm)]
-        bench = Bench(directory, dtype, flags, goodput.split(), logs, progress)
+        flags = [*limits(closed[0], max(loads)), "--dtype", dtype, *shlex.split(vllm)]
+        bench = Bench(directory, dtype, flags, goodput.split(), logs, progress, temperature)
         steps: list[dict[str, Any]] = []
         try:
             if prompts:
@@ -130,6 +135,7 @@ def serve(
     result = {
         "environment": environment(),
         "ensemble": {"name": bench.name, "experts": len(bench.experts), "dtype": dtype, "flags": bench.flags},
+        "temperature": temperature,
         "prompts": [str(path) for path in prompts or ()],
         "goodput": bench.goodput,
         "checked": checked,
@@ -177,7 +183,6 @@ def _measure_all(
         of = {
             system: [bench.target(ensemble, bench.name, decar=options)] for system, options in decar.items()
         }
-        of["draw"][0].extra_body["temperature"] = 1.0  # greedy, one expert's answer is not the mixture's
         checked = _check(bench, of["pruned" if "pruned" in compared else "dense"][0])
         loaded = {  # the systems that vLLM's client puts load on
             "single": [bench.target(*plain[0])],
@@ -245,11 +250,11 @@ def _check(bench: Bench, target: Target) -> dict[str, Any]:
             "model": target.model,
             "prompt": prompt,
             "max_tokens": CHECKED_TOKENS,
-            "temperature": 0,
             "ignore_eos": True,
             "logprobs": 0,
             "return_token_ids": True,
             **target.extra_body,
+            "temperature": 0,
         }
         response = httpx.post(f"{target.base_url}/v1/completions", json=body, timeout=600)
         response.raise_for_status()

@@ -31,6 +31,7 @@ class Bench:
     Attributes:
         flags: vLLM's, of every server.
         goodput: promises in ms that goodput counts.
+        temperature: of all requests.
         texts: where prompts come from; None: random token ids.
         runs: what was measured so far.
     """
@@ -41,6 +42,7 @@ class Bench:
     goodput: list[str]
     logs: Path
     progress: Progress
+    temperature: float = 0.0
     texts: Texts | None = None
     runs: list[dict[str, Any]] = field(default_factory=list)
     picked: int = 0  # how often prompts were picked
@@ -56,7 +58,8 @@ class Bench:
 
     def target(self, server: Server, model: str, **extra: Any) -> Target:
         """Requests for ``model`` of ``server`` that say ``extra`` besides."""
-        return Target(server.base_url, model, self.experts[self.first], extra)
+        body = {"temperature": self.temperature, **extra}
+        return Target(server.base_url, model, self.experts[self.first], body)
 
     def new_prompts(self, load: Load) -> Prompts:
         """For every system others: what a server has seen before costs it less."""
@@ -113,6 +116,15 @@ class Bench:
         """The same KV cache for every engine: otherwise a plain server would take what K engines share."""
         kv = [] if "--kv-cache-memory-bytes" in self.flags else ["--kv-cache-memory-bytes", str(1 << 29)]
         return [*kv, *self.flags]
+
+
+def limits(load: Load, at_once: int) -> list[str]:
+    """vLLM flags that leave room for ``load`` and for prompts that are cut a little differently by their server.
+
+    A quarter more: vLLM also refuses a prompt by its characters, and does not count the spaces between words.
+    """
+    room = load.input_tokens + load.output_tokens + max(load.input_tokens // 4, 32)
+    return ["--max-model-len", str(room), "--max-num-seqs", str(at_once)]
 
 
 @contextlib.contextmanager

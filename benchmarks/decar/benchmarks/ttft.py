@@ -24,7 +24,7 @@ from decar.benchmarks import report
 from decar.benchmarks.load import Load, LoadFailed
 from decar.benchmarks.machine import environment, slug
 from decar.benchmarks.models import SHAPES, build_ensemble
-from decar.benchmarks.servers import Bench, turn_of
+from decar.benchmarks.servers import Bench, limits, turn_of
 from decar.benchmarks.texts import BadPrompts, Texts
 from decar.clients.child import ServerDidNotStart, end_on_sigterm
 
@@ -63,8 +63,7 @@ def ttft(
             directory = build_ensemble(made, shape)
         logs = Path(tempfile.mkdtemp(prefix="decar-bench-logs-"))
         progress = stack.enter_context(Progress(console=console, transient=True))
-        flags = ["--max-model-len", str(input_len + OUTPUT_TOKENS + 32), "--max-num-seqs", "4"]
-        flags += ["--dtype", dtype, *shlex.split(vllm)]
+        flags = [*limits(load, at_once=4), "--dtype", dtype, *shlex.split(vllm)]
         bench = Bench(directory, dtype, flags, ["ttft:2000"], logs, progress)
         try:
             if prompts:
