@@ -88,7 +88,15 @@ def test_models_are_the_ensemble_and_each_expert(client: openai.OpenAI, duo: Ref
 def test_the_ensemble_describes_itself(duo_server: Server, duo: Reference) -> None:
     body = duo_server.ensemble()
     assert body["name"] == duo.name
-    assert body["defaults"] == {"route": "posterior", "rule": "velocity"}
+    assert body["defaults"] == {
+        "route": "posterior",
+        "scope": "full",
+        "start": "prior",
+        "rule": "velocity",
+        "top_k": None,
+        "prune": 0.0,
+    }
+    assert body["routes"] == ["posterior", "prior"]
     assert body["slots"] == {"total": MAX_NUM_SEQS, "in_use": 0}
     assert [expert["name"] for expert in body["experts"]] == list(duo.experts)
     own = {process.pid for process in duo_server.processes()}
