@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
     },
 }
+
+
+@contextlib.contextmanager
+def given_or_random(directory: Path | None, shape: str) -> Iterator[Path]:
+    """``directory``; without one, a `build_ensemble` of ``shape`` for as long as the context lasts."""
+    if directory is not None:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="decar-bench-") as made:
+        yield build_ensemble(Path(made), shape)
 
 
 def build_ensemble(directory: Path, shape: str, experts: int = 2) -> Path:

@@ -23,7 +23,7 @@ from rich.table import Table
 from decar.benchmarks import report
 from decar.benchmarks.load import Load, LoadFailed
 from decar.benchmarks.machine import environment, slug
-from decar.benchmarks.models import SHAPES, build_ensemble
+from decar.benchmarks.models import SHAPES, given_or_random
 from decar.benchmarks.servers import Bench, limits, turn_of
 from decar.benchmarks.texts import BadPrompts, Texts
 from decar.clients.child import ServerDidNotStart, end_on_sigterm
@@ -58,9 +58,7 @@ def ttft(
     end_on_sigterm()
     transformers.utils.logging.disable_progress_bar()
     with contextlib.ExitStack() as stack:
-        if directory is None:
-            made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="decar-bench-")))
-            directory = build_ensemble(made, shape)
+        directory = stack.enter_context(given_or_random(directory, shape))
         logs = Path(tempfile.mkdtemp(prefix="decar-bench-logs-"))
         progress = stack.enter_context(Progress(console=console, transient=True))
         flags = [*limits(load, at_once=4), "--dtype", dtype, *shlex.split(vllm)]

@@ -4,7 +4,7 @@ from decar.router.active import active_experts, prune, top_k
 from decar.router.errors import DecarError, EnsembleError
 from decar.router.manifest import Ensemble, ExpertEntry, Manifest, Mixing, RouterEntry, write_manifest
 from decar.router.posterior import log_normalise, log_prior, log_weights_after
-from decar.router.routers import Router, available_routers, load_router
+from decar.router.routers import Router, available_routers, load_router, load_trained
 
 __all__ = [
     "DecarError",
@@ -18,6 +18,7 @@ __all__ = [
     "active_experts",
     "available_routers",
     "load_router",
+    "load_trained",
     "log_normalise",
     "log_prior",
     "log_weights_after",

@@ -22,6 +22,7 @@ Rule = Literal["velocity", "logit"]
 Route = Literal["posterior", "prior", "classifier", "centroid"]
 Scope = Literal["full", "output"]
 Start = Literal["prior", "classifier", "centroid"]
+Trained = Literal["classifier", "centroid"]
 
 
 class _Strict(BaseModel):

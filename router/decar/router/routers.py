@@ -13,7 +13,7 @@ import numpy as np
 
 from decar.router.features import Features, unit_rows
 from decar.router.files import Centroids, Classifier, has_router, read_router, router_folder
-from decar.router.manifest import Ensemble, Route, Start
+from decar.router.manifest import Ensemble, Route, Start, Trained
 from decar.router.posterior import Float64s, log_normalise, log_prior
 
 
@@ -98,13 +98,23 @@ def load_router(ensemble: Ensemble, kind: Start) -> Router:
     Raises:
         EnsembleError: the ensemble has no files for it, or they are damaged or another ensemble's.
     """
-    log_priors = log_prior([expert.prior for expert in ensemble.experts])
     if kind == "prior":
-        return PriorRouter(log_priors)
+        return PriorRouter(log_prior([expert.prior for expert in ensemble.experts]))
+    return load_trained(ensemble)[kind]
+
+
+def load_trained(ensemble: Ensemble) -> dict[Trained, Router]:
+    """Both trained routers of ``ensemble``, which share the features they read.
+
+    Raises:
+        EnsembleError: as `load_router`.
+    """
+    log_priors = log_prior([expert.prior for expert in ensemble.experts])
     trained = read_router(router_folder(ensemble.directory), ensemble.expert_names)
-    if kind == "classifier":
-        return ClassifierRouter(trained.features, trained.classifier, log_priors)
-    return CentroidRouter(trained.features, trained.centroids)
+    return {
+        "classifier": ClassifierRouter(trained.features, trained.classifier, log_priors),
+        "centroid": CentroidRouter(trained.features, trained.centroids),
+    }
 
 
 def available_routers(ensemble: Ensemble) -> tuple[Route, ...]:

@@ -18,10 +18,10 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from decar.router import Ensemble, available_routers
+from decar.router import Ensemble
 from decar.router.errors import RequestError
 from decar.server.client import EnsembleClient
-from decar.server.routing import Call, current_call, model_ids, parse_call
+from decar.server.routing import Call, current_call, model_ids, offered_routers, parse_call
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20
@@ -93,7 +93,7 @@ async def ensemble(request: Request) -> JSONResponse:
             "object": "ensemble",
             "name": client.ensemble.name,
             "experts": experts,
-            "routes": list(available_routers(client.ensemble)),
+            "routes": list(offered_routers(client.ensemble)),
             "defaults": {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
             | manifest.mixing.model_dump(),
             "slots": {"total": client.slots.total, "in_use": client.slots.in_use},

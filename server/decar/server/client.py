@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from vllm.engine.protocol import EngineClient
@@ -27,8 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from decar.router import (
     Ensemble,
     active_experts,
-    available_routers,
-    load_router,
+    load_trained,
     log_weights_after,
     prune,
     top_k,
@@ -38,7 +37,7 @@ from decar.server.metrics import EnsembleMetrics
 from decar.server.plane import Plane
 from decar.server.prompt import PromptLogprobs, PromptScorer, tokens_of
 from decar.server.relay import Relay, Route
-from decar.server.routing import Call, ChoiceTrace, Trained, current_call, parse_call
+from decar.server.routing import Call, ChoiceTrace, current_call, offered_routers, parse_call
 from decar.server.seat import REQUEST_KEY, SCORE_KEY, Member
 
 
@@ -136,8 +135,7 @@ class EnsembleClient(EngineClient):
         self._scorer = PromptScorer(engines, ensemble.vocab_size)
         self._relay = Relay(engines, plane.blocks)
         self._metrics = EnsembleMetrics(ensemble.expert_names, plane)
-        available = available_routers(ensemble)
-        self._routers = {kind: load_router(ensemble, kind) for kind in get_args(Trained) if kind in available}
+        self._routers = load_trained(ensemble) if "classifier" in offered_routers(ensemble) else {}
         for router in self._routers.values():
             router.log_weights(["what loads on first use, loads before the first request"])
         self._running: dict[

@@ -223,12 +223,7 @@ class Plane:
                 f"{_mib(spec.size_bytes)} needed; lower --max-num-seqs (now {slots}) or --max-model-len (now "
                 f"{positions}), or enlarge it (docker run --shm-size)"
             )
-        descriptor = os.open(DIRECTORY / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, spec.size_bytes)  # sparse, it could end in SIGBUS later
-            plane = cls(spec, mmap.mmap(descriptor, spec.size_bytes))
-        finally:
-            os.close(descriptor)
+        plane = cls(spec, create_segment(name, spec.size_bytes))
         for expert in range(experts):
             plane.alive[expert] = 1
         return plane
@@ -249,6 +244,20 @@ class Plane:
 def new_name() -> str:
     """A name for a segment of this process, by which `remove_stale` finds it once the process is gone."""
     return f"{PREFIX}{_pid_namespace()}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
+
+
+def create_segment(name: str, size_bytes: int) -> mmap.mmap:
+    """Make shared memory that its owner alone can read.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    descriptor = os.open(DIRECTORY / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)  # sparse, it could end in SIGBUS later
+        return mmap.mmap(descriptor, size_bytes)
+    finally:
+        os.close(descriptor)
 
 
 def unlink(name: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from decar.kernels import mix
 from decar.router import log_weights_after
 from decar.router.manifest import Rule
-from decar.server.plane import DIRECTORY, new_name
+from decar.server.plane import DIRECTORY, create_segment, new_name, unlink
 from decar.server.scores import PrefixScores
 from decar.server.seat import SCORE_KEY, Scoring
 
@@ -35,6 +34,7 @@ WINDOW_BYTES = 64 * 2**20  # of all experts' rows of one prompt at a time, at mo
 PROMPTS_AT_ONCE = 4  # whose rows are held
 
 PromptLogprobs = list[dict[int, Logprob] | None]
+_Key = tuple[bytes, tuple[int, ...]]  # what tells prompts apart: salt and tokens
 _Entry = tuple[list[int], list[float], list[int]]  # tokens, log-probabilities and ranks at one position
 
 
@@ -58,7 +58,7 @@ class PromptScorer:
         self._engines = engines
         self._vocab_size = vocab_size
         self._scores = [PrefixScores(engine.vllm_config.cache_config.block_size) for engine in engines]
-        self._under_way: dict[tuple[bytes, tuple[int, ...]], _UnderWay] = {}
+        self._under_way: dict[_Key, _UnderWay] = {}
         memory = os.statvfs(DIRECTORY)
         share = memory.f_bavail * memory.f_frsize // (2 * PROMPTS_AT_ONCE)
         self._window_bytes = min(WINDOW_BYTES, share)
@@ -72,7 +72,7 @@ class PromptScorer:
         key = (_salt_of(prompt), tuple(tokens_of(prompt)))
         scoring = self._under_way.get(key)
         if scoring is None:
-            task = asyncio.create_task(self._score_on_all(prompt, request_id, kwargs))
+            task = asyncio.create_task(self._score_on_all(key, prompt, request_id, kwargs))
             scoring = self._under_way[key] = _UnderWay(task)
         scoring.waiting += 1
         try:
@@ -90,13 +90,17 @@ class PromptScorer:
         for scores in self._scores:
             scores.forget()
 
-    async def _score_on_all(self, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> list[float]:
+    async def _score_on_all(
+        self, key: _Key, prompt: Any, request_id: str, kwargs: dict[str, Any]
+    ) -> list[float]:
         return await asyncio.gather(
-            *(self._score(k, prompt, request_id, kwargs) for k in range(len(self._engines)))
+            *(self._score(k, key, prompt, request_id, kwargs) for k in range(len(self._engines)))
         )
 
-    async def _score(self, expert: int, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> float:
-        scores, ids, salt = self._scores[expert], tokens_of(prompt), _salt_of(prompt)
+    async def _score(
+        self, expert: int, key: _Key, prompt: Any, request_id: str, kwargs: dict[str, Any]
+    ) -> float:
+        scores, (salt, ids) = self._scores[expert], key
         start, total = scores.known(ids, salt)
         if start == len(ids):
             return total
@@ -217,18 +221,12 @@ def _shared_rows(experts: int, shape: tuple[int, int]) -> Iterator[tuple[list[st
     try:
         rows = []
         for name in names:
-            descriptor = os.open(DIRECTORY / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, size_bytes)
-                memory = mmap.mmap(descriptor, size_bytes)
-            finally:
-                os.close(descriptor)
+            memory = create_segment(name, size_bytes)
             rows.append(torch.frombuffer(memory, dtype=torch.float32).view(shape))
         yield names, rows
     finally:
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(DIRECTORY / name)
+            unlink(name)
 
 
 def _mixed(

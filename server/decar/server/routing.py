@@ -18,10 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool
 
 from decar.router import Ensemble, active_experts, available_routers, log_prior
 from decar.router.errors import RequestError
-from decar.router.manifest import Route, Rule, Scope, Start, describe_validation_error
+from decar.router.manifest import Route, Rule, Scope, Start, Trained, describe_validation_error
 
 Sampling = Literal["mixture", "draw"]
-Trained = Literal["classifier", "centroid"]
 
 
 class DecarOptions(BaseModel):
@@ -159,7 +158,7 @@ def _trained(ensemble: Ensemble, kind: Route, field_name: str) -> Trained | None
     """``kind`` if it is a router that this ensemble has been given by training; None for the prior."""
     if kind in ("prior", "posterior"):
         return None
-    available = _available(ensemble)
+    available = offered_routers(ensemble)
     if kind not in available:
         raise RequestError(
             f"{field_name} {kind!r} is not trained for {ensemble.name!r}, which has {', '.join(available)}",
@@ -168,7 +167,8 @@ def _trained(ensemble: Ensemble, kind: Route, field_name: str) -> Trained | None
     return cast(Trained, kind)
 
 
-_available = functools.cache(available_routers)  # as when the server started: it has loaded them
+offered_routers = functools.cache(available_routers)
+"""As when the server started, which has loaded them; what is trained into its directory later, it does not offer."""
 
 
 def _check_draw(call: Call) -> None:
