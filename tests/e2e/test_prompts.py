@@ -187,18 +187,25 @@ async def test_prompts_that_share_a_beginning_are_scored_once_and_rightly(
 
 
 async def test_a_prompt_asked_for_again_is_not_scored_again(duo_server: Server, duo: Reference) -> None:
+    """Nor is it while it is being scored; and the request that scores it is the one that answers."""
     prompts = [prompt[:64] for prompt in texts(duo, 6, 70)[3:6]]
+    experts = len(duo.experts)
 
-    async def requests_of(batch: list[list[int]]) -> float:
-        before = sum(duo_server.metric("vllm:request_success_total"))
+    async def spent(batch: list[list[int]]) -> tuple[float, float]:
+        names = "decar:scored_tokens_total", "vllm:request_success_total"
+        before = [sum(duo_server.metric(name)) for name in names]
         await complete_all(duo_server, duo.name, batch, {"route": "posterior"}, max_tokens=1)
         wait_until(duo_server.is_idle, 10, "all requests have ended")
-        return sum(duo_server.metric("vllm:request_success_total")) - before
+        scored, requests = (
+            sum(duo_server.metric(name)) - old for name, old in zip(names, before, strict=True)
+        )
+        return scored, requests
 
-    # Per prompt: a scoring on each of two experts, and its answer; a follower may end before it is aborted, and count.
-    assert await requests_of(prompts) >= 3 * len(prompts)
-    assert await requests_of(prompts) <= 2 * len(prompts)
-    assert await requests_of([texts(duo, 9, 70)[8]] * 5) <= 2 + 2 * 5
+    scored, requests = await spent(prompts)
+    assert scored == experts * 63 * len(prompts)
+    assert requests <= experts * len(prompts)
+    assert (await spent(prompts))[0] == 0
+    assert (await spent([texts(duo, 9, 70)[8]] * 5))[0] == experts * 69
 
 
 @pytest.mark.parametrize("count", [-1, 21, 10**9])

@@ -1,9 +1,9 @@
 """Ensembles on disk and the arithmetic of expert weights. Knows nothing about HTTP or vLLM."""
 
-from decar.router.active import active_experts, prune, top_k
+from decar.router.active import active_experts, drawn, prune, restricted, top_k
 from decar.router.errors import DecarError, EnsembleError
 from decar.router.manifest import Ensemble, ExpertEntry, Manifest, Mixing, RouterEntry, write_manifest
-from decar.router.posterior import log_normalise, log_prior, log_weights_after
+from decar.router.posterior import log_normalise, log_prior, log_weights_after, moved_on
 from decar.router.routers import Router, available_routers, load_router, load_trained
 
 __all__ = [
@@ -17,12 +17,15 @@ __all__ = [
     "RouterEntry",
     "active_experts",
     "available_routers",
+    "drawn",
     "load_router",
     "load_trained",
     "log_normalise",
     "log_prior",
     "log_weights_after",
+    "moved_on",
     "prune",
+    "restricted",
     "top_k",
     "write_manifest",
 ]

@@ -23,6 +23,32 @@ def top_k(log_weights: npt.ArrayLike, k: int) -> Float64s:
     return log_normalise(values)
 
 
+def drawn(log_weights: npt.ArrayLike, uniform: float) -> Float64s:
+    """Log weights [K] of one expert alone, drawn by the weights: the one at ``uniform``, from 0 to 1, of their sum."""
+    values = np.asarray(log_weights, dtype=np.float64)
+    shares = np.cumsum(np.exp(values))
+    expert = np.searchsorted(shares / shares[-1], uniform, side="right")
+    return np.where(np.arange(len(values)) == expert, 0.0, -np.inf)
+
+
+def restricted(
+    log_weights: npt.ArrayLike, k: int | None, budget: float, uniform: float | None
+) -> tuple[Float64s, float]:
+    """What a request begins with: `top_k` if ``k`` is given, `prune`, and `drawn` if ``uniform`` is given.
+
+    Args:
+        log_weights: [K], normalised.
+
+    Returns:
+        log weights [K], normalised, -inf where an expert has no part; and how much weight may still be pruned.
+    """
+    values = np.asarray(log_weights, dtype=np.float64)
+    if k is not None:
+        values = top_k(values, k)
+    values, left = prune(values, budget)
+    return values if uniform is None else drawn(values, uniform), left
+
+
 def prune(log_weights: npt.ArrayLike, budget: float) -> tuple[Float64s, float]:
     """Drop the lightest experts, as many as have weights that add up to at most ``budget``; never all.
 

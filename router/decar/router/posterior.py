@@ -40,3 +40,20 @@ def log_weights_after(log_weights: npt.ArrayLike, log_likelihoods: npt.ArrayLike
     return log_normalise(
         np.asarray(log_weights, dtype=np.float64) + np.asarray(log_likelihoods, dtype=np.float64)
     )
+
+
+def moved_on(log_weights: npt.ArrayLike, log_likelihoods: npt.ArrayLike) -> Float64s:
+    """`log_weights_after` for what real experts say.
+
+    An expert without a distribution (NaN) had no part in the text; where no active expert could have written it,
+    there is nothing to learn from it, and the weights stay.
+
+    Args:
+        log_weights, log_likelihoods: [..., K].
+    """
+    before = np.array(log_weights, dtype=np.float64)
+    said = np.asarray(log_likelihoods, dtype=np.float64)
+    said = np.where(np.isfinite(said), said, -np.inf)
+    known = np.isfinite(before + said).any(axis=-1)
+    before[known] = log_weights_after(before[known], said[known])
+    return before

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,16 @@ from decar.router import (
     Ensemble,
     active_experts,
     load_trained,
-    log_weights_after,
-    prune,
-    top_k,
+    moved_on,
+    restricted,
 )
 from decar.server.lockstep import follow_seats
 from decar.server.metrics import EnsembleMetrics
 from decar.server.plane import Plane
-from decar.server.prompt import PromptLogprobs, PromptScorer, tokens_of
+from decar.server.prompt import Beginning, PromptLogprobs, PromptScorer, tokens_of
 from decar.server.relay import Relay, Route
 from decar.server.routing import Call, ChoiceTrace, current_call, offered_routers, parse_call
-from decar.server.seat import REQUEST_KEY, SCORE_KEY, Member
+from decar.server.seat import REQUEST_KEY, ROWS_KEY, Member
 
 
 class Slots:
@@ -162,7 +162,7 @@ class EnsembleClient(EngineClient):
             )
         if isinstance(prompt, AsyncGenerator):
             raise VLLMValidationError("an ensemble does not take a prompt as a stream", parameter="prompt")
-        for key in (REQUEST_KEY, SCORE_KEY):
+        for key in (REQUEST_KEY, ROWS_KEY):
             if key in (sampling_params.extra_args or {}):
                 raise VLLMValidationError(f"vllm_xargs.{key} is decar's own", parameter="vllm_xargs")
         for field, ids in (
@@ -185,25 +185,21 @@ class EnsembleClient(EngineClient):
     async def _generate(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
         call = asked.call
         log_weights, prompt_logprobs = await self._routed(asked)
-        log_weights, budget = _restricted(call, log_weights)
-        active = active_experts(log_weights)
-        if len(active) == 1 and not call.draw:
-            outputs = self._alone(asked, active[0])
+        scored = call.scored and prompt_logprobs is None
+        if len(active_experts(log_weights)) == 1:
+            outputs = self._alone(asked, active_experts(log_weights)[0])
         else:
-            draws = _draws(log_weights, asked.params) if call.draw else [None] * asked.params.n
             children = []
-            for i, (params, expert) in enumerate(zip(_children(asked.params), draws, strict=True)):
+            uniforms = _uniforms(asked.params) if call.draw else [None] * asked.params.n
+            for i, (params, uniform) in enumerate(zip(_children(asked.params), uniforms, strict=True)):
                 child = replace(
                     asked,
                     params=params,
                     first_choice=asked.first_choice + i,
                     request_id=f"{asked.request_id}-{i}",
                 )
-                children.append(
-                    self._mixed(child, log_weights, active, budget)
-                    if expert is None
-                    else self._alone(child, expert)
-                )
+                begun = self._scored if scored else self._weighted
+                children.append(begun(child, log_weights, uniform))
             outputs = children[0] if len(children) == 1 else _merged(children, asked.params)
         try:
             async for output in outputs:
@@ -215,7 +211,7 @@ class EnsembleClient(EngineClient):
             await outputs.aclose()
 
     async def _routed(self, asked: Asked) -> tuple[np.ndarray, PromptLogprobs | None]:
-        """Log weights [K] after the prompt; and what the mixture says of the prompt, where that is asked for.
+        """Log weights [K] before the prompt; where its log-probabilities are asked for, those after it, and they.
 
         From here on, ``asked`` does not ask for that any more.
         """
@@ -224,24 +220,53 @@ class EnsembleClient(EngineClient):
             text = self.renderer.get_tokenizer().decode(tokens_of(asked.prompt))
             log_weights = (await asyncio.to_thread(self._routers[call.router].log_weights, [text]))[0]
         count = asked.params.prompt_logprobs
-        if count is not None and len(active_experts(log_weights)) > 1:
-            asked.params = copy(asked.params)
-            asked.params.prompt_logprobs = None
-            asked.params.skip_reading_prefix_cache = False
-            prompt_logprobs, after = await self._scorer.log_probs(
-                asked.prompt,
-                asked.request_id,
-                asked.kwargs,
-                log_weights,
-                call.rule,
-                self.ensemble.vocab_size if count < 0 else count,
-                posterior=call.scored,
-            )
-            return after, prompt_logprobs
-        if call.scored:
-            scores = await self._scorer.log_likelihoods(asked.prompt, asked.request_id, asked.kwargs)
-            log_weights = log_weights_after(log_weights, scores)
-        return log_weights, None
+        if count is None or len(active_experts(log_weights)) == 1:
+            return log_weights, None
+        asked.params = copy(asked.params)
+        asked.params.prompt_logprobs = None
+        asked.params.skip_reading_prefix_cache = False
+        prompt_logprobs, after = await self._scorer.log_probs(
+            asked.prompt,
+            asked.request_id,
+            asked.kwargs,
+            log_weights,
+            call.rule,
+            self.ensemble.vocab_size if count < 0 else count,
+            posterior=call.scored,
+        )
+        return after, prompt_logprobs
+
+    async def _scored(
+        self, asked: Asked, log_weights: np.ndarray, uniform: float | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """One choice whose prompt moves the weights: at once where experts have scored it before, else as they
+        compute it."""
+        async with self._scorer.beginning(asked.prompt) as beginning:
+            if not beginning.whole:
+                outputs = self._mixed(asked, log_weights, asked.call.prune, uniform, beginning)
+                async with contextlib.aclosing(outputs):
+                    async for output in outputs:
+                        yield output
+                return
+        outputs = self._weighted(asked, moved_on(log_weights, beginning.log_likelihoods), uniform)
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    async def _weighted(
+        self, asked: Asked, log_weights: np.ndarray, uniform: float | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """One choice whose weights [K] are known."""
+        call = asked.call
+        log_weights, budget = restricted(log_weights, call.top_k, call.prune, uniform)
+        active = active_experts(log_weights)
+        if len(active) == 1:
+            outputs = self._alone(asked, active[0])
+        else:
+            outputs = self._mixed(asked, log_weights, budget if call.posterior else 0.0, None)
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                yield output
 
     async def _alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
         """One expert is active: plain vLLM, no plane."""
@@ -266,12 +291,23 @@ class EnsembleClient(EngineClient):
             await outputs.aclose()
 
     async def _mixed(
-        self, asked: Asked, log_weights: np.ndarray, active: list[int], budget: float
+        self,
+        asked: Asked,
+        log_weights: np.ndarray,
+        budget: float,
+        uniform: float | None,
+        beginning: Beginning | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Several experts are active: all of them run one choice in lockstep, and its leader answers."""
-        call = asked.call
+        """Several experts are active: all of them run one choice in lockstep, and its leader answers.
+
+        Args:
+            log_weights: [K]; before the prompt if there is a ``beginning``, which the experts go on to score.
+            budget: weight that may be pruned.
+            uniform: draws one of them by the weights after the prompt.
+        """
+        call, active = asked.call, active_experts(log_weights)
         async with self.slots.take() as (slot, generation):
-            leader = self._leader(log_weights, active)
+            leader = self._leader(log_weights if beginning is None else np.zeros(len(log_weights)), active)
             member = Member(
                 slot,
                 generation,
@@ -280,7 +316,8 @@ class EnsembleClient(EngineClient):
                 call.rule,
                 log_weights.tolist(),
                 call.posterior,
-                budget if call.posterior else 0.0,  # weights that do not move have been pruned already
+                budget,  # weights that do not move have been pruned already
+                *(() if beginning is None else (beginning.scored, call.top_k, uniform)),
             )
             trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
             call.choices[asked.first_choice] = trace
@@ -289,6 +326,8 @@ class EnsembleClient(EngineClient):
             produced = 0
             self._running[slot] = (member, None)
             route = Route(member, leader)
+            if beginning is not None:
+                route.on_first = partial(self._learn, beginning, slot)
             try:
                 arrival = self._next_arrival()
                 # Followers first: they have nothing to do for the leader that it could not do meanwhile.
@@ -300,7 +339,7 @@ class EnsembleClient(EngineClient):
                         arrival_time=arrival,
                         **asked.kwargs,
                     )
-                    if member.prune > 0:
+                    if member.may_release or (k == leader and beginning is not None):
                         self._relay.follow(route, k, queues[k].request_id)
                 queue = queues[leader]
                 self._running[slot] = (member, queue)
@@ -311,10 +350,13 @@ class EnsembleClient(EngineClient):
                     finished = output.finished
                     start = produced
                     produced += sum(len(completion.token_ids) for completion in output.outputs)
+                    if produced and not start and beginning is not None:
+                        self._begin(trace, member)
                     if call.trace:
-                        trace.weights += self._weights(member, start, produced).tolist()
+                        weights = self._weights(member, start, produced)
+                        trace.weights += weights.tolist()
                         trace.leaders += [
-                            self.experts[member.leader_at(t)].name for t in range(start, produced)
+                            self._leader_of(member, t, of) for t, of in enumerate(weights, start)
                         ]
                     yield output
             finally:
@@ -323,6 +365,21 @@ class EnsembleClient(EngineClient):
                 ended = {leader} if finished and not member.led_before else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
                 self._metrics.observe(self._weights(member, 0, produced))
+
+    def _learn(self, beginning: Beginning, slot: int) -> None:
+        beginning.learn([block.prompt[slot] for block in self.plane.blocks])
+
+    def _begin(self, trace: ChoiceTrace, member: Member) -> None:
+        """A prompt has been scored as it was computed: only now is it known who takes part."""
+        [weights] = self._weights(member, 0, 1)
+        trace.experts = [self.experts[k].name for k in np.flatnonzero(weights)]
+        trace.leader = self._leader_of(member, 0, weights)
+
+    def _leader_of(self, member: Member, position: int, weights: np.ndarray) -> str:
+        """Who leads at a position mixed by ``weights`` [K]. A leader that the prompt leaves without any still decides
+        the first token; it does so for the next one."""
+        leader = member.leader_at(position)
+        return self.experts[leader if weights[leader] else member.leader_at(position + 1)].name
 
     def _weights(self, member: Member, start: int, end: int) -> np.ndarray:
         """Weights [T, K] that mixed the tokens from ``start`` to ``end``."""
@@ -499,7 +556,9 @@ class EnsembleClient(EngineClient):
 def _params_of(expert: int, member: Member, params: SamplingParams) -> SamplingParams:
     """The leader's sampling parameters are the user's; a follower's only keep it running as long."""
     wire = {REQUEST_KEY: member.to_wire()}
-    if expert == member.leader or member.prune > 0:  # where leaders may hand over, everybody is ready to lead
+    if (
+        expert == member.leader or member.may_release
+    ):  # where leaders may hand over, everybody is ready to lead
         mine = copy(params)
         mine.extra_args = {**(params.extra_args or {}), **wire}
         return mine
@@ -512,13 +571,6 @@ def _params_of(expert: int, member: Member, params: SamplingParams) -> SamplingP
         skip_reading_prefix_cache=params.skip_reading_prefix_cache,
         extra_args=wire,
     )
-
-
-def _restricted(call: Call, log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Log weights [K] of the experts that stay active, and how much weight may still be pruned."""
-    if call.top_k is not None:
-        log_weights = top_k(log_weights, call.top_k)
-    return prune(log_weights, call.prune)
 
 
 _DRAWABLE = frozenset(
@@ -550,12 +602,11 @@ def _check_drawable(params: SamplingParams) -> None:
         )
 
 
-def _draws(log_weights: np.ndarray, params: SamplingParams) -> list[int]:
-    """An expert for each choice, drawn by the weights [K]."""
-    weights = np.exp(log_weights)
+def _uniforms(params: SamplingParams) -> list[float]:
+    """A number from 0 to 1 for each choice, which draws its expert."""
     rng = np.random.default_rng(params.seed if params.seed is None else abs(params.seed))
-    drawn: list[int] = rng.choice(len(weights), size=params.n, p=weights / weights.sum()).tolist()
-    return drawn
+    numbers: list[float] = rng.random(params.n).tolist()
+    return numbers
 
 
 def _children(params: SamplingParams) -> list[SamplingParams]:

@@ -14,11 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from decar.kernels import mix_rows
-from decar.router import active_experts, log_weights_after, prune
+from decar.router import active_experts, moved_on, prune, restricted
 from decar.server.plane import NOTHING, Block, Plane, entry_of, read_seats_word, seats_word, stamp_of
 from decar.server.seat import Member, yield_core
 from decar.server.transport import Transport
@@ -120,6 +119,20 @@ class Lockstep:
         self.finish(held)  # so that no follower waits for their tokens
         return ready
 
+    def weigh(self, turns: Sequence[Turn]) -> None:
+        """Where experts have scored a prompt as they computed it: its weights, and who stays active with them."""
+        for turn in turns:
+            member = turn.member
+            if turn.position or member.scored is None:
+                continue
+            sums = [
+                known + block.prompt_sum[member.slot]
+                for (_, known), block in zip(member.scored, self.blocks, strict=True)
+            ]
+            log_weights = moved_on(member.log_weights, sums)
+            log_weights, member.prune = restricted(log_weights, member.top_k, member.prune, member.uniform)
+            member.log_weights = log_weights.tolist()
+
     def mixed(self, turns: Sequence[Turn]) -> torch.Tensor:
         """Mixture logits [len(turns), V] float32, on the transport's device, of turns whose rows have all come.
 
@@ -148,7 +161,7 @@ class Lockstep:
 
         Where experts may be pruned, who goes on is decided first: whoever has seen a token knows who takes part next.
         """
-        pruning = [turn.member.prune > 0 for turn in turns]
+        pruning = [turn.member.prune > 0 or (not turn.position and turn.member.may_release) for turn in turns]
         self._stamp_tokens(turns, tokens, [not of for of in pruning])
         moving = [i for i, turn in enumerate(turns) if turn.member.posterior]
         if moving:
@@ -225,12 +238,8 @@ class Lockstep:
                 yield_core()
 
     def _move_weights(self, turns: Sequence[Turn], tokens: Sequence[int]) -> None:
-        """Bayes. A row without a distribution (NaN, all -inf) had no part in the token; experts that are not
-        active have no weight to move, whatever their rows hold."""
+        """Bayes. Experts that are not active have no weight to move, whatever their rows hold."""
         likelihoods = self.transport.log_likelihoods([turn.entry for turn in turns], list(tokens))
-        likelihoods = np.where(np.isfinite(likelihoods), likelihoods, -np.inf)
-        before = np.array([turn.member.log_weights for turn in turns])
-        known = np.isfinite(before + likelihoods).any(axis=1)  # else there is nothing to learn from the token
-        before[known] = log_weights_after(before[known], likelihoods[known])
-        for turn, weights in zip(turns, before.tolist(), strict=True):
+        moved = moved_on([turn.member.log_weights for turn in turns], likelihoods)
+        for turn, weights in zip(turns, moved.tolist(), strict=True):
             turn.member.log_weights = weights

@@ -20,6 +20,7 @@ from decar.server.plane import Plane
 COUNTED = {
     "holds": (("leader_holds", "follower_holds"), "Steps in which a request's row was not decided yet."),
     "mixed_tokens": (("mixed_tokens",), "Tokens that this expert mixed as a leader."),
+    "scored_tokens": (("scored_tokens",), "Prompt tokens whose log-likelihood this expert computed."),
     "pruned": (("pruned",), "Experts that this one, as a leader, released from a request."),
     "handed_over": (("handed_over",), "Requests whose lead this expert passed on."),
 }

@@ -37,7 +37,9 @@ COUNTERS = (
     "yielded",
     "pruned",
     "handed_over",
+    "scored_tokens",
     "forward_ns",
+    "score_ns",
     "post_ns",
     "row_wait_ns",
     "mix_ns",
@@ -114,6 +116,8 @@ class PlaneSpec:
             ),  # who takes part from a position on, see `seats_word`; leaders write it
             "seats_from": ((s,), np.int64),
             "seats_weights": ((s, k + 1), np.float64),  # log weights there, and what may still be pruned
+            "prompt": ((s, t), np.float32),  # log p of each prompt token, as far as it had to be computed
+            "prompt_sum": ((s,), np.float64),  # their sum; there before the row of position 0
             **(handle if self.on_device else rows),
         }
 
@@ -155,6 +159,8 @@ class Block:
         self.seats = self.view("seats").data
         self.seats_from = self.view("seats_from").data
         self.seats_weights = self.view("seats_weights")
+        self.prompt = self.view("prompt")
+        self.prompt_sum = self.view("prompt_sum").data
         self._counters = self.view("counters")
 
     def view(self, name: str) -> np.ndarray:

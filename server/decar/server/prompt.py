@@ -1,4 +1,4 @@
-"""Scoring prompts on every expert: sums for the posterior, whole rows for the mixture's prompt log-probabilities.
+"""What experts say of prompts: sums for the posterior, whole rows for the mixture's prompt log-probabilities.
 
 Knows engines and the score cache; knows nothing of slots and decoding.
 
@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from decar.router import log_weights_after
 from decar.router.manifest import Rule
 from decar.server.plane import DIRECTORY, create_segment, new_name, unlink
 from decar.server.scores import PrefixScores
-from decar.server.seat import SCORE_KEY, Scoring
+from decar.server.seat import ROWS_KEY, PromptRows
 
 WINDOW_BYTES = 64 * 2**20  # of all experts' rows of one prompt at a time, at most
 PROMPTS_AT_ONCE = 4  # whose rows are held
@@ -38,16 +37,34 @@ _Key = tuple[bytes, tuple[int, ...]]  # what tells prompts apart: salt and token
 _Entry = tuple[list[int], list[float], list[int]]  # tokens, log-probabilities and ranks at one position
 
 
-@dataclass
-class _UnderWay:
-    """A prompt's scoring, and how many requests wait for it."""
+class Beginning:
+    """What is known of a prompt before it is decoded, on each of K experts.
 
-    task: asyncio.Task[list[float]]
-    waiting: int = 0
+    Attributes:
+        scored: how many of its leading tokens have a known log-likelihood, and that.
+        whole: nothing is left to score.
+    """
+
+    def __init__(self, scores: Sequence[PrefixScores], ids: list[int], salt: bytes):
+        self._scores, self._ids, self._salt = scores, ids, salt
+        self.scored = [of.known(ids, salt) for of in scores]
+        self.whole = all(known == len(ids) for known, _ in self.scored)
+        self.learned = asyncio.Event()
+
+    @property
+    def log_likelihoods(self) -> list[float]:
+        """log p_k of the known part [K], the first token given."""
+        return [total for _, total in self.scored]
+
+    def learn(self, said: Sequence[np.ndarray]) -> None:
+        """Take in what the experts said of the prompt's tokens: K x [T], of which the known part is not read."""
+        for of, (known, total), log_probs in zip(self._scores, self.scored, said, strict=True):
+            of.learn(self._ids, known, total, log_probs[known:].tolist(), self._salt)
+        self.learned.set()
 
 
 class PromptScorer:
-    """Has prompts scored by K engines.
+    """Knows what K engines have said of prompts, and asks them for more.
 
     Args:
         engines: in manifest order.
@@ -58,64 +75,36 @@ class PromptScorer:
         self._engines = engines
         self._vocab_size = vocab_size
         self._scores = [PrefixScores(engine.vllm_config.cache_config.block_size) for engine in engines]
-        self._under_way: dict[_Key, _UnderWay] = {}
+        self._under_way: dict[_Key, Beginning] = {}
         memory = os.statvfs(DIRECTORY)
         share = memory.f_bavail * memory.f_frsize // (2 * PROMPTS_AT_ONCE)
         self._window_bytes = min(WINDOW_BYTES, share)
         self._places = asyncio.Semaphore(PROMPTS_AT_ONCE)
 
-    async def log_likelihoods(self, prompt: Any, request_id: str, kwargs: dict[str, Any]) -> list[float]:
-        """log p_k(prompt) [K], the first token given; keys and values stay in the engines' prefix caches.
-
-        A prompt that is asked for again, even before its first score is there, is scored once.
-        """
-        key = (_salt_of(prompt), tuple(tokens_of(prompt)))
-        scoring = self._under_way.get(key)
-        if scoring is None:
-            task = asyncio.create_task(self._score_on_all(key, prompt, request_id, kwargs))
-            scoring = self._under_way[key] = _UnderWay(task)
-        scoring.waiting += 1
+    @contextlib.asynccontextmanager
+    async def beginning(self, prompt: Any) -> AsyncIterator[Beginning]:
+        """What is known of ``prompt``. Where that is not all, whoever enters has the rest scored, and says so to
+        `Beginning.learn`; others who ask for the same prompt wait for that, so that it is scored once."""
+        ids, salt = tokens_of(prompt), _salt_of(prompt)
+        key = (salt, tuple(ids))
+        while (other := self._under_way.get(key)) is not None:
+            await other.learned.wait()
+            if self._under_way.get(key) is other:
+                del self._under_way[key]
+        beginning = Beginning(self._scores, ids, salt)
+        if not beginning.whole:
+            self._under_way[key] = beginning
         try:
-            return await asyncio.shield(
-                scoring.task
-            )  # others may wait for it when this request's client has left
+            yield beginning
         finally:
-            scoring.waiting -= 1
-            if not scoring.waiting:
-                self._under_way.pop(key)
-                scoring.task.cancel()
+            if self._under_way.get(key) is beginning:
+                del self._under_way[key]
+            beginning.learned.set()
 
     def forget(self) -> None:
         """Ask the engines anew, as after they have dropped their prefix caches."""
         for scores in self._scores:
             scores.forget()
-
-    async def _score_on_all(
-        self, key: _Key, prompt: Any, request_id: str, kwargs: dict[str, Any]
-    ) -> list[float]:
-        return await asyncio.gather(
-            *(self._score(k, key, prompt, request_id, kwargs) for k in range(len(self._engines)))
-        )
-
-    async def _score(
-        self, expert: int, key: _Key, prompt: Any, request_id: str, kwargs: dict[str, Any]
-    ) -> float:
-        scores, (salt, ids) = self._scores[expert], key
-        start, total = scores.known(ids, salt)
-        if start == len(ids):
-            return total
-        output = await self._run(
-            expert,
-            prompt,
-            f"{request_id}-score",
-            kwargs,
-            Scoring(start - 1),
-            prompt_logprobs=0,
-            flat_logprobs=True,
-        )
-        # What came from the cache was not computed: entries before `start` hold nothing.
-        found = [next(iter(output.prompt_logprobs[i].values())).logprob for i in range(start, len(ids))]
-        return scores.learn(ids, start, total, found, salt)
 
     async def log_probs(
         self,
@@ -146,9 +135,7 @@ class PromptScorer:
                 with _shared_rows(len(self._engines), (end - start, self._vocab_size)) as (names, rows):
                     await asyncio.gather(
                         *(
-                            self._run(
-                                k, window, f"{request_id}-rows", kwargs, Scoring(start, name, start, end)
-                            )
+                            self._run(k, window, f"{request_id}-rows", kwargs, PromptRows(name, start, end))
                             for k, name in enumerate(names)
                         )
                     )
@@ -176,10 +163,9 @@ class PromptScorer:
         prompt: Any,
         request_id: str,
         kwargs: dict[str, Any],
-        scoring: Scoring,
-        **options: Any,
-    ) -> Any:
-        """Have one engine compute ``prompt``, and one token that nobody needs."""
+        rows: PromptRows,
+    ) -> None:
+        """Have one engine compute ``prompt`` and write ``rows``, and one token that nobody needs."""
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -187,12 +173,10 @@ class PromptScorer:
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_reading_prefix_cache=False,
-            extra_args={SCORE_KEY: scoring.to_wire()},
-            **options,
+            extra_args={ROWS_KEY: rows.to_wire()},
         )
-        outputs = self._engines[expert].generate(prompt, params, request_id, **kwargs)
-        (output,) = [output async for output in outputs]
-        return output
+        async for _ in self._engines[expert].generate(prompt, params, request_id, **kwargs):
+            pass
 
 
 def tokens_of(prompt: Any) -> list[int]:

@@ -6,7 +6,7 @@ and stop strings; what it has of a request so far moves to the next leader's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,19 +20,21 @@ from decar.server.seat import Member
 
 @dataclass
 class Route:
-    """A request whose leader may change.
+    """A request whose leader may change, or whose first token is news.
 
     Attributes:
         member: its part in the lockstep, as far as the gateway has followed.
         speaker: whose processor has the user's state.
         ids: expert -> the id that its engine knows the request by.
         early: expert -> outputs of tokens that come after ones which are still on their way from another engine.
+        on_first: to be called when its first token is there, also where the user gets only the whole answer.
     """
 
     member: Member
     speaker: int
     ids: dict[int, str] = field(default_factory=dict)
     early: dict[int, list[Any]] = field(default_factory=dict)
+    on_first: Callable[[], None] | None = None
 
 
 class Relay:
@@ -67,10 +69,19 @@ class Relay:
                 route.early.setdefault(expert, []).append(output)
             if route is not None:
                 touched.append(route)
+                if output.new_token_ids:
+                    self._first(route)
         processed = self._process[expert](now, *args, **kwargs)
         for route in touched:
             self._hand_over(route, *args, **kwargs)
         return processed
+
+    def _first(self, route: Route) -> None:
+        if route.on_first is not None:
+            route.on_first()
+            route.on_first = None
+            if not route.member.may_release:
+                self.forget(route)  # its leader stays
 
     def _hand_over(self, route: Route, *args: Any, **kwargs: Any) -> None:
         """Move the user's state to whoever decides the next token, and give it what has come early.

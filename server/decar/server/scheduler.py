@@ -15,7 +15,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from decar.server.lockstep import Lockstep
 from decar.server.plane import Plane
-from decar.server.seat import Member, Scoring, Seat
+from decar.server.seat import Member, PromptRows, Seat
 
 
 class LockstepScheduler(Scheduler):
@@ -27,7 +27,7 @@ class LockstepScheduler(Scheduler):
         self.lockstep = Lockstep(Plane.attach(seat.plane), seat.expert)
         self._members: dict[str, Member] = {}  # of requests in lockstep
         self._held: dict[str, Request] = {}
-        self._pruned: dict[str, Member] = {}  # those of them whose leader may release this expert
+        self._pruned: dict[str, Member] = {}  # those of them that this expert may be released from
         self._readable: int | None = None  # tokens that the request being scheduled may read from the cache
         self._cached_blocks = self.kv_cache_manager.get_computed_blocks
         self.kv_cache_manager.get_computed_blocks = self._cached_blocks_of
@@ -39,7 +39,7 @@ class LockstepScheduler(Scheduler):
         member = Member.of(request.sampling_params)
         if member is not None:
             self._members[request.request_id] = member
-            if member.prune > 0:
+            if member.may_release:
                 self._pruned[request.request_id] = member
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,12 +101,15 @@ class LockstepScheduler(Scheduler):
         self.structured_output_manager.accept_tokens(request, [token])
 
     def _cached_blocks_of(self, request: Request) -> Any:
-        """Cached blocks of a request; of one that scores its prompt, only those whose score the gateway has.
+        """Cached blocks of a request; of one whose prompt is looked at, only those that need no look.
 
         What is read from the cache is not computed, and what is not computed has no log-likelihood.
         """
-        scoring = Scoring.of(request.sampling_params)
-        self._readable = None if scoring is None else scoring.scored
+        member, rows = self._members.get(request.request_id), PromptRows.of(request.sampling_params)
+        self._readable = None if rows is None else rows.start
+        if member is not None and member.scored is not None and not request.num_output_tokens:
+            known, _ = member.scored[self.lockstep.expert]
+            self._readable = known - 1  # the last of these tokens predicts the first that is not known
         return self._cached_blocks(request)
 
     def _longest_readable_hit(self, block_hashes: Any, max_length: int) -> Any:

@@ -15,8 +15,8 @@ from decar.server.plane import PlaneSpec, unlink
 
 REQUEST_KEY = "decar"
 """Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""
-SCORE_KEY = "decar_score"
-"""The same of a request that scores its prompt: see `Scoring`."""
+ROWS_KEY = "decar_rows"
+"""The same of a request for rows of its prompt: see `PromptRows`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class Member:
         log_weights: float64 [K], -inf for experts that do not take part; kept up to date by the leader.
         posterior: whether each sampled token updates the weights.
         prune: weight that the leader may still drop, see `decar.router.prune`.
+        scored: of each expert, the leading tokens of the prompt whose log-likelihood the gateway knows, and that; then
+            the experts score the rest as they compute it, and ``log_weights`` are those before the prompt. None: after.
+        top_k, uniform: what the leader makes of the weights after the prompt, see `decar.router.restricted`.
         led_before: (position, expert) for each earlier leader, and the position from which on another one leads.
         alone_from: position from which the leader is the only one left.
     """
@@ -75,12 +78,20 @@ class Member:
     log_weights: list[float] = field(repr=False)
     posterior: bool
     prune: float = 0.0
+    scored: list[tuple[int, float]] | None = None
+    top_k: int | None = None
+    uniform: float | None = None
     led_before: list[tuple[int, int]] = field(default_factory=list)
     alone_from: int | None = None
 
     @property
     def followers(self) -> tuple[int, ...]:
         return tuple(expert for expert in self.active if expert != self.leader)
+
+    @property
+    def may_release(self) -> bool:
+        """Whether an expert may have to leave before the request ends, and its leader to hand over."""
+        return self.prune > 0 or self.top_k is not None or self.uniform is not None
 
     def leader_at(self, position: int) -> int:
         """Who decides ``position``."""
@@ -98,27 +109,25 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """A request that scores its prompt, as an engine sees it.
+class PromptRows:
+    """A request for what an expert says at its prompt's positions, as the engine sees it.
 
     Attributes:
-        scored: leading tokens whose log-likelihood the gateway has: what it may read from its cache.
         file: under /dev/shm, float32 [end - start, V]; gets the log-probabilities that follow positions
-            ``start`` to ``end - 1``. Empty asks for none.
+            ``start`` to ``end - 1``.
     """
 
-    scored: int
-    file: str = ""
-    start: int = 0
-    end: int = 0
+    file: str
+    start: int
+    end: int
 
     def to_wire(self) -> dict[str, Any]:
         return dict(vars(self))
 
     @classmethod
-    def of(cls, sampling_params: Any) -> Scoring | None:
-        """The scoring in a request's sampling parameters; None for every other request."""
-        wire = _wire(sampling_params, SCORE_KEY)
+    def of(cls, sampling_params: Any) -> PromptRows | None:
+        """What a request's sampling parameters ask for; None for every other request."""
+        wire = _wire(sampling_params, ROWS_KEY)
         return cls(**wire) if wire else None
 
 

@@ -11,7 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from decar.server.lockstep import Lockstep, Turn
 from decar.server.plane import DIRECTORY, Plane
-from decar.server.seat import Member, Scoring, Seat
+from decar.server.seat import Member, PromptRows, Seat
 from decar.server.transport import transport_of
 
 if current_platform.is_cpu():
@@ -33,6 +33,9 @@ else:
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+
+
+_POSITIONS_AT_ONCE = 256  # of a prompt, whose logits are in memory
 
 
 class InProcessExecutor(UniProcExecutor):
@@ -59,7 +62,8 @@ class LockstepWorker(_Worker):
         self._members: dict[str, Member] = {}
         self._turns: dict[str, Turn] = {}  # this step's, by request
         self._ready: list[Turn] = []
-        self._scorings: dict[str, Scoring] = {}  # whose prompt rows are asked for
+        self._rows: dict[str, PromptRows] = {}  # by request, where rows of its prompt are asked for
+        self._unscored: dict[str, Member] = {}  # by request, where its prompt has still to be scored
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
@@ -69,8 +73,6 @@ class LockstepWorker(_Worker):
         model.compute_logits = self._shared_vocabulary_only
         self._sample = self.model_runner._sample
         self.model_runner._sample = self._sample_in_lockstep
-        self._prompt_logprobs = self.model_runner._get_prompt_logprobs_dict
-        self.model_runner._get_prompt_logprobs_dict = self._with_prompt_rows
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self._turns = self._take_turns(scheduler_output)
@@ -82,6 +84,9 @@ class LockstepWorker(_Worker):
     def sample_tokens(self, grammar_output: Any) -> Any:
         runner, lockstep = self.model_runner, self.lockstep
         state = runner.execute_model_state
+        if state is not None and (self._unscored or self._rows):
+            with lockstep.mine.timed("score_ns"):
+                self._read_prompts(state)
         if state is None or not self._turns:
             return self._sample_sparing((), grammar_output)
         for request_id, turn in self._turns.items():
@@ -93,6 +98,7 @@ class LockstepWorker(_Worker):
         self._ready = lockstep.wait_for_rows(led)
         if self._ready:
             with lockstep.mine.timed("mix_ns"):
+                lockstep.weigh(self._ready)
                 logits = state.logits.float()
                 rows = torch.tensor([turn.row for turn in self._ready], device=logits.device)
                 shared = logits[:, : lockstep.vocab_size]
@@ -144,17 +150,20 @@ class LockstepWorker(_Worker):
         """Turns of this step: shared requests whose last known token is computed in it."""
         for request_id in scheduler_output.finished_req_ids:
             self._members.pop(request_id, None)
-            self._scorings.pop(request_id, None)
+            self._rows.pop(request_id, None)
+            self._unscored.pop(request_id, None)
         turns = {}
         for new in scheduler_output.scheduled_new_reqs:
-            scoring = Scoring.of(new.sampling_params)
-            if scoring is not None and scoring.file:
-                self._scorings[new.req_id] = scoring
+            rows = PromptRows.of(new.sampling_params)
+            if rows is not None:
+                self._rows[new.req_id] = rows
             member = Member.of(new.sampling_params)
             if member is None:
                 continue
             self._members[new.req_id] = member
             self.lockstep.join(member)
+            if member.scored is not None:
+                self._unscored[new.req_id] = member
             scheduled = scheduler_output.num_scheduled_tokens[new.req_id]
             if new.num_computed_tokens + scheduled >= len(new.prompt_token_ids):
                 turns[new.req_id] = Turn(member, position=0)
@@ -217,26 +226,46 @@ class LockstepWorker(_Worker):
             batch.num_tokens_no_spec[row] = end + 1
         return True
 
-    def _with_prompt_rows(self, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
-        """Write log-probabilities of prompt positions where the gateway wants whole rows of them."""
-        runner, vocab_size = self.model_runner, self.lockstep.vocab_size
-        for request_id, scoring in self._scorings.items():
-            if request_id not in num_scheduled_tokens:
-                continue
-            computed = runner.requests[request_id].num_computed_tokens
-            first = max(scoring.start, computed)
-            last = min(scoring.end, computed + num_scheduled_tokens[request_id])
-            if first >= last:
-                continue
-            row = runner.input_batch.req_id_to_index[request_id]
-            offset = int(runner.query_start_loc.np[row]) - computed
-            logits = runner.model.compute_logits(hidden_states[offset + first : offset + last])
-            log_probs = logits[:, :vocab_size].float().log_softmax(dim=-1)
-            shape = (scoring.end - scoring.start, vocab_size)
-            with contextlib.suppress(FileNotFoundError):  # the client has left
-                rows = np.memmap(DIRECTORY / scoring.file, np.float32, "r+", shape=shape)
-                rows[first - scoring.start : last - scoring.start] = log_probs.cpu().numpy()
-        return self._prompt_logprobs(hidden_states, num_scheduled_tokens)
+    def _read_prompts(self, state: Any) -> None:
+        """Score the prompt positions of this step, and write out those whose rows are asked for."""
+        requests = self.model_runner.requests
+        for request_id, member in list(self._unscored.items()):
+            if not self.lockstep.holds_slot(member):
+                continue  # it is being aborted, and its slot has a new tenant
+            assert member.scored is not None
+            ids, (known, _) = requests[request_id].prompt_token_ids, member.scored[self.lockstep.expert]
+            of_slot = self.lockstep.mine.prompt[member.slot]
+            last = known - 1
+            for first, last, logits in self._prompt_logits(state, request_id, known - 1, len(ids) - 1):
+                targets = torch.tensor(ids[first + 1 : last + 1], device=logits.device)
+                said = torch.nn.functional.cross_entropy(logits, targets, reduction="none").neg()
+                of_slot[first + 1 : last + 1] = said.cpu().numpy()
+                self.lockstep.mine.count("scored_tokens", last - first)
+            if last == len(ids) - 1:
+                self.lockstep.mine.prompt_sum[member.slot] = of_slot[known : len(ids)].sum(dtype=np.float64)
+                del self._unscored[request_id]
+        for request_id, asked in self._rows.items():
+            shape = (asked.end - asked.start, self.lockstep.vocab_size)
+            for first, last, logits in self._prompt_logits(state, request_id, asked.start, asked.end):
+                with contextlib.suppress(FileNotFoundError):  # the client has left
+                    rows = np.memmap(DIRECTORY / asked.file, np.float32, "r+", shape=shape)
+                    rows[first - asked.start : last - asked.start] = logits.log_softmax(dim=-1).cpu().numpy()
+
+    def _prompt_logits(
+        self, state: Any, request_id: str, start: int, end: int
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first, last, logits [last - first, V] float32) of the positions from ``start`` to ``end`` in this step."""
+        runner = self.model_runner
+        scheduled = state.scheduler_output.num_scheduled_tokens.get(request_id, 0)
+        computed = runner.requests[request_id].num_computed_tokens
+        start, end = max(start, computed), min(end, computed + scheduled)
+        if start >= end:
+            return
+        offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]]) - computed
+        for first in range(start, end, _POSITIONS_AT_ONCE):
+            last = min(first + _POSITIONS_AT_ONCE, end)
+            logits = runner.model.compute_logits(state.hidden_states[offset + first : offset + last])
+            yield first, last, logits[:, : self.lockstep.vocab_size].float()
 
     def _shared_vocabulary_only(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Logits with ids that some expert has no row for masked: they could not be fed to every expert."""
