@@ -119,12 +119,14 @@ def _effective(
     columns = [of.index_select(0, entries).tolist() for of in rows.log_normalisers]
     normalisers, effective = [], []
     for *log_z, given in zip(*columns, log_weights.tolist(), strict=True):
-        active = [math.isfinite(w) and math.isfinite(z) for w, z in zip(given, log_z, strict=True)]
-        top = max((w for w, there in zip(given, active, strict=True) if there), default=0.0)
-        total = sum(math.exp(w - top) for w, there in zip(given, active, strict=True) if there)
-        shift = top + math.log(total) if total else 0.0
-        normalisers.append([z if there else 0.0 for z, there in zip(log_z, active, strict=True)])
-        effective.append([w - shift if there else -math.inf for w, there in zip(given, active, strict=True)])
+        active = [
+            w if math.isfinite(w) and math.isfinite(z) else -math.inf
+            for w, z in zip(given, log_z, strict=True)
+        ]
+        top = max(active)
+        shift = top + math.log(sum([math.exp(w - top) for w in active])) if top > -math.inf else 0.0
+        normalisers.append([z if w > -math.inf else 0.0 for z, w in zip(log_z, active, strict=True)])
+        effective.append([w - shift for w in active])
     return normalisers, effective
 
 

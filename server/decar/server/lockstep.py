@@ -102,8 +102,9 @@ class Lockstep:
         new = [turn for turn in turns if not self.mine.row(turn.member.slot, turn.stamp)]
         if not new:
             return
-        of = torch.tensor([turn.row for turn in new], device=logits.device)
-        rows = logits[:, : self.vocab_size].index_select(0, of)
+        rows, of = logits[:, : self.vocab_size], [turn.row for turn in new]
+        if of != list(range(len(rows))):  # else the whole batch is posted, as it lies
+            rows = rows.index_select(0, torch.tensor(of, device=logits.device))
         self.transport.post([turn.entry for turn in new], rows)
         for turn in new:
             self.mine.row_stamp[turn.entry] = turn.stamp

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 
 _POSITIONS_AT_ONCE = 256  # of a prompt, whose logits are in memory
-_CACHED_BYTES = 2**19  # of float32 logits that a core takes from matrix product to sum without leaving its cache
+_CACHED_BYTES = (
+    2**19
+)  # of float32 logits that a core takes from matrix product to sum without leaving its cache
 
 
 class InProcessExecutor(UniProcExecutor):
@@ -93,18 +95,19 @@ class LockstepWorker(_Worker):
         for request_id, turn in self._turns.items():
             turn.row = runner.input_batch.req_id_to_index[request_id]
         turns = [turn for turn in self._turns.values() if lockstep.holds_slot(turn.member)]
+        turns.sort(key=lambda turn: turn.row)
+        logits = state.logits.float()  # as rows are mixed, and tokens sampled
+        runner.execute_model_state = state._replace(logits=logits)
         with lockstep.mine.timed("post_ns"):
-            lockstep.post(turns, state.logits)
+            lockstep.post(turns, logits)
         led = [turn for turn in turns if turn.leader == lockstep.expert]
         self._ready = lockstep.wait_for_rows(led)
         if self._ready:
             with lockstep.mine.timed("mix_ns"):
                 lockstep.weigh(self._ready)
-                logits = state.logits.float()
                 rows = torch.tensor([turn.row for turn in self._ready], device=logits.device)
                 shared = logits[:, : lockstep.vocab_size]
                 shared.index_copy_(0, rows, lockstep.mixed(self._ready).to(logits.device))
-                runner.execute_model_state = state._replace(logits=logits)
         ready = {turn.row for turn in self._ready}
         undecided = [turn.row for turn in self._turns.values() if turn.row not in ready]
         with lockstep.mine.timed("sample_ns"):
