@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decar.router import active_experts, log_normalise, log_prior, prune, top_k
+from decar.router import active_experts, drawn, log_normalise, log_prior, prune, restricted, top_k
 
 weights = st.lists(st.floats(1e-12, 1.0), min_size=1, max_size=8)
 
@@ -52,6 +52,23 @@ def test_what_is_left_is_normalised_and_somebody_always_is(of: list[float], budg
 
 def test_of_equals_the_first_ones_stay() -> None:
     assert active_experts(top_k(log_prior([1, 1, 1]), 2)) == [0, 1]
+
+
+def test_each_expert_is_drawn_as_often_as_it_weighs() -> None:
+    log_weights = log_prior([0.5, 0.0, 0.2, 0.3])
+    experts = [active_experts(drawn(log_weights, u)) for u in np.linspace(0, 1, 10_000, endpoint=False)]
+    counts = {k: experts.count([k]) for k in range(4)}
+    assert counts == {0: 5_000, 1: 0, 2: 2_000, 3: 3_000}
+    assert active_experts(drawn([math.log(0.9), math.log(0.1 - 1e-16)], 1 - 2**-53)) == [1]
+
+
+def test_a_request_begins_with_top_k_then_pruning_then_a_draw() -> None:
+    log_weights = log_prior([0.5, 0.3, 0.15, 0.05])
+    kept, left = restricted(log_weights, 3, 0.2, None)
+    assert active_experts(kept) == [0, 1]
+    assert left == pytest.approx(0.2 - 0.15 / 0.95)
+    assert active_experts(restricted(log_weights, 3, 0.2, 0.7)[0]) == [1]
+    np.testing.assert_array_equal(restricted(log_weights, None, 0.0, None)[0], log_weights)
 
 
 @settings(max_examples=40, deadline=None)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from decar.router import log_normalise, log_prior, log_weights_after
+from decar.router import log_normalise, log_prior, log_weights_after, moved_on
 
 EXACT = 1e-12  # float64 arithmetic on a handful of numbers
 
@@ -89,3 +89,13 @@ def test_an_expert_that_rules_a_token_out_is_out() -> None:
     assert np.exp(after).tolist() == [0.0, 1.0]
     with pytest.raises(ValueError, match="zero"):
         log_weights_after(after, [-3.0, -math.inf])
+
+
+def test_what_no_expert_could_have_written_moves_no_weights() -> None:
+    before = log_prior([0.2, 0.8, 0.0])
+    np.testing.assert_allclose(moved_on(before, [-1.0, -2.0, -3.0]), log_weights_after(before, [-1, -2, -3]))
+    for said in ([-math.inf] * 3, [math.nan, -math.inf, -1.0]):
+        np.testing.assert_array_equal(moved_on(before, said), before)
+    np.testing.assert_allclose(np.exp(moved_on(before, [-1.0, math.nan, math.nan])), [1, 0, 0], atol=EXACT)
+    both = moved_on([before, before], [[-1.0, -2.0, -3.0], [-math.inf] * 3])
+    np.testing.assert_allclose(both, [log_weights_after(before, [-1, -2, -3]), before], atol=EXACT)

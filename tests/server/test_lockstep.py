@@ -4,9 +4,11 @@ All of it runs over both transports. A mapped file stands in for device memory: 
 the process that owns it. CUDA's own mapping has test_cuda_memory.py.
 """
 
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,8 +247,46 @@ def decide_first_token(
         engine.post([turn], row)
     ready = leader.wait_for_rows([led])
     assert ready == [led]
+    leader.weigh(ready)
     leader.mixed(ready)
     leader.publish(ready, [token])
+
+
+def scoring_member(**options: Any) -> Member:
+    """Its prompt has 5 tokens; the gateway knows the log-likelihood of 3 of them on one expert."""
+    start = np.log([0.5, 0.5]).tolist()
+    return Member(0, 1, 0, (0, 1), "velocity", start, True, scored=[(3, -2.0), (1, 0.0)], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "leaders"),
+    [
+        ({}, [0.25, 0.75], (0, 0)),
+        ({"top_k": 1}, [0.0, 1.0], (0, 1)),
+        ({"uniform": 0.2}, [1.0, 0.0], (0, 0)),
+        ({"uniform": 0.3}, [0.0, 1.0], (0, 1)),
+        ({"prune": 0.25}, [0.0, 1.0], (0, 1)),
+        ({"prune": 0.24}, [0.25, 0.75], (0, 0)),
+    ],
+    ids=str,
+)
+def test_a_prompt_that_is_scored_as_it_is_computed_sets_the_weights_of_the_first_token(
+    plane: Plane,
+    engines: tuple[Lockstep, Lockstep],
+    options: dict[str, Any],
+    first: list[float],
+    leaders: tuple[int, int],
+) -> None:
+    leader, follower = engines
+    leader.mine.prompt_sum[0] = math.log(0.25) - 3.0  # with the -2.0 that was known: a quarter of the other's
+    follower.mine.prompt_sum[0] = math.log(0.75) - 5.0
+    led, followed = (Turn(scoring_member(**options), 0, row=0) for _ in range(2))
+    decide_first_token(leader, follower, torch.zeros(2, 1, VOCABULARY), 3, led, followed)
+    np.testing.assert_allclose(np.exp(plane.blocks[0].log_weights[0, 0]), first, atol=1e-6)
+    assert follower.adopt([followed]) == [3]
+    follower.takes_part(followed.member)
+    assert (followed.member.leader_at(0), followed.member.leader_at(1)) == leaders
+    assert (followed.member.alone_from == 1) == (0.0 in first)
 
 
 def test_a_leader_that_loses_its_weight_hands_over(engines: tuple[Lockstep, Lockstep]) -> None:

@@ -105,3 +105,16 @@ def test_requests_that_nobody_hands_over_pass_through(ensemble: Ensemble) -> Non
     ensemble.says(OLD, [10], FinishReason.LENGTH)
     assert ensemble.heard() == [10]
     assert ensemble.route.speaker == OLD
+
+
+def test_the_first_token_is_told_once_and_not_an_end_without_one(ensemble: Ensemble) -> None:
+    told: list[int] = []
+    ensemble.route.on_first = lambda: told.append(1)
+    ensemble.says(NEW, [])
+    assert told == []
+    ensemble.says(OLD, [10])
+    ensemble.says(OLD, [11])
+    assert told == [1]
+    ensemble.hand_over(2)  # the route still leads to the next leader
+    ensemble.says(NEW, [12], FinishReason.LENGTH)
+    assert ensemble.heard() == [10, 11, 12]

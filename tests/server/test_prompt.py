@@ -1,0 +1,89 @@
+"""What is known of prompts: scored once, whoever asks, and by somebody else where the first one leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm.exceptions import VLLMValidationError
+
+from decar.server.prompt import PromptScorer
+
+PROMPT = {"prompt_token_ids": [5, 6, 7, 8]}
+SAID = [np.array([np.nan, -1.0, -2.0, -3.0]), np.array([np.nan, -0.5, -0.5, -0.5])]
+
+
+@pytest.fixture
+def scorer() -> PromptScorer:
+    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=2))
+    engines: Any = [SimpleNamespace(vllm_config=config) for _ in range(2)]
+    return PromptScorer(engines, vocab_size=10)
+
+
+async def test_whoever_asks_while_a_prompt_is_scored_waits_for_that(scorer: PromptScorer) -> None:
+    async with scorer.beginning(PROMPT) as first:
+        assert not first.whole
+        assert first.scored == [(1, 0.0), (1, 0.0)]
+        others = [asyncio.create_task(likelihoods(scorer)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert not any(other.done() for other in others)
+        first.learn(SAID)
+        # The first one goes on to decode; nobody waits for that.
+        assert await asyncio.gather(*others) == [[-6.0, -1.5]] * 3
+    assert await likelihoods(scorer) == [-6.0, -1.5]
+
+
+async def likelihoods(scorer: PromptScorer) -> list[float]:
+    async with scorer.beginning(PROMPT) as beginning:
+        if not beginning.whole:
+            beginning.learn(SAID)
+            return await likelihoods(scorer)
+        return beginning.log_likelihoods
+
+
+async def test_whoever_fails_to_score_a_prompt_leaves_it_to_the_next(scorer: PromptScorer) -> None:
+    with contextlib.suppress(ZeroDivisionError):
+        async with scorer.beginning(PROMPT):
+            others = [asyncio.create_task(likelihoods(scorer)) for _ in range(3)]
+            await asyncio.sleep(0)
+            raise ZeroDivisionError
+    async with asyncio.timeout(10):
+        assert await asyncio.gather(*others) == [[-6.0, -1.5]] * 3
+
+
+async def test_whoever_stops_waiting_does_not_stop_the_others(scorer: PromptScorer) -> None:
+    async with scorer.beginning(PROMPT) as first:
+        leaves, stays = (asyncio.create_task(likelihoods(scorer)) for _ in range(2))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        first.learn(SAID)
+    async with asyncio.timeout(10):
+        assert await stays == [-6.0, -1.5]
+
+
+async def test_a_shared_beginning_is_known(scorer: PromptScorer) -> None:
+    await likelihoods(scorer)
+    async with scorer.beginning({"prompt_token_ids": [5, 6, 7, 9, 9]}) as longer:
+        assert longer.scored == [(3, -3.0), (3, -1.0)]
+        assert longer.log_likelihoods == [-3.0, -1.0]
+    async with scorer.beginning({**PROMPT, "cache_salt": "mine"}) as another:
+        assert another.scored == [(1, 0.0), (1, 0.0)]
+    scorer.forget()
+    async with scorer.beginning(PROMPT) as again:
+        assert again.scored == [(1, 0.0), (1, 0.0)]
+
+
+async def test_one_token_says_nothing(scorer: PromptScorer) -> None:
+    async with scorer.beginning({"prompt_token_ids": [5]}) as beginning:
+        assert beginning.whole
+        assert beginning.log_likelihoods == [0.0, 0.0]
+
+
+async def test_a_prompt_without_tokens_is_refused(scorer: PromptScorer) -> None:
+    with pytest.raises(VLLMValidationError, match="token ids"):
+        async with scorer.beginning({"prompt_embeds": None}):
+            pass
