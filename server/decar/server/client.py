@@ -1,8 +1,8 @@
 """`EnsembleClient`: K vLLM engines as one vLLM `EngineClient`. Knows requests, slots and engines, not HTTP.
 
-A request's path: score the prompt on every expert (posterior), choose weights and leader, take a slot, give
-the request to the leader with the user's sampling parameters and to every follower with trivial ones, and
-stream the leader's output. Everything else vLLM's own OpenAI layer does on top.
+A request's path: find the weights, as far as they are known before the prompt is computed, choose a leader, take
+a slot, give the request to the leader with the user's sampling parameters and to every follower with trivial
+ones, and stream the leader's output. Everything else vLLM's own OpenAI layer does on top.
 """
 
 from __future__ import annotations

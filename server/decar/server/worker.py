@@ -1,7 +1,7 @@
 """The worker: where a vLLM engine's forward pass meets the lockstep. Knows vLLM's model runner (V1).
 
-Two seams. `sample_tokens` runs between the forward pass and sampling: rows are posted, and the leader's
-logits are replaced by the mixture's, before grammar, penalties and sampling. `_sample` gives the sampled
+Two seams. `sample_tokens` runs between the forward pass and sampling: prompts are scored, rows are posted, and
+the leader's logits are replaced by the mixture's, before grammar, penalties and sampling. `_sample` gives the sampled
 tokens before the runner keeps them: leaders publish theirs, followers adopt.
 """
 
