@@ -9,7 +9,7 @@ import pytest
 
 from decar.router.errors import TrainingError
 from decar.training.config import load_config
-from decar.training.expert import check_model
+from decar.training.model import check_model
 from tests.training.conftest import WriteConfig
 
 

@@ -103,7 +103,7 @@ def main() -> None:
 def _load(path: Path, overrides: list[str] | None) -> TrainConfig:
     from transformers.utils.logging import disable_progress_bar
 
-    from decar.training.expert import check_model
+    from decar.training.model import check_model
 
     disable_progress_bar()
     config = load_config(path, overrides)
