@@ -140,8 +140,11 @@ def trained(config: TrainConfig) -> dict[str, torch.Tensor]:
     return weights(config, "code")
 
 
-def test_checkpointed_activations_give_the_same_weights(write_config: WriteConfig) -> None:
-    path = write_config(model={"attention_dropout": 0.1})
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpointed_activations_give_the_same_weights(
+    write_config: WriteConfig, write_lora: Any, lora: bool
+) -> None:
+    path = write_lora() if lora else write_config(model={"attention_dropout": 0.1})
     plain = trained(prepared(path))
     checkpointed = trained(load_config(path, ["training.gradient_checkpointing=true"]))
     assert all(torch.equal(value, checkpointed[name]) for name, value in plain.items())
