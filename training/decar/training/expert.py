@@ -296,12 +296,8 @@ def _keep_checkpoints(directory: Path, limit: int) -> Any:
 
 
 def _tensorboard_writer(directory: Path, last: Path | None) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise TrainingError(
-            "training.tensorboard needs tensorboard; pip install tensorboard or set it to false"
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     if last is None:
         shutil.rmtree(directory, ignore_errors=True)
     return SummaryWriter(str(directory), purge_step=step_of(last) + 1 if last else None)
