@@ -9,8 +9,10 @@ import pytest
 
 from decar.router.errors import TrainingError
 from decar.training.config import load_config
-from decar.training.expert import check_model
+from decar.training.model import check_model
 from tests.training.conftest import WriteConfig
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
 def test_set_reaches_nested_fields_lists_and_absent_sections(write_config: WriteConfig) -> None:
@@ -30,6 +32,11 @@ def test_set_reaches_nested_fields_lists_and_absent_sections(write_config: Write
         "logit",
     )
     assert (config.training.learning_rate, config.name) == (1e-4, "other")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configurations_that_come_along_are_valid(path: Path) -> None:
+    assert load_config(path).expert_names
 
 
 def test_an_expert_lays_its_model_over_the_common_one(write_config: WriteConfig) -> None:

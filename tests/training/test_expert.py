@@ -12,17 +12,16 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from decar.router.errors import TrainingError
+from decar.training.blocks import IGNORED, mean_loss, pack
 from decar.training.config import TrainConfig, load_config
 from decar.training.expert import (
-    IGNORED,
-    build_model,
+    complete_checkpoints,
+    delete_incomplete,
     expert_directory,
     expert_stage,
-    last_checkpoint,
-    mean_loss,
-    pack,
     train_expert,
 )
+from decar.training.model import build_model
 from decar.training.partition import make_partition, partition_stage, read_shard
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import WriteConfig
@@ -110,9 +109,10 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
         if complete:
             (tmp_path / f"checkpoint-{step}" / "COMPLETE").touch()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    delete_incomplete(tmp_path)
+    assert complete_checkpoints(tmp_path) == [tmp_path / "checkpoint-2", tmp_path / "checkpoint-10"]
     assert not (tmp_path / "checkpoint-12").exists()
-    assert last_checkpoint(tmp_path / "none") is None
+    assert complete_checkpoints(tmp_path / "none") == []
 
 
 def test_an_expert_needs_only_its_own_shard(prepared: TrainConfig) -> None:

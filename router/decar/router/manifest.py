@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -198,22 +199,28 @@ class Ensemble:
             manifest = _read_manifest(directory)
         except EnsembleError as error:
             return None, [str(error)]
-        experts: list[Expert] = []
-        problems: list[str] = []
-        for entry in manifest.experts:
-            try:
-                experts.append(_read_expert(directory, entry))
-            except EnsembleError as error:
-                problems.append(str(error))
-        for expert in experts:
-            problems += _weight_problems(expert)
-        if not problems:
-            problems += _tokenizer_problems(experts)
+        experts, problems = read_experts(directory, manifest.experts)
         wrong_router = router_problem(
             router_folder(directory), [entry.name for entry in manifest.experts], manifest.router.reads_text
         )
         problems += [wrong_router] if wrong_router else []
-        return cls(directory, manifest, tuple(experts)), problems
+        return cls(directory, manifest, experts), problems
+
+
+def read_experts(directory: Path, entries: Sequence[ExpertEntry]) -> tuple[tuple[Expert, ...], list[str]]:
+    """The experts in ``directory`` that could be read, and what keeps them from being served together."""
+    experts: list[Expert] = []
+    problems: list[str] = []
+    for entry in entries:
+        try:
+            experts.append(_read_expert(directory, entry))
+        except EnsembleError as error:
+            problems.append(str(error))
+    for expert in experts:
+        problems += _weight_problems(expert)
+    if not problems:
+        problems += _tokenizer_problems(experts)
+    return tuple(experts), problems
 
 
 def _read_manifest(directory: Path) -> Manifest:

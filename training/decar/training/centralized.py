@@ -17,7 +17,6 @@ from decar.training.expert import (
     read_expert_report,
     train_model,
 )
-from decar.training.partition import read_shard
 from decar.training.stages import Stage, fingerprint
 
 
@@ -56,8 +55,5 @@ def train_centralized(config: TrainConfig, stage: Stage, callbacks: Iterable[Any
     Raises:
         TrainingError: an unusable model, shard or tokenizer.
     """
-    train, held_out = (
-        [text for name in config.expert_names for text in read_shard(config, name, split)]
-        for split in ("train", "held_out")
-    )
-    return train_model(with_all_compute(config), config.expert_names[0], train, held_out, stage, callbacks)
+    names = config.expert_names
+    return train_model(with_all_compute(config), names[0], names, stage, callbacks)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+import yaml
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -22,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from decar.router.errors import DecarError
+from decar.router.errors import DecarError, TrainingError
 from decar.training.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
@@ -37,17 +39,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+_SHOWN_CHARS = 600
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the training configuration")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override a field; may be repeated")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="say what training would take and show a batch; write nothing")
+]
 
 
 @app.command()
-def run(config: ConfigPath, set_: Overrides = None) -> None:
+def run(config: ConfigPath, set_: Overrides = None, dry_run: DryRun = False) -> None:
     """All stages, in order; finished ones are not redone."""
-    _run(_load(config, set_))
+    settings = _load(config, set_)
+    if dry_run:
+        _dry_run(settings)
+    else:
+        _run(settings)
 
 
 @app.command()
@@ -61,11 +71,18 @@ def expert(
     name: Annotated[str, typer.Argument(metavar="NAME", help="which expert")],
     config: ConfigPath,
     set_: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Train one expert on its shard; an interrupted one continues."""
-    settings = _load(config, set_)
-    settings.model_of(name)
-    _expert(settings, name)
+    """Train one expert on its shard; an interrupted one continues.
+
+    Needs its shard, the tokenizer and the configuration. `accelerate launch -m decar.training expert …` trains it in
+    several processes.
+    """
+    settings = _load(config, set_, name)
+    if dry_run:
+        _dry_run(settings, name)
+    else:
+        _expert(settings, name)
 
 
 @app.command()
@@ -75,9 +92,20 @@ def router(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
-def export(config: ConfigPath, set_: Overrides = None) -> None:
-    """Write the ensemble directory."""
-    _export(_load(config, set_))
+def export(
+    config: ConfigPath,
+    set_: Overrides = None,
+    merge: Annotated[
+        Literal["average"] | None,
+        typer.Option(help="one model of the experts' mean weights, beside the ensemble"),
+    ] = None,
+) -> None:
+    """Write the ensemble directory, or one merged model."""
+    settings = _load(config, set_)
+    if merge is None:
+        _export(settings)
+    else:
+        _average(settings)
 
 
 @app.command()
@@ -100,15 +128,23 @@ def main() -> None:
         sys.exit(1)
 
 
-def _load(path: Path, overrides: list[str] | None) -> TrainConfig:
+def _load(path: Path, overrides: list[str] | None, only: str | None = None) -> TrainConfig:
+    """The configuration at ``path``, checked; with ``only``, its other experts' models may be on other machines."""
     from transformers.utils.logging import disable_progress_bar
 
-    from decar.training.expert import check_model
+    from decar.training.model import check_model
 
     disable_progress_bar()
     config = load_config(path, overrides)
-    for name in config.expert_names:
+    for name in config.expert_names if only is None else [only]:
         check_model(config, name)
+    if only is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "several processes train one expert: `accelerate launch -m decar.training expert NAME CONFIG.yaml`; "
+            "run every other stage in one"
+        )
+    # Of several processes, the first one speaks.
+    console.quiet = os.environ.get("RANK", "0") != "0"
     return config
 
 
@@ -268,6 +304,76 @@ def _evaluate(config: TrainConfig) -> None:
     )
     console.print(f"centralized model: {report.centralized}", soft_wrap=True)
     console.print(f"evaluate: {verb}, report and plots in {stage.directory}", soft_wrap=True)
+
+
+def _average(config: TrainConfig) -> None:
+    from decar.training.export import export_average
+
+    console.print(
+        f"export: done, {export_average(config)} (the mean of {len(config.experts)} experts)", soft_wrap=True
+    )
+
+
+def _dry_run(config: TrainConfig, only: str | None = None) -> None:
+    from decar.training.dry_run import Cost, estimate, with_shards
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError("--dry-run measures one process; run it without `accelerate launch`")
+    console.print(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, soft_wrap=True
+    )
+    known: dict[str, Cost] = {}
+    if only is None:
+        with with_shards(config) as shards:
+            estimates = [estimate(config, name, shards, known) for name in config.expert_names]
+    else:
+        estimates = [estimate(config, only, config, known)]
+    columns = "expert", "state", "parameters", "tokens", "steps", "memory", "time"
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for expert in estimates:
+        state = "to train"
+        if expert.is_done:
+            state = "done before"
+        elif expert.steps_done:
+            state = f"continues at {expert.steps_done:,}"
+        cost = expert.cost
+        trained = "" if cost.num_trained == cost.num_parameters else f", {cost.num_trained:,} trained"
+        learned = (
+            "" if expert.num_targets > 0.9 * expert.train_tokens else f", {expert.num_targets:,} learned"
+        )
+        table.add_row(
+            expert.expert,
+            state,
+            f"{cost.num_parameters:,}{trained}",
+            f"{expert.train_tokens:,}{learned}",
+            f"{expert.steps:,} × {expert.tokens_per_step:,}",
+            _size(cost.memory_bytes),
+            _duration(expert.time_s),
+        )
+    console.print(table, markup=False)
+    console.print(
+        "tokens: of the training documents; steps × tokens of one; time: "
+        f"{_duration(sum(e.time_s for e in estimates))} in all, at the measured "
+        + ", ".join(f"{e.cost.step_time_s:.3g} s" for e in estimates)
+        + " a step; memory: weights, gradients, optimiser and activations",
+        soft_wrap=True,
+    )
+    for expert in estimates[:1]:
+        console.print(f"the first batch of {expert.expert}:")
+        for row, text in enumerate(expert.batch):
+            cut = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]} … ({len(text):,} characters)"
+            console.print(f"[{row}] {cut}", markup=False, soft_wrap=True, highlight=False)
+    console.print("dry run: nothing was trained, nothing was written")
+
+
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 2**20:.1f} MiB" if size_bytes < 2**30 else f"{size_bytes / 2**30:.1f} GiB"
+
+
+def _duration(time_s: float) -> str:
+    if time_s < 90:
+        return f"{time_s:.0f} s"
+    return f"{time_s / 60:.0f} min" if time_s < 5400 else f"{time_s / 3600:.1f} h"
 
 
 def _columns(what: str) -> tuple[ProgressColumn, ...]:

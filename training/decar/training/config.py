@@ -5,6 +5,7 @@ Knows YAML and `--set`, never what a stage does with a value.
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,12 +107,31 @@ class ExpertConfig(_Strict):
         return {"name": value} if isinstance(value, str) else value
 
 
+class LoraConfig(_Strict):
+    """Low-rank adapters on a frozen checkpoint, merged into it when trained (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        default="all-linear", description="names of linear layers; all-linear leaves out the output layer"
+    )
+
+
 class TrainingConfig(_Strict):
-    """How each expert is trained. One step is ``batch_size`` blocks of ``sequence_length`` tokens."""
+    """How each expert is trained.
+
+    One step is ``batch_size`` x ``gradient_accumulation`` blocks of ``sequence_length`` tokens, by however many
+    processes it is computed.
+    """
 
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, gt=0, description="overrides epochs")
-    batch_size: int = Field(default=8, gt=0)
+    batch_size: int = Field(default=8, gt=0, description="blocks in one forward pass, over all processes")
+    gradient_accumulation: int = Field(default=1, gt=0, description="forward passes in one step")
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations twice to save memory"
+    )
     sequence_length: int = Field(default=512, gt=1, description="tokens")
     learning_rate: float = Field(default=1e-3, gt=0)
     min_learning_rate_ratio: float = Field(
@@ -121,9 +141,14 @@ class TrainingConfig(_Strict):
     weight_decay: float = Field(default=0.1, ge=0)
     adam_beta2: float = Field(default=0.95, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="of the forward pass; weights are fp32"
+    )
+    lora: LoraConfig | None = Field(default=None, description="adapters instead of all weights")
     save_steps: int = Field(default=100, gt=0)
+    save_total_limit: int = Field(default=2, gt=0, description="complete checkpoints kept while training")
     log_steps: int = Field(default=10, gt=0)
+    tensorboard: bool = Field(default=False, description="event files under WORK_DIR/logs")
 
 
 class RouterConfig(RouterEntry):
@@ -199,6 +224,11 @@ class TrainConfig(_Strict):
                 )
             if "checkpoint" not in model and "model_type" not in model:
                 raise ValueError(f"the model of {name!r} needs a model_type (e.g. llama) or a checkpoint")
+            if "checkpoint" not in model and self.training.lora is not None:
+                raise ValueError(
+                    f"training.lora adapts a checkpoint, but {name!r} starts from fresh weights; "
+                    "set model.checkpoint or drop training.lora"
+                )
         return self
 
     @property
@@ -221,8 +251,10 @@ class TrainConfig(_Strict):
                 if "model_type" in expert.model:
                     base.pop("checkpoint", None)
                 return base | expert.model
+        near = difflib.get_close_matches(name, self.expert_names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TrainingError(
-            f"no expert is named {name!r}; the configuration has {', '.join(self.expert_names)}"
+            f"no expert is named {name!r}; the configuration has {', '.join(self.expert_names)}{hint}"
         )
 
 

@@ -1,40 +1,46 @@
 """The expert stage: one causal language model, trained on its own shard and nothing else.
 
-Knows no other expert, and nothing about how shards were made.
+Knows no other expert, and nothing about how shards were made. Several processes may train one expert together
+(``accelerate launch``); the main one writes.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
+import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel
-from torch import Tensor
 
 from decar.router.errors import TrainingError
+from decar.training.blocks import Blocks, mean_loss, pack
 from decar.training.config import TrainConfig, TrainingConfig
-from decar.training.partition import check_marker, partition_fingerprint, read_shard, shard_file
-from decar.training.stages import Stage, digest, fingerprint, write_atomically
+from decar.training.model import build_model
+from decar.training.partition import check_marker, partition_fingerprint, read_examples, shard_file
+from decar.training.stages import Stage, digest, fingerprint, sha256, write_atomically
 from decar.training.tokenizer import load_tokenizer
 
-IGNORED = -100
+ADAPTER_FOLDER = "adapter"
 _COMPLETE = "COMPLETE"
-# What transformers raises at a configuration or checkpoint that makes no model.
-_REFUSED = (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError)
+_SPLITS = ("train", "held_out")
+# What the trained weights do not depend on.
+_NOT_IN_WEIGHTS = {"save_steps", "save_total_limit", "log_steps", "tensorboard", "gradient_checkpointing"}
+# Settings that are younger than experts which are finished. Unset they count for nothing, so that those stay finished.
+_YOUNGER = ("gradient_accumulation", "lora")
 
 
 class ExpertReport(BaseModel):
-    """``report.json`` of an expert; losses in nats per token."""
+    """``report.json`` of an expert; losses in nats per token.
+
+    ``shards`` holds the SHA-256 of each file that it was trained or measured on, ``versions`` the software that did.
+    """
 
     expert: str
     num_parameters: int
@@ -44,24 +50,10 @@ class ExpertReport(BaseModel):
     train_loss: float
     held_out_loss: float
     train_time_s: float
-
-
-@dataclass
-class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Documents packed one after another into rows of one length.
-
-    ``input_ids`` and ``labels``: [N, T] int64 on the CPU; the tail of the last row is padding, its labels -100.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    num_tokens: int
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+    train_documents: int | None = None
+    held_out_documents: int | None = None
+    shards: dict[str, str] = {}
+    versions: dict[str, str] = {}
 
 
 def expert_stage(config: TrainConfig, name: str) -> Stage:
@@ -70,7 +62,7 @@ def expert_stage(config: TrainConfig, name: str) -> Stage:
     Raises:
         TrainingError: no such expert, or its shard or the tokenizer is missing or was made with another configuration.
     """
-    files = [shard_file(config, name, split) for split in ("train", "held_out")]
+    files = [shard_file(config, name, split) for split in _SPLITS]
     files.append(config.work_dir / "tokenizer" / "tokenizer.json")
     files.append(config.work_dir / "tokenizer" / "tokenizer_config.json")
     settings = expert_fingerprint(config, name)
@@ -92,123 +84,11 @@ def expert_fingerprint(config: TrainConfig, name: str) -> str:
     Raises:
         TrainingError: no such expert.
     """
-    return fingerprint(
-        config.model_of(name), config.training.model_dump(exclude={"save_steps", "log_steps"}), config.seed
-    )
-
-
-def check_model(config: TrainConfig, name: str) -> None:
-    """Refuse a model description that transformers would misread or refuse.
-
-    Raises:
-        TrainingError: unknown ``model_type`` or field, or a checkpoint that is not there.
-    """
-    from transformers import CONFIG_MAPPING
-
-    model = config.model_of(name)
-    if "checkpoint" in model:
-        if not (Path(model["checkpoint"]) / "config.json").is_file():
-            raise TrainingError(f"the checkpoint of {name!r}, {model['checkpoint']}, holds no config.json")
-        return
-    kind = model["model_type"]
-    if kind not in CONFIG_MAPPING:
-        raise TrainingError(
-            f"model.model_type: transformers has no {kind!r}{_did_you_mean(kind, CONFIG_MAPPING)}"
-        )
-    known = set(CONFIG_MAPPING[kind]().to_dict()) | {"rope_theta", "rope_scaling"}
-    for field in model:
-        # transformers keeps a field it does not know and then never reads it.
-        if field not in known:
-            raise TrainingError(f"model.{field}: unknown field of {kind}{_did_you_mean(field, known)}")
-    try:
-        CONFIG_MAPPING[kind](**model)
-    except _REFUSED as error:
-        raise _cannot_be_built(name, error) from None
-
-
-def _cannot_be_built(name: str, error: Exception) -> TrainingError:
-    return TrainingError(f"the model of {name!r} cannot be built ({' '.join(str(error).split())})")
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
-    """The untrained model of expert ``name`` in fp32: fresh weights by ``config.seed``, or the checkpoint's.
-
-    Raises:
-        TrainingError: a configuration that transformers refuses, or too small a vocabulary.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, set_seed
-
-    check_model(config, name)
-    description = config.model_of(name)
-    set_seed(config.seed)
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    try:
-        if "checkpoint" in description:
-            model = AutoModelForCausalLM.from_pretrained(
-                description["checkpoint"], dtype=torch.float32, local_files_only=True
-            )
-        else:
-            fields = {"vocab_size": len(tokenizer), **special, **description}
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
-            model.generation_config = GenerationConfig(**special)
-    except (OSError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise TrainingError(
-            f"the model of {name!r} cannot be built ({' '.join(str(error).split())})"
-        ) from None
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
-        raise TrainingError(
-            f"the model of {name!r} has {rows} output rows for the {len(tokenizer)} tokens of the tokenizer; "
-            "raise vocab_size or resize the checkpoint's embeddings"
-        )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and config.training.sequence_length > longest:
-        raise TrainingError(
-            f"training.sequence_length {config.training.sequence_length} is longer than the "
-            f"max_position_embeddings {longest} of {name!r}"
-        )
-    return model
-
-
-def pack(texts: list[str], tokenizer: Any, length: int) -> Blocks:
-    """``texts``, each between bos (where the tokenizer has one) and eos, in rows of ``length`` tokens."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    stream: list[int] = []
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        stream += [*start, *ids, tokenizer.eos_token_id]
-    num_rows = math.ceil(len(stream) / length)
-    padding = num_rows * length - len(stream)
-    fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    input_ids = torch.tensor(stream + [fill] * padding).view(num_rows, length)
-    labels = torch.tensor(stream + [IGNORED] * padding).view(num_rows, length)
-    return Blocks(input_ids, labels, len(stream))
-
-
-@torch.inference_mode()
-def mean_loss(model: Any, blocks: Blocks, batch_size: int) -> float:
-    """Nats per predicted token of ``blocks``."""
-    model.eval()
-    total, count = 0.0, 0
-    for start in range(0, len(blocks), batch_size):
-        ids, labels = (
-            x[start : start + batch_size].to(model.device) for x in (blocks.input_ids, blocks.labels)
-        )
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        targets = labels[:, 1:]
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        ).item()
-        count += int((targets != IGNORED).sum())
-    return total / max(count, 1)
+    settings = config.training.model_dump(mode="json", exclude=_NOT_IN_WEIGHTS)
+    for field in _YOUNGER:
+        if getattr(config.training, field) == TrainingConfig.model_fields[field].default:
+            del settings[field]
+    return fingerprint(config.model_of(name), settings, config.seed)
 
 
 def read_expert_report(directory: Path) -> ExpertReport:
@@ -233,40 +113,46 @@ def train_expert(config: TrainConfig, name: str, stage: Stage, callbacks: Iterab
     Raises:
         TrainingError: an unusable model, shard or tokenizer.
     """
-    train, held_out = (read_shard(config, name, split) for split in ("train", "held_out"))
-    return train_model(config, name, train, held_out, stage, callbacks)
+    return train_model(config, name, [name], stage, callbacks)
 
 
 def train_model(
-    config: TrainConfig,
-    name: str,
-    train_texts: list[str],
-    held_out_texts: list[str],
-    stage: Stage,
-    callbacks: Iterable[Any] = (),
+    config: TrainConfig, name: str, shards: Sequence[str], stage: Stage, callbacks: Iterable[Any] = ()
 ) -> ExpertReport:
-    """Train the model that ``config`` describes for expert ``name`` on any texts, and put it in ``stage``'s place.
+    """Train the model that ``config`` describes for expert ``name`` on any ``shards``, and put it in ``stage``'s place.
 
     Raises:
-        TrainingError: an unusable model or tokenizer.
+        TrainingError: an unusable model, shard or tokenizer.
     """
-    from transformers import PrinterCallback
+    from transformers.integrations import TensorBoardCallback
 
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    blocks = {split: read_blocks(config, shards, split, tokenizer) for split in _SPLITS}
+    train, held_out = blocks["train"], blocks["held_out"]
     model = build_model(config, name, tokenizer)
-    length = config.training.sequence_length
-    train = pack(train_texts, tokenizer, length)
-    held_out = pack(held_out_texts, tokenizer, length)
-    checkpoints = config.work_dir / "checkpoints" / stage.directory.relative_to(config.work_dir)
-    trainer = _trainer(config, model, train, checkpoints / f"{stage.config}-{stage.inputs}")
-    trainer.remove_callback(PrinterCallback)
+    directory = checkpoints_of(config, stage)
+    trainer = make_trainer(config, model, train, directory)
+    accelerator = trainer.accelerator
+    if accelerator.is_main_process:
+        delete_incomplete(directory)
+    accelerator.wait_for_everyone()
+    last = next(reversed(complete_checkpoints(directory)), None)
+    writer = None
+    if config.training.tensorboard and accelerator.is_main_process:
+        logs = config.work_dir / "logs" / stage.directory.relative_to(config.work_dir)
+        writer = _tensorboard_writer(logs, last)
+        callbacks = [*callbacks, TensorBoardCallback(writer)]
     for callback in callbacks:
         trainer.add_callback(callback)
-    last = last_checkpoint(Path(trainer.args.output_dir))
     start_s = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    adapter = directory / ADAPTER_FOLDER
+    if config.training.lora is not None:
+        if accelerator.is_main_process:
+            model.save_pretrained(adapter)
+        model = model.merge_and_unload()
     report = ExpertReport(
         expert=stage.directory.name,
         num_parameters=model.num_parameters(),
@@ -276,31 +162,67 @@ def train_model(
         train_loss=result.training_loss,
         held_out_loss=mean_loss(model, held_out, config.training.batch_size),
         train_time_s=time.monotonic() - start_s,
+        train_documents=_num_documents(config, shards, "train"),
+        held_out_documents=_num_documents(config, shards, "held_out"),
+        shards=_hashes(config, shards),
+        versions={package: _version(package) for package in ("decar", "torch", "transformers")},
     )
-    # The Trainer switches the cache off, and whoever generates with the saved model would generate without one.
-    model.config.use_cache = True
-    with stage.writing() as directory:
-        model.save_pretrained(directory)
-        for file in sorted((config.work_dir / "tokenizer").glob("*token*")):
-            shutil.copyfile(file, directory / file.name)
-        (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if writer is not None:
+        writer.add_scalar("held_out_loss", report.held_out_loss, report.steps)
+        writer.close()
+    if accelerator.is_main_process:
+        # The Trainer switches the cache off, and whoever generates with the saved model would generate without one.
+        model.config.use_cache = True
+        with stage.writing() as target:
+            model.save_pretrained(target)
+            if adapter.is_dir():
+                shutil.copytree(adapter, target / ADAPTER_FOLDER)
+            for file in sorted((config.work_dir / "tokenizer").glob("*token*")):
+                shutil.copyfile(file, target / file.name)
+            (target / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+        shutil.rmtree(directory.parent, ignore_errors=True)
+    accelerator.end_training()
     return report
 
 
-def _trainer(config: TrainConfig, model: Any, train: Blocks, checkpoints: Path) -> Any:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+def read_blocks(config: TrainConfig, shards: Sequence[str], split: str, tokenizer: Any) -> Blocks:
+    """The ``split`` of ``shards`` in rows of ``config.training.sequence_length`` tokens.
 
-    class MarkComplete(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            write_atomically(checkpoints / f"checkpoint-{state.global_step}" / _COMPLETE, "")
+    Raises:
+        TrainingError: a shard is missing or damaged, or teaches nothing.
+    """
+    examples = [example for shard in shards for example in read_examples(config, shard, split)]
+    blocks = pack(examples, tokenizer, config.training.sequence_length)
+    if not len(blocks):
+        raise TrainingError(
+            f"the {split} documents of {', '.join(shards)} hold no token to predict; add data, or raise "
+            "partition.held_out"
+        )
+    return blocks
 
-    settings: TrainingConfig = config.training
+
+def make_trainer(config: TrainConfig, model: Any, train: Blocks, directory: Path) -> Any:
+    """A transformers ``Trainer`` of ``model`` on ``train`` that keeps its checkpoints in ``directory``.
+
+    Raises:
+        TrainingError: a batch cannot be dealt out to the processes that there are.
+    """
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    settings = config.training
+    if settings.batch_size % num_processes():
+        raise TrainingError(
+            f"training.batch_size {settings.batch_size} cannot be dealt out to {num_processes()} processes; "
+            "make it a multiple of their number"
+        )
     arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(directory),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // num_processes(),
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": settings.min_learning_rate_ratio},
@@ -310,24 +232,90 @@ def _trainer(config: TrainConfig, model: Any, train: Blocks, checkpoints: Path) 
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.precision == "bf16",
         save_steps=settings.save_steps,
-        # The newest may be half written: the one before it has to stay.
-        save_total_limit=2,
+        # Checkpoints are rotated once they are complete, which the Trainer would not wait for.
+        save_total_limit=None,
         logging_steps=settings.log_steps,
         seed=config.seed,
         report_to="none",
         disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
     )
-    return Trainer(model=model, args=arguments, train_dataset=train, callbacks=[MarkComplete()])
+    # A plain process that sees several GPUs uses one of them: torch's DataParallel would multiply the batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    keep = _keep_checkpoints(directory, settings.save_total_limit)
+    trainer = Trainer(model=model, args=arguments, train_dataset=train, callbacks=[keep])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are deleted."""
-    found: dict[int, Path] = {}
+def num_processes() -> int:
+    """How many processes train this expert together, as ``accelerate launch`` or torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def checkpoints_of(config: TrainConfig, stage: Stage) -> Path:
+    """Where the unfinished ``stage`` keeps its checkpoints; those of another configuration or shard lie elsewhere."""
+    parent = config.work_dir / "checkpoints" / stage.directory.relative_to(config.work_dir)
+    return parent / f"{stage.config}-{stage.inputs}"
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in ``directory`` that were written to their end, the oldest first."""
+    return sorted((marker.parent for marker in directory.glob(f"checkpoint-*/{_COMPLETE}")), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser steps that ``checkpoint`` has behind it."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def delete_incomplete(directory: Path) -> None:
+    """Delete the checkpoints in ``directory`` that a killed process left half written."""
+    complete = complete_checkpoints(directory)
     for checkpoint in directory.glob("checkpoint-*"):
-        if (checkpoint / _COMPLETE).is_file():
-            found[int(checkpoint.name.rpartition("-")[2])] = checkpoint
-        else:
+        if checkpoint not in complete:
             shutil.rmtree(checkpoint)
-    return found[max(found)] if found else None
+
+
+def _keep_checkpoints(directory: Path, limit: int) -> Any:
+    from accelerate import PartialState
+    from transformers import TrainerCallback
+
+    class KeepCheckpoints(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # Every process writes its own state of the random numbers.
+            PartialState().wait_for_everyone()
+            if state.is_world_process_zero:
+                write_atomically(directory / f"checkpoint-{state.global_step}" / _COMPLETE, "")
+                for old in complete_checkpoints(directory)[:-limit]:
+                    shutil.rmtree(old)
+
+    return KeepCheckpoints()
+
+
+def _tensorboard_writer(directory: Path, last: Path | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    if last is None:
+        shutil.rmtree(directory, ignore_errors=True)
+    return SummaryWriter(str(directory), purge_step=step_of(last) + 1 if last else None)
+
+
+def _num_documents(config: TrainConfig, shards: Sequence[str], split: str) -> int:
+    import pyarrow.parquet as parquet
+
+    return sum(parquet.read_metadata(shard_file(config, shard, split)).num_rows for shard in shards)
+
+
+def _hashes(config: TrainConfig, shards: Sequence[str]) -> dict[str, str]:
+    files = [shard_file(config, shard, split) for shard in shards for split in _SPLITS]
+    return {f"{file.parent.name}/{file.name}": sha256(file) for file in files}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,19 +1,37 @@
-"""The export stage: trained experts and a router into one ensemble directory. Knows files, never data or training."""
+"""The export stage: trained experts into one ensemble directory, or into one averaged model, each with a model card.
+
+Knows files, never data or training.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from decar.router.errors import TrainingError
+from decar.router.errors import EnsembleError, TrainingError
 from decar.router.files import router_folder
-from decar.router.manifest import MANIFEST_NAME, Ensemble, ExpertEntry, Manifest, write_manifest
+from decar.router.manifest import (
+    MANIFEST_NAME,
+    Ensemble,
+    Expert,
+    ExpertEntry,
+    Manifest,
+    read_experts,
+    write_manifest,
+)
+from decar.training.average import average
+from decar.training.card import CARD_NAME, average_card, ensemble_card
 from decar.training.config import TrainConfig
-from decar.training.expert import expert_directory, expert_fingerprint, read_expert_report
+from decar.training.expert import ADAPTER_FOLDER, expert_directory, expert_fingerprint, read_expert_report
 from decar.training.router import router_directory, router_fingerprint
 from decar.training.stages import MARKER, Stage, fingerprint, read_marker, replaced_directory
 
-_NOT_EXPORTED = (MARKER, "report.json", "*.png")
+_NOT_EXPORTED = (MARKER, "report.json", "*.png", ADAPTER_FOLDER)
+# What of a tokenizer's settings decides how a prompt is rendered and where an answer ends.
+_RENDERING = ("chat_template", "bos_token", "eos_token", "pad_token")
 
 
 def export_stage(config: TrainConfig) -> Stage:
@@ -23,16 +41,7 @@ def export_stage(config: TrainConfig) -> Stage:
         TrainingError: an expert, or a router that the ensemble needs, is not trained; or one of them was trained
             with another configuration.
     """
-    markers = []
-    for name in config.expert_names:
-        marker = read_marker(expert_directory(config, name))
-        if marker is None:
-            raise TrainingError(f"expert {name!r} is not trained; run `decar-train expert {name}` first")
-        if marker["config"] != expert_fingerprint(config, name):
-            raise TrainingError(
-                f"expert {name!r} was trained with another configuration; run `decar-train expert {name}` again"
-            )
-        markers.append(marker)
+    markers = [_expert_marker(config, name) for name in config.expert_names]
     router = read_marker(router_directory(config))
     if router is None and config.router.reads_text:
         raise TrainingError("the router is not trained; run `decar-train router` first")
@@ -53,6 +62,17 @@ def export_stage(config: TrainConfig) -> Stage:
     )
 
 
+def _expert_marker(config: TrainConfig, name: str) -> dict[str, str]:
+    marker = read_marker(expert_directory(config, name))
+    if marker is None:
+        raise TrainingError(f"expert {name!r} is not trained; run `decar-train expert {name}` first")
+    if marker["config"] != expert_fingerprint(config, name):
+        raise TrainingError(
+            f"expert {name!r} was trained with another configuration; run `decar-train expert {name}` again"
+        )
+    return marker
+
+
 def is_exported(config: TrainConfig, stage: Stage) -> bool:
     """Whether the ensemble directory holds what ``stage`` would write."""
     return stage.is_done and not Ensemble.inspect(config.ensemble_path)[1]
@@ -64,38 +84,90 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
     An expert's prior is its share of the training tokens.
 
     Raises:
-        TrainingError: the target holds something that is not an ensemble.
+        TrainingError: the target holds something that is not an ensemble, or the experts' chat templates differ.
         EnsembleError: the experts do not fit together, e.g. their tokenizers differ.
     """
     target = config.ensemble_path
-    if target.exists() and (
-        not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST_NAME).exists())
-    ):
-        raise TrainingError(f"{target} exists and is not an ensemble; move it away or change ensemble_dir")
-    tokens = {
-        name: read_expert_report(expert_directory(config, name)).train_tokens for name in config.expert_names
-    }
-    experts = []
+    _check_target(target, MANIFEST_NAME, "an ensemble")
+    reports = {name: read_expert_report(expert_directory(config, name)) for name in config.expert_names}
+    num_tokens = sum(report.train_tokens for report in reports.values())
+    entries = tuple(
+        ExpertEntry(name=name, path=f"experts/{name}", prior=report.train_tokens / num_tokens)
+        for name, report in reports.items()
+    )
+    _read_fitting(config, entries)
     with replaced_directory(target) as directory:
         for name in config.expert_names:
             _copy(expert_directory(config, name), directory / "experts" / name)
-            prior = tokens[name] / sum(tokens.values())
-            experts.append(ExpertEntry(name=name, path=f"experts/{name}", prior=prior))
         if read_marker(router_directory(config)) is None:
             router_folder(directory).mkdir()
         else:
             _copy(router_directory(config), router_folder(directory))
         manifest = Manifest(
             name=config.name,
-            experts=tuple(experts),
+            experts=entries,
             router=config.router.entry,
             mixing=config.mixing,
         )
         write_manifest(directory, manifest)
+        (directory / CARD_NAME).write_text(ensemble_card(config, manifest, reports), encoding="utf-8")
         Ensemble.load(directory)
     with stage.writing():
         pass
     return Ensemble.load(target)
+
+
+def export_average(config: TrainConfig) -> Path:
+    """Write one model of the experts' mean weights beside the ensemble directory, and return where.
+
+    Raises:
+        TrainingError: an expert is not trained, experts differ in more than weights, or the target is no model.
+        EnsembleError: an expert is damaged, or tokenizers differ.
+    """
+    target = config.ensemble_path.with_name(f"{config.ensemble_path.name}-average")
+    _check_target(target, "config.json", "a model")
+    for name in config.expert_names:
+        _expert_marker(config, name)
+    reports = {name: read_expert_report(expert_directory(config, name)) for name in config.expert_names}
+    entries = [ExpertEntry(name=name, path=f"experts/{name}", prior=1.0) for name in config.expert_names]
+    experts = _read_fitting(config, entries)
+    with replaced_directory(target) as directory:
+        average(experts, directory)
+        for file in experts[0].path.iterdir():
+            if file.name == "generation_config.json" or "token" in file.name:
+                shutil.copyfile(file, directory / file.name)
+        (directory / CARD_NAME).write_text(average_card(config, reports), encoding="utf-8")
+    return target
+
+
+def _check_target(target: Path, sign: str, what: str) -> None:
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / sign).exists())):
+        raise TrainingError(f"{target} exists and is not {what}; move it away or change ensemble_dir")
+
+
+def _read_fitting(config: TrainConfig, entries: Sequence[ExpertEntry]) -> tuple[Expert, ...]:
+    experts, problems = read_experts(config.work_dir, entries)
+    if problems:
+        raise EnsembleError(problems[0])
+    first, *others = experts
+    wanted = _rendering(first)
+    for other in others:
+        differing = [key for key, value in _rendering(other).items() if value != wanted[key]]
+        if differing:
+            raise TrainingError(
+                f"experts {first.name!r} and {other.name!r} were trained with different tokenizer settings "
+                f"({', '.join(differing)}); train them with one tokenizer"
+            )
+    return experts
+
+
+def _rendering(expert: Expert) -> dict[str, Any]:
+    file = expert.path / "tokenizer_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        return {key: settings.get(key) for key in _RENDERING}
+    except (OSError, ValueError, AttributeError):
+        raise TrainingError(f"{file} cannot be read; train expert {expert.name!r} again") from None
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ Knows nothing about tokens or models.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,14 @@ from decar.router.errors import TrainingError
 from decar.training.cluster import balanced_kmeans
 from decar.training.config import PartitionConfig, TrainConfig
 from decar.training.features import embed, fit_components, fit_tfidf
-from decar.training.sources import Document, input_files, read_documents, read_parquet
+from decar.training.sources import (
+    MESSAGES_FIELD,
+    Document,
+    Messages,
+    input_files,
+    read_documents,
+    read_parquet,
+)
 from decar.training.stages import Stage, digest, fingerprint, read_marker
 
 Labels = NDArray[np.int64]
@@ -79,7 +87,10 @@ def check_marker(directory: Path, wanted: str) -> None:
 
 
 def shard_file(config: TrainConfig, expert: str, split: str) -> Path:
-    """The parquet file (columns ``text``, ``source``) of a shard; ``split`` is ``train`` or ``held_out``."""
+    """The parquet file of a shard; ``split`` is ``train`` or ``held_out``.
+
+    Its columns are ``text``, ``source`` and, where there are chats, ``messages`` (JSON, or null).
+    """
     return config.work_dir / "partition" / expert / f"{split}.parquet"
 
 
@@ -94,6 +105,22 @@ def read_shard(config: TrainConfig, expert: str, split: str) -> list[str]:
         return read_parquet(file, "text")
     except FileNotFoundError:
         raise TrainingError(f"{file} is missing; run `decar-train partition` first") from None
+
+
+def read_examples(config: TrainConfig, expert: str, split: str) -> list[str | Messages]:
+    """What of a shard an expert is trained on: its texts, and its chats as messages.
+
+    Raises:
+        TrainingError: the partition has not been made, or is damaged.
+    """
+    import pyarrow.parquet as parquet
+
+    texts = read_shard(config, expert, split)
+    file = shard_file(config, expert, split)
+    if MESSAGES_FIELD not in parquet.read_schema(file).names:
+        return list(texts)
+    chats = parquet.read_table(file, columns=[MESSAGES_FIELD]).column(MESSAGES_FIELD).to_pylist()
+    return [text if chat is None else json.loads(chat) for text, chat in zip(texts, chats, strict=True)]
 
 
 def read_report(stage: Stage) -> PartitionReport:
@@ -205,5 +232,10 @@ def _write_shard(documents: list[Document], file: Path) -> None:
 
     disable_progress_bars()
     file.parent.mkdir(exist_ok=True)
-    columns = {"text": [d.text for d in documents], "source": [d.source for d in documents]}
+    columns: dict[str, list[Any]] = {
+        "text": [d.text for d in documents],
+        "source": [d.source for d in documents],
+    }
+    if any(d.messages for d in documents):
+        columns[MESSAGES_FIELD] = [json.dumps(d.messages) if d.messages else None for d in documents]
     Dataset.from_dict(columns).to_parquet(str(file))

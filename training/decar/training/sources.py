@@ -11,10 +11,15 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from decar.router.errors import TrainingError
 from decar.training.config import DataConfig, DocumentConfig
 
+Messages = list[dict[str, Any]]
+"""One chat: ``{"role": ..., "content": ...}`` each, and what else a chat template reads."""
+
+MESSAGES_FIELD = "messages"
 _TEXT_SUFFIXES = {".txt", ".md"}
 # Tables, test data and third-party code, which say little about Python.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -22,11 +27,15 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 @dataclass(frozen=True)
 class Document:
-    """``text``, the data ``source`` it comes from, and the number of the input text it is a piece of."""
+    """``text``, the data ``source`` it comes from, and the number of the input text it is a piece of.
+
+    A chat is one document with its ``messages``; its text is what they say.
+    """
 
     text: str
     source: str
     origin: int
+    messages: Messages | None = None
 
 
 def input_files(config: DataConfig) -> list[Path]:
@@ -52,12 +61,18 @@ def read_documents(data: DataConfig, cutting: DocumentConfig, seed: int) -> list
     """
     documents: list[Document] = []
     origin = 0
-    for source, texts in _sources(data, seed):
-        for text in texts:
-            pieces = (
-                piece for piece in cut(text, cutting.max_chars) if len(piece.strip()) >= cutting.min_chars
-            )
-            documents += [Document(piece, source, origin) for piece in pieces if piece.strip()]
+    for source, inputs in _sources(data, seed):
+        for given in inputs:
+            if isinstance(given, str):
+                pieces = (
+                    piece
+                    for piece in cut(given, cutting.max_chars)
+                    if len(piece.strip()) >= cutting.min_chars
+                )
+                documents += [Document(piece, source, origin) for piece in pieces if piece.strip()]
+            else:
+                said = "\n\n".join(message["content"] for message in given)
+                documents.append(Document(said, source, origin, given))
             origin += 1
     if not documents:
         raise TrainingError("the data holds no documents; check data.files and documents.min_chars")
@@ -79,7 +94,7 @@ def cut(text: str, max_chars: int) -> Iterator[str]:
         yield piece
 
 
-def _sources(data: DataConfig, seed: int) -> Iterator[tuple[str, Iterable[str]]]:
+def _sources(data: DataConfig, seed: int) -> Iterator[tuple[str, Iterable[str | Messages]]]:
     for file in input_files(data):
         yield file.name, _read_file(file, data.text_field)
     for name in data.builtin:
@@ -95,14 +110,15 @@ def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
         yield text
 
 
-def _read_file(file: Path, text_field: str) -> Iterable[str]:
+def _read_file(file: Path, text_field: str) -> Iterable[str | Messages]:
+    """Its texts; of .jsonl and .parquet also the chats, in ``text_field`` or, where that is not, in ``messages``."""
     try:
         if file.suffix in _TEXT_SUFFIXES:
             return [file.read_text(encoding="utf-8")]
         if file.suffix == ".jsonl":
             return _read_jsonl(file, text_field)
         if file.suffix == ".parquet":
-            return read_parquet(file, text_field)
+            return _read_parquet_rows(file, text_field)
     except UnicodeDecodeError as error:
         raise TrainingError(f"{file} is not UTF-8 text ({error})") from None
     except OSError as error:
@@ -110,8 +126,8 @@ def _read_file(file: Path, text_field: str) -> Iterable[str]:
     raise TrainingError(f"{file}: unknown kind of file; use .txt, .md, .jsonl or .parquet")
 
 
-def _read_jsonl(file: Path, text_field: str) -> list[str]:
-    texts = []
+def _read_jsonl(file: Path, text_field: str) -> list[str | Messages]:
+    found: list[str | Messages] = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -122,12 +138,55 @@ def _read_jsonl(file: Path, text_field: str) -> list[str]:
             raise TrainingError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
             raise TrainingError(f"{where}: expected an object with a {text_field!r} field")
-        if text_field not in row:
+        field = _field_of(row, text_field)
+        if field not in row:
             raise TrainingError(f"{where}: {_no_field(text_field, row)}")
-        if not isinstance(row[text_field], str):
-            raise TrainingError(f"{where}: field {text_field!r} is not a string")
-        texts.append(row[text_field])
-    return texts
+        found.append(_text_or_chat(row[field], f"{where}: field {field!r}"))
+    return found
+
+
+def _field_of(names: Iterable[str], text_field: str) -> str:
+    names = list(names)
+    return MESSAGES_FIELD if text_field not in names and MESSAGES_FIELD in names else text_field
+
+
+def _text_or_chat(value: Any, where: str) -> str | Messages:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise TrainingError(f"{where} is not a string")
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise TrainingError(f"{where}: message {number} needs a role and a content, both strings")
+    roles = [message["role"] for message in value]
+    if "assistant" not in roles[1:] or roles[0] == "assistant":
+        raise TrainingError(
+            f"{where}: a chat needs an assistant's message after another's; its roles are {roles}"
+        )
+    return value
+
+
+def _read_parquet_rows(file: Path, text_field: str) -> list[str | Messages]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        schema = parquet.read_schema(file)
+        field = _field_of(schema.names, text_field)
+        if field not in schema.names or not pyarrow.types.is_nested(schema.field(field).type):
+            return list(read_parquet(file, field))
+        column = parquet.read_table(file, columns=[field]).column(field).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise TrainingError(f"{file} is not a parquet file ({error})") from None
+    chats: list[str | Messages] = []
+    for number, row in enumerate(column, start=1):
+        # A parquet column has the same keys in every message, null where one has none.
+        if isinstance(row, list) and all(isinstance(message, dict) for message in row):
+            row = [{key: value for key, value in message.items() if value is not None} for message in row]
+        chats.append(_text_or_chat(row, f"{file}, row {number}: field {field!r}"))
+    return chats
 
 
 def read_parquet(file: Path, text_field: str) -> list[str]:

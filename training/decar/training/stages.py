@@ -30,12 +30,17 @@ def digest(*files: Path) -> str:
     """16 hex digits of the contents of ``files``, in order."""
     total = hashlib.sha256()
     for file in files:
-        one = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                one.update(block)
-        total.update(one.digest())
+        total.update(bytes.fromhex(sha256(file)))
     return total.hexdigest()[:16]
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of the contents of ``file``, as `sha256sum` prints it."""
+    total = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,0 +1,152 @@
+"""Model cards: what an exported directory holds, how it came about, how to serve it. Knows reports, never weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from decar.router.manifest import Manifest
+from decar.training.config import TrainConfig
+from decar.training.expert import ExpertReport
+
+CARD_NAME = "README.md"
+
+
+def ensemble_card(config: TrainConfig, manifest: Manifest, reports: Mapping[str, ExpertReport]) -> str:
+    """The ``README.md`` of an ensemble directory, in Markdown with the Hub's YAML header."""
+    priors = {expert.name: f"{expert.prior:.4f}" for expert in manifest.experts}
+    first = config.expert_names[0]
+    return "\n".join(
+        [
+            _header(["decar", "ensemble"]),
+            f"# {config.name}",
+            "",
+            f'{len(reports)} language models ("experts"), each trained alone on its own part of the data and kept as '
+            "an ordinary Hugging Face checkpoint. decar serves them as one model: at every step it mixes their "
+            "distributions of the next token, with weights from its router "
+            f"(here by default: {manifest.router.kind}, rule {manifest.mixing.rule}).",
+            "",
+            "## Serve it",
+            "",
+            "```bash",
+            f"decar serve . --port 8000           # in this directory; the model is {config.name!r}",
+            f"vllm serve experts/{first}    # or one expert alone",
+            "```",
+            "",
+            "## Experts",
+            "",
+            *_experts_table(reports, priors),
+            "",
+            "The prior is an expert's share of the training tokens; the loss is in nats per token, of each expert on "
+            "the held-out text of its own part.",
+            "",
+            *_making(config, reports),
+        ]
+    )
+
+
+def average_card(config: TrainConfig, reports: Mapping[str, ExpertReport]) -> str:
+    """The ``README.md`` of the experts' parameter average."""
+    return "\n".join(
+        [
+            _header(["decar", "merge"]),
+            f"# {config.name}, averaged",
+            "",
+            f"One language model whose weights are the mean of {len(reports)} experts' weights (Branch-Train-Merge's "
+            "parameter average, arXiv 2208.03306), each with the same share. The experts were trained alone, each on "
+            "its own part of the data. An average is only as good as its experts are close to each other: those that "
+            "branch from one trained checkpoint average well, those trained from scratch hardly.",
+            "",
+            "## Serve it",
+            "",
+            "```bash",
+            "vllm serve .    # in this directory; any other tool that reads Hugging Face checkpoints will do",
+            "```",
+            "",
+            "## Experts it is the mean of",
+            "",
+            *_experts_table(reports, {}),
+            "",
+            "The loss is in nats per token, of each expert before averaging on the held-out text of its own part. The "
+            "average itself was not measured.",
+            "",
+            *_making(config, reports),
+        ]
+    )
+
+
+def _header(tags: Sequence[str]) -> str:
+    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n"
+
+
+def _experts_table(reports: Mapping[str, ExpertReport], priors: Mapping[str, str]) -> list[str]:
+    columns = [
+        "parameters",
+        "documents",
+        "held-out documents",
+        "tokens",
+        "held-out tokens",
+        "steps",
+        "held-out loss",
+    ]
+    rows = [
+        [
+            name,
+            *([priors[name]] if priors else []),
+            f"{report.num_parameters:,}",
+            _count(report.train_documents),
+            _count(report.held_out_documents),
+            f"{report.train_tokens:,}",
+            f"{report.held_out_tokens:,}",
+            f"{report.steps:,}",
+            f"{report.held_out_loss:.4f}",
+        ]
+        for name, report in reports.items()
+    ]
+    return _table(["expert", *(["prior"] if priors else []), *columns], rows)
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def _making(config: TrainConfig, reports: Mapping[str, ExpertReport]) -> list[str]:
+    models = {name: config.model_of(name) for name in reports}
+    alike = len({str(model) for model in models.values()}) == 1
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "model": models[config.expert_names[0]] if alike else models,
+        "training": config.training.model_dump(mode="json"),
+        "documents": config.documents.model_dump(mode="json"),
+        "partition": config.partition.model_dump(mode="json"),
+    }
+    software = ("decar", "torch", "transformers")
+    versions = [
+        [name, *(report.versions.get(s, "unknown") for s in software)] for name, report in reports.items()
+    ]
+    hashes = [
+        [name, f"`{file}`", f"`{sha256}`"]
+        for name, report in reports.items()
+        for file, sha256 in report.shards.items()
+    ]
+    return [
+        "## How it was made",
+        "",
+        "```yaml",
+        yaml.safe_dump(settings, sort_keys=False).rstrip(),
+        "```",
+        "",
+        *_table(["expert", *software], versions),
+        "",
+        "SHA-256 of each expert's data:",
+        "",
+        *_table(["expert", "shard", "SHA-256"], hashes),
+        "",
+    ]
