@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
@@ -38,7 +39,7 @@ from decar.server.plane import Plane
 from decar.server.prompt import Beginning, PromptLogprobs, PromptScorer, tokens_of
 from decar.server.relay import Relay, Route
 from decar.server.routing import Call, ChoiceTrace, current_call, offered_routers, parse_call
-from decar.server.seat import REQUEST_KEY, ROWS_KEY, Member
+from decar.server.seat import REQUEST_KEY, ROWS_KEY, Member, current_core
 
 
 class Slots:
@@ -91,6 +92,7 @@ class Expert:
     name: str
     engine: AsyncLLM
     pid: int
+    cores: set[int]  # that it may run on
     up: bool = True
 
 
@@ -124,7 +126,8 @@ class EnsembleClient(EngineClient):
     def __init__(self, ensemble: Ensemble, engines: Sequence[AsyncLLM], pids: Sequence[int], plane: Plane):
         self.ensemble = ensemble
         self.plane = plane
-        self.experts = [Expert(*of) for of in zip(ensemble.expert_names, engines, pids, strict=True)]
+        cores = [os.sched_getaffinity(pid) for pid in pids]
+        self.experts = [Expert(*of) for of in zip(ensemble.expert_names, engines, pids, cores, strict=True)]
         self.slots = Slots(plane.spec.slots)
         # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only.
         first = engines[0]
@@ -330,8 +333,7 @@ class EnsembleClient(EngineClient):
                 route.on_first = partial(self._learn, beginning, slot)
             try:
                 arrival = self._next_arrival()
-                # Followers first: they have nothing to do for the leader that it could not do meanwhile.
-                for k in sorted(active, key=lambda k: k == leader):
+                for k in self._in_order(active, leader):
                     queues[k] = await self.experts[k].engine.add_request(
                         asked.request_id,
                         asked.prompt,
@@ -398,6 +400,12 @@ class EnsembleClient(EngineClient):
         """The expert with the largest weight; among equals, the one that leads the fewest requests."""
         leads = self.leads()
         return max(active, key=lambda k: (round(float(log_weights[k]), 9), -leads[k]))
+
+    def _in_order(self, active: list[int], leader: int) -> list[int]:
+        """Followers first: they have nothing to do for the leader that it could not do meanwhile. But last whoever
+        shares the core that this process runs on: waking, that engine takes it, and the others would not be told."""
+        here = current_core()
+        return sorted(active, key=lambda k: (here in self.experts[k].cores, k == leader))
 
     def leads(self) -> list[int]:
         """How many requests each expert leads now."""

@@ -161,3 +161,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def yield_core() -> None:
     """Let another runnable thread have this core. Through ctypes, since Python's own call keeps the GIL."""
     _libc.sched_yield()
+
+
+def current_core() -> int:
+    """The core that this thread runs on just now."""
+    return int(_libc.sched_getcpu())
