@@ -232,7 +232,7 @@ def test_rows_that_are_no_chat_are_named(tmp_path: Path, row: Any, message: str)
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(TrainingError, match=message):
-        read_documents(DataConfig(files=[str(file)]), DocumentConfig(), 0)
+        list(read_documents(DataConfig(files=[str(file)]), DocumentConfig(), 0))
 
 
 def test_a_shard_that_teaches_nothing_is_refused(

@@ -19,6 +19,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -29,6 +30,7 @@ from decar.training.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
     from decar.training.expert import ExpertReport
+    from decar.training.partition_report import PartitionReport
     from decar.training.stages import Stage
 
 app = typer.Typer(
@@ -158,6 +160,7 @@ def _run(config: TrainConfig) -> None:
 
 def _partition(config: TrainConfig) -> None:
     from decar.training.partition import make_partition, partition_stage, read_report
+    from decar.training.partition_report import MAP_FILE
     from decar.training.tokenizer import make_tokenizer, tokenizer_stage
 
     stage = partition_stage(config)
@@ -165,14 +168,17 @@ def _partition(config: TrainConfig) -> None:
         report = read_report(stage)
         console.print("partition: done before")
     else:
-        with console.status("partition: reading and clustering the documents"):
-            report = make_partition(config, stage)
-    table = Table("expert", "train", "held out", "sources", "top terms")
-    for shard in report.shards:
-        sources = ", ".join(f"{source} {count}" for source, count in shard.sources.items())
-        numbers = f"{shard.train_documents:,}", f"{shard.held_out_documents:,}"
-        table.add_row(shard.expert, *numbers, sources, " ".join(shard.top_terms))
-    console.print(table, markup=False)
+        with Progress(*_columns("partition:"), TimeRemainingColumn(), console=console) as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def show(step: str, done: int, total: int | None) -> None:
+                if step not in tasks:
+                    tasks[step] = bar.add_task("", total=total, note=step)
+                bar.update(tasks[step], completed=done, total=total)
+
+            report = make_partition(config, stage, show)
+        console.print("partition: done")
+    _show_partition(report, stage.directory / MAP_FILE)
 
     stage = tokenizer_stage(config)
     if stage.is_done:
@@ -181,6 +187,32 @@ def _partition(config: TrainConfig) -> None:
         with console.status("tokenizer: training"):
             make_tokenizer(config, stage)
         console.print("tokenizer: done")
+
+
+def _show_partition(report: PartitionReport, map_file: Path) -> None:
+    table = Table("expert", "train", "held out", "sources", "top terms", "nearest example")
+    for shard in report.shards:
+        sources = [f"{source} {count:,}" for source, count in shard.sources.items()]
+        if len(sources) > 3:
+            sources[3:] = [f"{len(sources) - 3} more"]
+        numbers = f"{shard.train_documents:,}", f"{shard.held_out_documents:,}"
+        example = shard.nearest[0][:80] if shard.nearest else ""
+        table.add_row(shard.expert, *numbers, ", ".join(sources), " ".join(shard.top_terms), example)
+    console.print(table, markup=False)
+    if report.skipped_lines:
+        files = ", ".join(f"{file} {count:,}" for file, count in report.skipped_lines.items())
+        console.print(
+            f"skipped {sum(report.skipped_lines.values()):,} bad lines ({files}); the first: {report.first_skipped}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    silhouette = "none" if report.silhouette is None else f"{report.silhouette:.3f}"
+    console.print(
+        f"{report.method}: {report.documents:,} documents, largest/smallest {report.balance:.3f}; of {report.sample:,} "
+        f"of them mean cosine to the centroid {report.mean_cosine:.3f}, silhouette {silhouette}; map {map_file}",
+        soft_wrap=True,
+    )
 
 
 def _expert(config: TrainConfig, name: str) -> None:

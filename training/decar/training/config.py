@@ -41,12 +41,14 @@ class DataConfig(_Strict):
     ``files`` are paths or globs of .txt, .md (one document each), .jsonl and .parquet (one per row) files.
     ``builtin`` sources are part of every Python: ``python-stdlib`` is the standard library's code without
     its docstrings, ``python-docstrings`` those docstrings, ``pydoc-topics`` the language reference.
+    ``on_bad_line`` says what becomes of a .jsonl line or .parquet row that cannot be used.
     """
 
     files: list[str] = []
     text_field: str = "text"
     builtin: list[Builtin] = []
     builtin_max_bytes: int = Field(default=2_000_000, gt=0, description="cap on each built-in source")
+    on_bad_line: Literal["error", "skip"] = "error"
 
     @pydantic.model_validator(mode="after")
     def _not_empty(self) -> DataConfig:
@@ -79,20 +81,43 @@ class TokenizerConfig(_Strict):
 
 
 class PartitionConfig(_Strict):
-    """TF-IDF, truncated SVD, unit length, balanced spherical k-means.
+    """How documents are dealt out to the experts.
+
+    ``method``: ``kmeans``, balanced spherical k-means; ``two-stage``, ``fine_clusters`` by mini-batch k-means, merged
+    into balanced ones; ``random``, the control; ``by-field``, by the user's own domains.
+
+    Documents are compared by TF-IDF and truncated SVD, or by the sentence-embedding model in the directory
+    ``embedding``. TF-IDF and SVD are fitted to ``sample`` documents, and the report looks at the same.
 
     ``name_by`` maps an expert to a data source (a built-in's or a file's name): clusters are named so that
     each such expert holds as much of its source as possible. Without it, clusters are named in order.
+    ``domains`` maps an expert to what it gets by ``by-field``: values, or shell patterns of them, of the rows' field
+    ``field``, or of the source where ``field`` is not set. Without it, the values are the experts' names.
     ``held_out_by`` says what is held out whole: an input ``document``, or a ``piece`` of one.
     """
 
+    method: Literal["kmeans", "two-stage", "random", "by-field"] = "kmeans"
+    field: str | None = None
+    domains: dict[str, list[str]] = {}
+    embedding: Path | None = None
     num_features: int = Field(default=20_000, gt=0)
     num_components: int = Field(default=64, gt=0)
+    sample: int = Field(default=20_000, gt=0, description="documents, all where there are no more")
+    fine_clusters: int = Field(default=1_024, gt=0)
     restarts: int = Field(default=4, gt=0)
     max_iterations: int = Field(default=50, gt=0)
     held_out: float = Field(default=0.05, gt=0, lt=1)
     held_out_by: Literal["document", "piece"] = "document"
     name_by: dict[str, str] = {}
+
+    @pydantic.model_validator(mode="after")
+    def _method_fits(self) -> PartitionConfig:
+        if self.method == "by-field" and self.name_by:
+            raise ValueError("name_by names clusters, which method by-field has not; use domains")
+        for name in ("field", "domains"):
+            if self.method != "by-field" and getattr(self, name):
+                raise ValueError(f"{name} is for method by-field; set method to it, or drop {name}")
+        return self
 
 
 class ExpertConfig(_Strict):
@@ -208,9 +233,17 @@ class TrainConfig(_Strict):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two experts are named {twice[0]!r}; give each expert its own name")
-        for name in self.partition.name_by:
-            if name not in names:
-                raise ValueError(f"partition.name_by names {name!r}, which is not one of the experts {names}")
+        for field, mapping in (("name_by", self.partition.name_by), ("domains", self.partition.domains)):
+            for name in mapping:
+                if name not in names:
+                    raise ValueError(
+                        f"partition.{field} names {name!r}, which is not one of the experts {names}"
+                    )
+        for name in names:
+            if self.partition.domains and not self.partition.domains.get(name):
+                raise ValueError(
+                    f"partition.domains leaves expert {name!r} without a domain; list its values"
+                )
         for name in names:
             model = self.model_of(name)
             if "checkpoint" in model and len(model) > 1:

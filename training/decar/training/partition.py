@@ -1,64 +1,64 @@
-"""The partition stage: documents into one shard per expert, by balanced spherical k-means on TF-IDF features.
+"""The partition stage: documents into one shard per expert, by what they are like, by chance or by the user's domains.
 
-Knows nothing about tokens or models.
+Knows nothing about tokens or models. Texts pass through memory in batches; sources, features and labels stay in it.
+
+Shapes: N documents, K experts, D features.
 """
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import json
 import sys
-from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
-from decar.training.cluster import balanced_kmeans
+from decar.training.cluster import balanced_kmeans, two_stage_kmeans
 from decar.training.config import PartitionConfig, TrainConfig
-from decar.training.features import embed, fit_components, fit_tfidf
+from decar.training.corpus import BATCH_DOCUMENTS, Corpus, DocumentWriter, Progress, read_texts, spool
+from decar.training.features import DocumentFeatures, document_features, embedding_files
+from decar.training.partition_report import (
+    MAP_FILE,
+    REPORT_FILE,
+    PartitionReport,
+    ShardReport,
+    centroids,
+    draw_map,
+    nearest,
+    silhouette,
+    top_terms,
+)
 from decar.training.sources import (
     MESSAGES_FIELD,
+    BadLines,
     Document,
     Messages,
     input_files,
     read_documents,
-    read_parquet,
 )
 from decar.training.stages import Stage, digest, fingerprint, read_marker
 
 Labels = NDArray[np.int64]
-_TOP_TERMS = 12
-
-
-class ShardReport(BaseModel):
-    """What one expert received."""
-
-    expert: str
-    train_documents: int
-    held_out_documents: int
-    train_chars: int
-    sources: dict[str, int]
-    top_terms: list[str]
-
-
-class PartitionReport(BaseModel):
-    """``report.json`` of a partition; ``mean_cosine`` is of the documents to their cluster's centroid."""
-
-    mean_cosine: float
-    shards: list[ShardReport]
+Rows = NDArray[np.float32]
+_SPLITS = ("train", "held_out")
+_NAMED_IN_ERRORS = 10
 
 
 def partition_stage(config: TrainConfig) -> Stage:
     """The stage as ``config`` and the input files are now.
 
     Raises:
-        TrainingError: ``data.files`` matches nothing.
+        TrainingError: ``data.files`` matches nothing, or there is no usable embedding model.
     """
     files = input_files(config.data)
+    files += embedding_files(config.partition.embedding, "partition.embedding")
     return Stage(
         config.work_dir / "partition",
         partition_fingerprint(config),
@@ -94,17 +94,22 @@ def shard_file(config: TrainConfig, expert: str, split: str) -> Path:
     return config.work_dir / "partition" / expert / f"{split}.parquet"
 
 
+def iter_shard(config: TrainConfig, expert: str, split: str) -> Iterator[str]:
+    """The texts of a shard, read as they are asked for.
+
+    Raises:
+        TrainingError: the partition has not been made, or is damaged.
+    """
+    return read_texts(shard_file(config, expert, split))
+
+
 def read_shard(config: TrainConfig, expert: str, split: str) -> list[str]:
     """The texts of a shard.
 
     Raises:
         TrainingError: the partition has not been made, or is damaged.
     """
-    file = shard_file(config, expert, split)
-    try:
-        return read_parquet(file, "text")
-    except FileNotFoundError:
-        raise TrainingError(f"{file} is missing; run `decar-train partition` first") from None
+    return list(iter_shard(config, expert, split))
 
 
 def read_examples(config: TrainConfig, expert: str, split: str) -> list[str | Messages]:
@@ -129,113 +134,242 @@ def read_report(stage: Stage) -> PartitionReport:
     Raises:
         TrainingError: its file is missing or damaged.
     """
-    file = stage.directory / "report.json"
+    file = stage.directory / REPORT_FILE
     try:
         return PartitionReport.model_validate_json(file.read_text())
     except (OSError, pydantic.ValidationError):
         raise TrainingError(f"{file} cannot be read; delete {stage.directory} and run again") from None
 
 
-def make_partition(config: TrainConfig, stage: Stage) -> PartitionReport:
-    """Read the documents, cluster them, and write shards and report.
+def make_partition(
+    config: TrainConfig, stage: Stage, progress: Progress = lambda *_: None
+) -> PartitionReport:
+    """Read the documents, deal them out, and write shards, report and map.
 
     Raises:
-        TrainingError: unreadable data, fewer documents than experts, or an expert left without training or
-            held-out documents.
+        TrainingError: unreadable data, fewer documents than experts, a domain that nobody wants, an expert left without
+            training or held-out documents, or a full disk. Nothing is left behind then.
     """
-    documents = read_documents(config.data, config.documents, config.seed)
-    if len(documents) < len(config.experts):
-        raise TrainingError(
-            f"{len(documents)} documents cannot be split among {len(config.experts)} experts; "
-            "add data, lower documents.max_chars or list fewer experts"
-        )
-    vectorizer, tfidf = fit_tfidf([document.text for document in documents], config.partition.num_features)
-    components = fit_components(tfidf, config.partition.num_components, config.seed)
-    clustering = balanced_kmeans(
-        embed(tfidf, components),
-        len(config.experts),
-        seed=config.seed,
-        restarts=config.partition.restarts,
-        max_iterations=config.partition.max_iterations,
-    )
-    cluster_of = _name_clusters(clustering.labels, documents, config)
-    held_out = _choose_held_out(documents, config.partition, config.seed)
-    shards = []
+    settings = config.partition
+    bad = BadLines(skip=config.data.on_bad_line == "skip")
     with stage.writing() as directory:
-        for name in config.expert_names:
-            members = clustering.labels == cluster_of[name]
-            train, kept = np.flatnonzero(members & ~held_out), np.flatnonzero(members & held_out)
-            if not len(train) or not len(kept):
-                raise TrainingError(
-                    f"expert {name!r} is left without {'training' if not len(train) else 'held-out'} documents; "
-                    "change partition.held_out, set partition.held_out_by to 'piece', or add data"
-                )
-            _write_shard([documents[i] for i in train], directory / name / "train.parquet")
-            _write_shard([documents[i] for i in kept], directory / name / "held_out.parquet")
-            shards.append(
-                ShardReport(
-                    expert=name,
-                    train_documents=len(train),
-                    held_out_documents=len(kept),
-                    train_chars=sum(len(documents[i].text) for i in train),
-                    sources=dict(Counter(documents[i].source for i in np.flatnonzero(members)).most_common()),
-                    top_terms=_top_terms(tfidf, members, list(vectorizer.get_feature_names_out())),
-                )
+        documents = read_documents(config.data, config.documents, config.seed, settings.field, bad)
+        corpus = spool(documents, directory / "documents.parquet", settings.sample, config.seed, progress)
+        if len(corpus) < len(config.experts):
+            raise TrainingError(
+                f"{len(corpus)} documents cannot be split among {len(config.experts)} experts; "
+                "add data, lower documents.max_chars or list fewer experts"
             )
-        report = PartitionReport(mean_cosine=clustering.objective, shards=shards)
-        (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+        features = document_features(settings, corpus.sample, config.seed)
+        labels, sample_features = _deal_out(config, corpus, features, progress)
+        held_out = _choose_held_out(corpus, settings, config.seed)
+        _check_none_is_empty(config, labels, held_out)
+        _write_shards(config, corpus, labels, held_out, directory, progress)
+        corpus.file.unlink()
+        progress("report", 0, None)
+        report = _report(config, corpus, labels, held_out, sample_features, bad)
+        (directory / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n")
+        title = f"{config.name}: {settings.method}, {len(corpus.sample):,} of {len(corpus):,} documents"
+        sampled = labels[corpus.sampled]
+        draw_map(sample_features, sampled, config.expert_names, title, config.seed, directory / MAP_FILE)
     return report
 
 
-def _name_clusters(labels: Labels, documents: list[Document], config: TrainConfig) -> dict[str, int]:
-    """The cluster of each expert: as ``name_by`` asks, the rest in order of their first document."""
+def _deal_out(
+    config: TrainConfig, corpus: Corpus, features: DocumentFeatures, progress: Progress
+) -> tuple[Labels, Rows]:
+    """(the expert of every document [N], the features of the sample)."""
+    settings, num_experts = config.partition, len(config.experts)
+    if settings.method == "by-field":
+        return _by_field(config, corpus), _sample_features(corpus, features, progress)
+    if settings.method == "random":
+        labels = np.random.default_rng(config.seed).permutation(len(corpus)) % num_experts
+        return _name_clusters(labels, corpus, config), _sample_features(corpus, features, progress)
+    rows = _in_batches(features, corpus.batches(), len(corpus), progress)
+    progress("clustering", 0, None)
+    seed, restarts, max_iterations = config.seed, settings.restarts, settings.max_iterations
+    if settings.method == "two-stage":
+        clustering = two_stage_kmeans(
+            rows,
+            num_experts,
+            fine_clusters=settings.fine_clusters,
+            seed=seed,
+            restarts=restarts,
+            max_iterations=max_iterations,
+        )
+    else:
+        clustering = balanced_kmeans(
+            rows, num_experts, seed=seed, restarts=restarts, max_iterations=max_iterations
+        )
+    return _name_clusters(clustering.labels, corpus, config), rows[corpus.sampled]
+
+
+def _sample_features(corpus: Corpus, features: DocumentFeatures, progress: Progress) -> Rows:
+    starts = range(0, len(corpus.sample), BATCH_DOCUMENTS)
+    batches = (corpus.sample[start : start + BATCH_DOCUMENTS] for start in starts)
+    return _in_batches(features, batches, len(corpus.sample), progress)
+
+
+def _in_batches(
+    features: DocumentFeatures, batches: Iterable[list[Document]], total: int, progress: Progress
+) -> Rows:
+    """[total, D]."""
+    rows: Rows | None = None
+    done = 0
+    for batch in batches:
+        part = features(batch)
+        if rows is None:
+            rows = np.empty((total, part.shape[1]), dtype=np.float32)
+        rows[done : done + len(batch)] = part
+        done += len(batch)
+        progress("features", done, total)
+    assert rows is not None  # data without documents are refused before
+    return rows
+
+
+def _by_field(config: TrainConfig, corpus: Corpus) -> Labels:
+    """The expert of every document, by its domain."""
+    wanted = config.partition.domains or {name: [name] for name in config.expert_names}
+    expert_of = []
+    for domain in corpus.domains:
+        takers = [name for name in config.expert_names if domain in wanted[name]] or [
+            name
+            for name in config.expert_names
+            if any(fnmatch.fnmatchcase(domain, pattern) for pattern in wanted[name])
+        ]
+        what = f"{config.partition.field or 'source'} {domain!r}"
+        if not takers:
+            near = difflib.get_close_matches(
+                domain, [value for values in wanted.values() for value in values]
+            )
+            hint = f" (is it {near[0]!r} there?)" if near else ""
+            raise TrainingError(
+                f"{what} belongs to no expert{hint}; list it, or a pattern of it, in partition.domains"
+            )
+        if len(takers) > 1:
+            raise TrainingError(
+                f"{what} belongs to {' and '.join(takers)}; list it under one of them in partition.domains"
+            )
+        expert_of.append(config.expert_names.index(takers[0]))
+    for k, name in enumerate(config.expert_names):
+        if k not in expert_of:
+            raise TrainingError(
+                f"expert {name!r} is left without documents: no {config.partition.field or 'source'} is "
+                f"{' or '.join(map(repr, wanted[name]))}; there are {_some_of(corpus.domains)}"
+            )
+    return np.array(expert_of)[corpus.domain_of]
+
+
+def _name_clusters(labels: Labels, corpus: Corpus, config: TrainConfig) -> Labels:
+    """The expert of every document: clusters go as ``name_by`` asks, the rest in order of their first document."""
     from scipy.optimize import linear_sum_assignment
 
     order = list(dict.fromkeys(labels.tolist()))
     name_by = config.partition.name_by
-    per_source = Counter(document.source for document in documents)
     for name, source in name_by.items():
-        if source not in per_source:
+        if source not in corpus.sources:
             raise TrainingError(
-                f"partition.name_by.{name}: no source {source!r}; the sources are {', '.join(per_source)}"
+                f"partition.name_by.{name}: no source {source!r}; the sources are {_some_of(corpus.sources)}"
             )
     share = np.zeros((len(name_by), len(order)))
     for row, source in enumerate(name_by.values()):
-        members = np.array([document.source == source for document in documents])
-        share[row] = np.bincount(labels[members], minlength=len(order)) / per_source[source]
+        members = corpus.source_of == corpus.sources.index(source)
+        share[row] = np.bincount(labels[members], minlength=len(order)) / members.sum()
     _, columns = linear_sum_assignment(share, maximize=True)
     named = dict(zip(name_by, columns.tolist(), strict=True))
     rest = [cluster for cluster in order if cluster not in named.values()]
-    return named | dict(zip([name for name in config.expert_names if name not in named], rest, strict=True))
+    named |= zip([name for name in config.expert_names if name not in named], rest, strict=True)
+    expert_of = np.empty(len(order), dtype=np.int64)
+    expert_of[[named[name] for name in config.expert_names]] = np.arange(len(order))
+    return expert_of[labels]
 
 
-def _choose_held_out(documents: list[Document], config: PartitionConfig, seed: int) -> NDArray[np.bool_]:
+def _choose_held_out(corpus: Corpus, config: PartitionConfig, seed: int) -> NDArray[np.bool_]:
     """Marks [N] of whole inputs (or pieces), drawn until the held-out share of the documents is reached."""
-    if config.held_out_by == "document":
-        groups = np.array([document.origin for document in documents])
-    else:
-        groups = np.arange(len(documents))
+    groups = corpus.origins if config.held_out_by == "document" else np.arange(len(corpus))
     ids, sizes = np.unique(groups, return_counts=True)
     shuffled = np.random.default_rng(seed).permutation(len(ids))
     before = np.concatenate([[0], np.cumsum(sizes[shuffled])[:-1]])
-    return np.isin(groups, ids[shuffled[before < config.held_out * len(documents)]])
+    return np.isin(groups, ids[shuffled[before < config.held_out * len(corpus)]])
 
 
-def _top_terms(tfidf: Any, members: NDArray[np.bool_], terms: list[str]) -> list[str]:
-    """The terms whose mean TF-IDF weight stands out most from that of all documents."""
-    contrast = np.asarray(tfidf[members].mean(axis=0) - tfidf.mean(axis=0)).ravel()
-    return [terms[i] for i in np.argsort(-contrast, kind="stable")[:_TOP_TERMS]]
+def _check_none_is_empty(config: TrainConfig, labels: Labels, held_out: NDArray[np.bool_]) -> None:
+    for k, name in enumerate(config.expert_names):
+        for what, members in (("training", ~held_out), ("held-out", held_out)):
+            if not (labels[members] == k).any():
+                raise TrainingError(
+                    f"expert {name!r} is left without {what} documents; "
+                    "change partition.held_out, set partition.held_out_by to 'piece', or add data"
+                )
 
 
-def _write_shard(documents: list[Document], file: Path) -> None:
-    from datasets import Dataset, disable_progress_bars
+def _write_shards(
+    config: TrainConfig,
+    corpus: Corpus,
+    labels: Labels,
+    held_out: NDArray[np.bool_],
+    directory: Path,
+    progress: Progress,
+) -> None:
+    with ExitStack() as stack:
+        columns = ("text", "source", *([MESSAGES_FIELD] if corpus.has_chats else []))
+        writers = [
+            [
+                stack.enter_context(DocumentWriter(directory / name / f"{split}.parquet", columns))
+                for split in _SPLITS
+            ]
+            for name in config.expert_names
+        ]
+        number = 0
+        for batch in corpus.batches():
+            for document in batch:
+                writers[labels[number]][int(held_out[number])].add(document)
+                number += 1
+            progress("writing", number, len(corpus))
 
-    disable_progress_bars()
-    file.parent.mkdir(exist_ok=True)
-    columns: dict[str, list[Any]] = {
-        "text": [d.text for d in documents],
-        "source": [d.source for d in documents],
-    }
-    if any(d.messages for d in documents):
-        columns[MESSAGES_FIELD] = [json.dumps(d.messages) if d.messages else None for d in documents]
-    Dataset.from_dict(columns).to_parquet(str(file))
+
+def _report(
+    config: TrainConfig,
+    corpus: Corpus,
+    labels: Labels,
+    held_out: NDArray[np.bool_],
+    sample_features: Rows,
+    bad: BadLines,
+) -> PartitionReport:
+    names, texts = config.expert_names, [document.text for document in corpus.sample]
+    sampled = labels[corpus.sampled]
+    middles = centroids(sample_features, sampled, len(names))
+    terms = top_terms(texts, sampled, len(names), config.partition.num_features, config.seed)
+    sizes = np.bincount(labels, minlength=len(names))
+    shards = []
+    for k, name in enumerate(names):
+        members = labels == k
+        per_source = np.bincount(corpus.source_of[members], minlength=len(corpus.sources)).tolist()
+        sources = {s: count for s, count in zip(corpus.sources, per_source, strict=True) if count}
+        shards.append(
+            ShardReport(
+                expert=name,
+                train_documents=int((members & ~held_out).sum()),
+                held_out_documents=int((members & held_out).sum()),
+                train_chars=int(corpus.chars[members & ~held_out].sum()),
+                sources=dict(sorted(sources.items(), key=lambda pair: -pair[1])),
+                top_terms=terms[k],
+                nearest=nearest(texts, sample_features, sampled, k, middles[k]),
+            )
+        )
+    return PartitionReport(
+        method=config.partition.method,
+        documents=len(corpus),
+        balance=sizes.max() / sizes.min(),
+        sample=len(corpus.sample),
+        mean_cosine=float(np.einsum("nd,nd->n", sample_features, middles[sampled]).mean()),
+        silhouette=silhouette(sample_features, sampled, config.seed),
+        skipped_lines=dict(bad.counts),
+        first_skipped=bad.first,
+        shards=shards,
+    )
+
+
+def _some_of(values: list[str]) -> str:
+    more = f" and {len(values) - _NAMED_IN_ERRORS} more" if len(values) > _NAMED_IN_ERRORS else ""
+    return ", ".join(values[:_NAMED_IN_ERRORS]) + more

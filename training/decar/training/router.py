@@ -23,15 +23,14 @@ from decar.router.files import EMBEDDING_FOLDER, Centroids, Classifier, TrainedR
 from decar.router.manifest import RouterEntry
 from decar.router.posterior import Float64s, log_normalise, log_prior
 from decar.router.routers import centroid_scores, classifier_scores
-from decar.training.config import RouterConfig, TrainConfig
-from decar.training.features import fit_features
+from decar.training.config import TrainConfig
+from decar.training.features import embedding_files, fit_features
 from decar.training.partition import check_marker, partition_fingerprint, read_shard, shard_file
 from decar.training.stages import Stage, digest, fingerprint
 
 SHORTEST_CHARS = 16
 _NUM_BINS = 10
 _LOG_TEMPERATURES = (np.log(1e-3), np.log(1e3))
-_EMBEDDING_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 Labels = NDArray[np.int64]
 
@@ -105,20 +104,8 @@ def router_stage(config: TrainConfig) -> Stage:
         if not file.is_file():
             raise TrainingError(f"{file} is missing; run `decar-train partition` first")
     check_marker(config.work_dir / "partition", partition_fingerprint(config))
-    files += _embedding_files(config.router)
+    files += embedding_files(config.router.embedding, "router.embedding")
     return Stage(router_directory(config), router_fingerprint(config), digest(*files))
-
-
-def _embedding_files(config: RouterConfig) -> list[Path]:
-    if config.embedding is None:
-        return []
-    files = sorted({file for pattern in _EMBEDDING_FILES for file in config.embedding.glob(pattern)})
-    names = {file.name for file in files}
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise TrainingError(
-            f"router.embedding: {config.embedding} holds no config.json with *.safetensors; save a model there"
-        )
-    return files
 
 
 def read_router_report(config: TrainConfig) -> RouterReport:
@@ -187,7 +174,7 @@ def train_router(config: TrainConfig, stage: Stage) -> RouterReport:
     with stage.writing() as directory:
         if settings.embedding is not None:
             (directory / EMBEDDING_FOLDER).mkdir()
-            for file in _embedding_files(settings):
+            for file in embedding_files(settings.embedding, "router.embedding"):
                 shutil.copyfile(file, directory / EMBEDDING_FOLDER / file.name)
         write_router(router, directory)
         (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")

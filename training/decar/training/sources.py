@@ -8,8 +8,10 @@ import glob
 import json
 import random
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ MESSAGES_FIELD = "messages"
 _TEXT_SUFFIXES = {".txt", ".md"}
 # Tables, test data and third-party code, which say little about Python.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+_ROWS_AT_ONCE = 256
+_READ_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Document:
-    """``text``, the data ``source`` it comes from, and the number of the input text it is a piece of.
+    """``text``, the data ``source`` it comes from, the number of the input text it is a piece of, and that input's
+    ``domain``: the value of the field that was asked for.
 
     A chat is one document with its ``messages``; its text is what they say.
     """
@@ -35,7 +40,29 @@ class Document:
     text: str
     source: str
     origin: int
+    domain: str | None = None
     messages: Messages | None = None
+
+
+@dataclass
+class BadLines:
+    """Lines and rows that cannot be used: the first ends the run, or all are counted by file."""
+
+    skip: bool
+    counts: Counter[str] = field(default_factory=Counter)
+    first: str | None = None
+
+    def found(self, file: Path, where: str, problem: str) -> None:
+        """Count one, ``where`` in ``file``.
+
+        Raises:
+            TrainingError: bad lines are not to be skipped.
+        """
+        message = f"{file}, {where}: {problem}"
+        if not self.skip:
+            raise TrainingError(f"{message}; mend it, or set data.on_bad_line to skip")
+        self.counts[file.name] += 1
+        self.first = self.first or message
 
 
 def input_files(config: DataConfig) -> list[Path]:
@@ -53,52 +80,86 @@ def input_files(config: DataConfig) -> list[Path]:
     return list(found)
 
 
-def read_documents(data: DataConfig, cutting: DocumentConfig, seed: int) -> list[Document]:
-    """All documents of all sources, in a fixed order.
+def read_documents(
+    data: DataConfig,
+    cutting: DocumentConfig,
+    seed: int,
+    domain_field: str | None = None,
+    bad: BadLines | None = None,
+) -> Iterator[Document]:
+    """All documents of all sources, in a fixed order, read one by one.
+
+    Args:
+        domain_field: the field of a .jsonl or .parquet row that becomes `Document.domain`.
+        bad: counts what ``data.on_bad_line`` has skipped.
 
     Raises:
         TrainingError: a file that cannot be read (named, with the line where there is one), or no text at all.
     """
-    documents: list[Document] = []
-    origin = 0
-    for source, inputs in _sources(data, seed):
-        for given in inputs:
-            if isinstance(given, str):
-                pieces = (
-                    piece
-                    for piece in cut(given, cutting.max_chars)
-                    if len(piece.strip()) >= cutting.min_chars
-                )
-                documents += [Document(piece, source, origin) for piece in pieces if piece.strip()]
-            else:
-                said = "\n\n".join(message["content"] for message in given)
-                documents.append(Document(said, source, origin, given))
-            origin += 1
-    if not documents:
-        raise TrainingError("the data holds no documents; check data.files and documents.min_chars")
-    return documents
+    bad = bad or BadLines(skip=data.on_bad_line == "skip")
+    any_found = False
+    for origin, (source, domain, given) in enumerate(_inputs(data, seed, domain_field, bad)):
+        if isinstance(given, Chat):
+            any_found = True
+            said = "\n\n".join(message["content"] for message in given.messages)
+            yield Document(said, source, origin, domain, given.messages)
+            continue
+        for piece in cut(given, cutting.max_chars):
+            if piece.strip() and len(piece.strip()) >= cutting.min_chars:
+                any_found = True
+                yield Document(piece, source, origin, domain)
+    if not any_found:
+        skipped = (
+            f"; {bad.counts.total()} bad lines were skipped, the first: {bad.first}" if bad.first else ""
+        )
+        raise TrainingError(f"the data holds no documents; check data.files and documents.min_chars{skipped}")
 
 
-def cut(text: str, max_chars: int) -> Iterator[str]:
-    """``text`` in pieces of at most ``max_chars``, cut at line ends unless a line is longer; joined, the same text."""
+def cut(lines: Iterable[str], max_chars: int) -> Iterator[str]:
+    """A text, given as ``lines`` with their ends, in pieces of at most ``max_chars``; joined, the same text.
+
+    Cut at line ends, unless a line is longer.
+    """
     piece = ""
-    for line in text.splitlines(keepends=True):
+    for line in lines:
         if piece and len(piece) + len(line) > max_chars:
             yield piece
             piece = ""
-        while len(line) > max_chars:
-            yield line[:max_chars]
-            line = line[max_chars:]
-        piece += line
+        whole = max(len(line) - 1, 0) // max_chars * max_chars
+        for start in range(0, whole, max_chars):
+            yield line[start : start + max_chars]
+        piece += line[whole:]
     if piece:
         yield piece
 
 
-def _sources(data: DataConfig, seed: int) -> Iterator[tuple[str, Iterable[str | Messages]]]:
+@dataclass(frozen=True)
+class Chat:
+    """A row that holds a chat instead of a text."""
+
+    messages: Messages
+
+
+# (source, domain, lines of a text or a chat)
+_Input = tuple[str, str | None, Iterable[str] | Chat]
+_Row = tuple[str | Messages, str | None]
+
+
+def _inputs(data: DataConfig, seed: int, domain_field: str | None, bad: BadLines) -> Iterator[_Input]:
     for file in input_files(data):
-        yield file.name, _read_file(file, data.text_field)
+        yield from _read_file(file, data.text_field, domain_field, bad)
     for name in data.builtin:
-        yield name, _capped(_BUILTIN[name](seed), data.builtin_max_bytes)
+        _refuse_fields(name, domain_field)
+        for text in _capped(_BUILTIN[name](seed), data.builtin_max_bytes):
+            yield name, None, text.splitlines(keepends=True)
+
+
+def _refuse_fields(source: str | Path, domain_field: str | None) -> None:
+    if domain_field is not None:
+        raise TrainingError(
+            f"{source} has no fields, so no {domain_field!r} (partition.field); "
+            "use .jsonl or .parquet files, or drop partition.field to tell by source"
+        )
 
 
 def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
@@ -110,39 +171,33 @@ def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
         yield text
 
 
-def _read_file(file: Path, text_field: str) -> Iterable[str | Messages]:
+def _read_file(file: Path, text_field: str, domain_field: str | None, bad: BadLines) -> Iterator[_Input]:
     """Its texts; of .jsonl and .parquet also the chats, in ``text_field`` or, where that is not, in ``messages``."""
+    if file.suffix in _TEXT_SUFFIXES:
+        _refuse_fields(file, domain_field)
+        yield file.name, None, _read_lines(file)
+    elif file.suffix in _ROW_READERS:
+        for given, domain in _ROW_READERS[file.suffix](file, text_field, domain_field, bad):
+            lines = given.splitlines(keepends=True) if isinstance(given, str) else Chat(given)
+            yield file.name, domain, lines
+    else:
+        raise TrainingError(f"{file}: unknown kind of file; use .txt, .md, .jsonl or .parquet")
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
     try:
-        if file.suffix in _TEXT_SUFFIXES:
-            return [file.read_text(encoding="utf-8")]
-        if file.suffix == ".jsonl":
-            return _read_jsonl(file, text_field)
-        if file.suffix == ".parquet":
-            return _read_parquet_rows(file, text_field)
+        yield
     except UnicodeDecodeError as error:
         raise TrainingError(f"{file} is not UTF-8 text ({error})") from None
     except OSError as error:
         raise TrainingError(f"{file} cannot be read ({error})") from None
-    raise TrainingError(f"{file}: unknown kind of file; use .txt, .md, .jsonl or .parquet")
 
 
-def _read_jsonl(file: Path, text_field: str) -> list[str | Messages]:
-    found: list[str | Messages] = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise TrainingError(f"{where}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise TrainingError(f"{where}: expected an object with a {text_field!r} field")
-        field = _field_of(row, text_field)
-        if field not in row:
-            raise TrainingError(f"{where}: {_no_field(text_field, row)}")
-        found.append(_text_or_chat(row[field], f"{where}: field {field!r}"))
-    return found
+def _read_lines(file: Path) -> Iterator[str]:
+    with _readable(file), file.open(encoding="utf-8") as stream:
+        for line in stream:
+            yield from line.splitlines(keepends=True)  # a stream knows fewer kinds of line ends
 
 
 def _field_of(names: Iterable[str], text_field: str) -> str:
@@ -150,72 +205,98 @@ def _field_of(names: Iterable[str], text_field: str) -> str:
     return MESSAGES_FIELD if text_field not in names and MESSAGES_FIELD in names else text_field
 
 
-def _text_or_chat(value: Any, where: str) -> str | Messages:
+def _text_or_chat(value: Any, field: str) -> str | Messages:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise TrainingError(f"{where} is not a string")
+        raise _BadRow(f"field {field!r} is not a string")
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
-            raise TrainingError(f"{where}: message {number} needs a role and a content, both strings")
+            raise _BadRow(f"field {field!r}: message {number} needs a role and a content, both strings")
     roles = [message["role"] for message in value]
     if "assistant" not in roles[1:] or roles[0] == "assistant":
-        raise TrainingError(
-            f"{where}: a chat needs an assistant's message after another's; its roles are {roles}"
+        raise _BadRow(
+            f"field {field!r}: a chat needs an assistant's message after another's; its roles are {roles}"
         )
-    return value
+    # A parquet column has the same keys in every message, null where one has none.
+    return [{key: said for key, said in message.items() if said is not None} for message in value]
 
 
-def _read_parquet_rows(file: Path, text_field: str) -> list[str | Messages]:
+def _read_jsonl(file: Path, text_field: str, domain_field: str | None, bad: BadLines) -> Iterator[_Row]:
+    with _readable(file), file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise _BadRow(f"expected an object with a {text_field!r} field")
+                used = _use_row(row, text_field, domain_field)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                bad.found(file, f"line {number}", f"not valid JSON ({error})")
+            except _BadRow as error:
+                bad.found(file, f"line {number}", str(error))
+            else:
+                yield used
+
+
+class _BadRow(Exception):
+    """What is wrong with a row."""
+
+
+def _use_row(row: dict[str, Any], text_field: str, domain_field: str | None) -> _Row:
+    """(text or chat, domain) of ``row``."""
+    field = _field_of(row, text_field)
+    if field not in row:
+        raise _BadRow(_no_field(text_field, "data.text_field", row))
+    given = _text_or_chat(row[field], field)
+    try:
+        json.dumps(given, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON can spell half of a character, which no file can hold
+        raise _BadRow(f"field {field!r} holds half of a surrogate pair") from None
+    if domain_field is None:
+        return given, None
+    if row.get(domain_field) is None:
+        raise _BadRow(_no_field(domain_field, "partition.field", row))
+    return given, str(row[domain_field])
+
+
+def _read_parquet(file: Path, text_field: str, domain_field: str | None, bad: BadLines) -> Iterator[_Row]:
     import pyarrow
-    import pyarrow.parquet as parquet
+    from pyarrow import parquet
 
     try:
-        schema = parquet.read_schema(file)
-        field = _field_of(schema.names, text_field)
-        if field not in schema.names or not pyarrow.types.is_nested(schema.field(field).type):
-            return list(read_parquet(file, field))
-        column = parquet.read_table(file, columns=[field]).column(field).to_pylist()
+        # Buffered: else a whole row group is read at once, and a file may be one row group.
+        with _readable(file), parquet.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES) as table:
+            fields = {_field_of(table.schema_arrow.names, text_field): "data.text_field"}
+            if domain_field is not None:
+                fields[domain_field] = "partition.field"
+            for name, setting in fields.items():
+                if name not in table.schema_arrow.names:
+                    raise TrainingError(f"{file}: {_no_field(name, setting, table.schema_arrow.names)}")
+            number = 0
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(fields)):
+                for row in batch.to_pylist():
+                    number += 1
+                    try:
+                        used = _use_row(row, text_field, domain_field)
+                    except _BadRow as error:
+                        bad.found(file, f"row {number}", str(error))
+                    else:
+                        yield used
     except pyarrow.ArrowException as error:
         raise TrainingError(f"{file} is not a parquet file ({error})") from None
-    chats: list[str | Messages] = []
-    for number, row in enumerate(column, start=1):
-        # A parquet column has the same keys in every message, null where one has none.
-        if isinstance(row, list) and all(isinstance(message, dict) for message in row):
-            row = [{key: value for key, value in message.items() if value is not None} for message in row]
-        chats.append(_text_or_chat(row, f"{file}, row {number}: field {field!r}"))
-    return chats
 
 
-def read_parquet(file: Path, text_field: str) -> list[str]:
-    """The strings of one column.
-
-    Raises:
-        FileNotFoundError: no such file.
-        TrainingError: not a parquet file, no such column, or a row of it is no string.
-    """
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        names = parquet.read_schema(file).names
-        if text_field not in names:
-            raise TrainingError(f"{file}: {_no_field(text_field, names)}")
-        column = parquet.read_table(file, columns=[text_field]).column(text_field).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise TrainingError(f"{file} is not a parquet file ({error})") from None
-    for number, text in enumerate(column, start=1):
-        if not isinstance(text, str):
-            raise TrainingError(f"{file}, row {number}: field {text_field!r} is not a string")
-    return column
+_ROW_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _no_field(text_field: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(text_field, list(names), n=1)
+def _no_field(name: str, setting: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(map(str, names)) or 'none'}"
-    return f"no field {text_field!r} (data.text_field){hint}"
+    return f"no field {name!r} ({setting}){hint}"
 
 
 def _library_sources(seed: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ Knows fingerprints and renames, nothing about what a stage produces.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+
+from decar.router.errors import TrainingError
 
 MARKER = "DONE"
 
@@ -56,7 +59,11 @@ def write_atomically(file: Path, text: str) -> None:
 
 @contextmanager
 def replaced_directory(directory: Path) -> Iterator[Path]:
-    """A temporary sibling to fill; it takes the place of ``directory`` on success and vanishes on failure."""
+    """A temporary sibling to fill; it takes the place of ``directory`` on success and vanishes on failure.
+
+    Raises:
+        TrainingError: the disk, or the user's share of it, is full.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Fixed names, so that the next run clears what a killed one left.
     temporary = directory.with_name(f".{directory.name}.tmp")
@@ -69,6 +76,13 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
         if directory.exists():
             os.replace(directory, old)
         os.replace(temporary, directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainingError(
+            f"no space is left for {directory}; free some or set work_dir to another disk. "
+            "Nothing of this stage was kept, and the same command starts it again"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from decar.router.errors import TrainingError
 from decar.training.config import CONTINUATION_TEMPLATE, TokenizerConfig, TrainConfig
-from decar.training.partition import read_shard, shard_file
+from decar.training.partition import iter_shard, shard_file
 from decar.training.stages import Stage, digest, fingerprint
 
 
@@ -71,7 +71,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def _texts(config: TrainConfig) -> Iterator[str]:
     for name in config.expert_names:
-        yield from read_shard(config, name, "train")
+        yield from iter_shard(config, name, "train")
 
 
 def _train(texts: Iterator[str], config: TokenizerConfig) -> Any:

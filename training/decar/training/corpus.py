@@ -1,0 +1,188 @@
+"""Documents on disk, and in memory only what is small of each. Knows parquet and samples, nothing about experts.
+
+Shapes: N documents.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from decar.router.errors import TrainingError
+from decar.training.sources import MESSAGES_FIELD, Document
+
+Ints = NDArray[np.int64]
+Progress = Callable[[str, int, int | None], None]
+"""(step, done, total or None where that is unknown), in documents."""
+
+# What is read or written at once, whichever is reached first.
+BATCH_DOCUMENTS = 512
+BATCH_CHARS = 1_000_000
+
+
+@dataclass
+class DocumentWriter:
+    """Writes the ``columns`` of documents to a parquet ``file``, a row group of bounded size at a time."""
+
+    file: Path
+    columns: Sequence[str] = ("text", "source")
+    _pending: list[Document] = field(default_factory=list)
+    _pending_chars: int = 0
+
+    def __enter__(self) -> DocumentWriter:
+        import pyarrow
+        from pyarrow import parquet
+
+        kinds = {"origin": pyarrow.int64()}
+        self._schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in self.columns])
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        repeated = [name for name in self.columns if name != "text"]
+        self._writer = parquet.ParquetWriter(self.file, self._schema, use_dictionary=repeated)
+        return self
+
+    def add(self, document: Document) -> None:
+        self._pending.append(document)
+        self._pending_chars += len(document.text)
+        if len(self._pending) >= BATCH_DOCUMENTS or self._pending_chars >= BATCH_CHARS:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow
+
+        if not self._pending:
+            return
+        columns = {name: [_column(document, name) for document in self._pending] for name in self.columns}
+        self._writer.write_table(pyarrow.table(columns, schema=self._schema))
+        self._pending, self._pending_chars = [], 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._writer.close()
+
+
+def _column(document: Document, name: str) -> Any:
+    """A field of ``document`` as it is written: a chat as JSON, or null."""
+    value = getattr(document, name)
+    return json.dumps(value) if name == MESSAGES_FIELD and value is not None else value
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents in ``file``; ``sample`` and ``sampled``, a uniform sample of them and their numbers, ascending.
+
+    ``source_of``, ``domain_of`` [N] index ``sources`` and ``domains``; ``origins``, ``chars`` [N].
+    """
+
+    file: Path
+    sources: list[str]
+    source_of: Ints
+    domains: list[str]
+    domain_of: Ints
+    origins: Ints
+    chars: Ints
+    sample: list[Document]
+    sampled: Ints
+    has_chats: bool
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+    def batches(self) -> Iterator[list[Document]]:
+        """All documents, in order, in batches that were written at once."""
+        for rows in read_row_groups(self.file):
+            documents = rows.to_pylist()
+            for row in documents:
+                row[MESSAGES_FIELD] = row[MESSAGES_FIELD] and json.loads(row[MESSAGES_FIELD])
+            yield [Document(**row) for row in documents]
+
+
+def spool(
+    documents: Iterator[Document], file: Path, sample_size: int, seed: int, progress: Progress
+) -> Corpus:
+    """Write ``documents`` to ``file`` as they come.
+
+    The sample is Vitter's ("Random sampling with a reservoir", 1985, algorithm R): memory holds it, whatever N.
+    """
+    rng = np.random.default_rng(seed)
+    sources: dict[str, int] = {}
+    domains: dict[str, int] = {}
+    source_of, domain_of, origins, chars = (array("q") for _ in range(4))
+    sample: dict[int, tuple[int, Document]] = {}
+    has_chats = False
+    with DocumentWriter(file, ("text", "source", "origin", "domain", MESSAGES_FIELD)) as writer:
+        for number, document in enumerate(documents):
+            writer.add(document)
+            has_chats = has_chats or document.messages is not None
+            source_of.append(sources.setdefault(document.source, len(sources)))
+            # Without a field, the source is the domain.
+            domain = document.source if document.domain is None else document.domain
+            domain_of.append(domains.setdefault(domain, len(domains)))
+            origins.append(document.origin)
+            chars.append(len(document.text))
+            place = number if number < sample_size else int(rng.integers(number + 1))
+            if place < sample_size:
+                sample[place] = number, document
+            if number % BATCH_DOCUMENTS == 0:
+                progress("reading", number, None)
+    progress("reading", len(origins), len(origins))
+    chosen = sorted(sample.values(), key=lambda pair: pair[0])
+    return Corpus(
+        file,
+        list(sources),
+        _ints(source_of),
+        list(domains),
+        _ints(domain_of),
+        _ints(origins),
+        _ints(chars),
+        [document for _, document in chosen],
+        np.array([number for number, _ in chosen], dtype=np.int64),
+        has_chats,
+    )
+
+
+def _ints(values: array[int]) -> Ints:
+    return np.frombuffer(values, dtype=np.int64) if values else np.zeros(0, dtype=np.int64)
+
+
+def read_texts(file: Path) -> Iterator[str]:
+    """The texts of a shard, a row group in memory at a time.
+
+    Raises:
+        TrainingError: it is missing or damaged.
+    """
+    if not file.is_file():
+        raise TrainingError(f"{file} is missing; run `decar-train partition` first")
+    for rows in read_row_groups(file, ["text"]):
+        yield from rows.column("text").to_pylist()
+
+
+def read_row_groups(file: Path, columns: list[str] | None = None) -> Iterator[Any]:
+    """pyarrow tables.
+
+    Raises:
+        TrainingError: ``file`` is damaged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            for group in range(table.num_row_groups):
+                yield table.read_row_group(group, columns=columns)
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise TrainingError(
+            f"{file} is damaged ({error}); delete its directory and run `decar-train partition` again"
+        ) from None
