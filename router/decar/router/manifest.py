@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -250,12 +251,41 @@ def describe_validation_error(error: pydantic.ValidationError, model: type[BaseM
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"
-        near = difflib.get_close_matches(str(first["loc"][-1]), _field_names(model), n=1)
+        name = str(first["loc"][-1])
+        # A field of the same section first: another section's near name would lead astray.
+        near = difflib.get_close_matches(name, _names_at(model, first["loc"][:-1]), n=1) or (
+            difflib.get_close_matches(name, _field_names(model), n=1)
+        )
+        if near:
+            message += f"; did you mean {near[0]!r}?"
+    elif first["type"] == "literal_error":
+        message += f" (got {first['input']!r})"
+        choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        near = difflib.get_close_matches(str(first["input"]), choices, n=1)
         if near:
             message += f"; did you mean {near[0]!r}?"
     elif "input" in first and isinstance(first["input"], str | int | float | bool):
         message += f" (got {first['input']!r})"
     return f"{where}: {message}"
+
+
+def _names_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the pydantic model that is nested in ``model`` at ``loc``."""
+    for part in loc:
+        if isinstance(part, int):  # an item of the list that the name before is of
+            continue
+        info = model.model_fields.get(part)
+        pending: list[Any] = [info.annotation] if info else []
+        nested = []
+        while pending:
+            annotation = pending.pop()
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                nested.append(annotation)
+            pending += getattr(annotation, "__args__", ())
+        if len(nested) != 1:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
 
 
 def _field_names(model: type[BaseModel], seen: set[type] | None = None) -> list[str]:

@@ -190,15 +190,19 @@ def _partition(config: TrainConfig) -> None:
 
 
 def _show_partition(report: PartitionReport, map_file: Path) -> None:
-    table = Table("expert", "train", "held out", "sources", "top terms", "nearest example")
+    table = Table("expert", "train", "held out", "sources", "top terms")
     for shard in report.shards:
         sources = [f"{source} {count:,}" for source, count in shard.sources.items()]
         if len(sources) > 3:
             sources[3:] = [f"{len(sources) - 3} more"]
         numbers = f"{shard.train_documents:,}", f"{shard.held_out_documents:,}"
-        example = shard.nearest[0][:80] if shard.nearest else ""
-        table.add_row(shard.expert, *numbers, ", ".join(sources), " ".join(shard.top_terms), example)
+        table.add_row(shard.expert, *numbers, ", ".join(sources), " ".join(shard.top_terms))
     console.print(table, markup=False)
+    for shard in report.shards:
+        for example in shard.nearest[:1]:
+            console.print(
+                f"{shard.expert}, nearest example: {example}", markup=False, no_wrap=True, overflow="ellipsis"
+            )
     if report.skipped_lines:
         files = ", ".join(f"{file} {count:,}" for file, count in report.skipped_lines.items())
         console.print(

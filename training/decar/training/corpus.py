@@ -21,7 +21,7 @@ from decar.training.sources import MESSAGES_FIELD, Document
 
 Ints = NDArray[np.int64]
 Progress = Callable[[str, int, int | None], None]
-"""(step, done, total or None where that is unknown), in documents."""
+"""(step, done, total or None where that is unknown); in documents, where the step goes through them."""
 
 # What is read or written at once, whichever is reached first.
 BATCH_DOCUMENTS = 512

@@ -172,6 +172,7 @@ def make_partition(
         title = f"{config.name}: {settings.method}, {len(corpus.sample):,} of {len(corpus):,} documents"
         sampled = labels[corpus.sampled]
         draw_map(sample_features, sampled, config.expert_names, title, config.seed, directory / MAP_FILE)
+        progress("report", 1, 1)
     return report
 
 
@@ -201,6 +202,7 @@ def _deal_out(
         clustering = balanced_kmeans(
             rows, num_experts, seed=seed, restarts=restarts, max_iterations=max_iterations
         )
+    progress("clustering", 1, 1)
     return _name_clusters(clustering.labels, corpus, config), rows[corpus.sampled]
 
 
