@@ -245,16 +245,14 @@ class EnsembleClient(EngineClient):
         """One choice whose prompt moves the weights: at once where experts have scored it before, else as they
         compute it."""
         async with self._scorer.beginning(asked.prompt) as beginning:
-            if not beginning.whole:
+            if beginning.whole:
+                log_weights = moved_on(log_weights, beginning.log_likelihoods)
+                outputs = self._weighted(asked, log_weights, uniform)
+            else:
                 outputs = self._mixed(asked, log_weights, asked.call.prune, uniform, beginning)
-                async with contextlib.aclosing(outputs):
-                    async for output in outputs:
-                        yield output
-                return
-        outputs = self._weighted(asked, moved_on(log_weights, beginning.log_likelihoods), uniform)
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                yield output
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    yield output
 
     async def _weighted(
         self, asked: Asked, log_weights: np.ndarray, uniform: float | None

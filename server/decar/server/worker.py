@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
 
 _POSITIONS_AT_ONCE = 256  # of a prompt, whose logits are in memory
-_CACHED_BYTES = (
-    2**19
-)  # of float32 logits that a core takes from matrix product to sum without leaving its cache
+# Of float32 logits: what a core takes from conversion to sum without leaving its cache.
+_CACHED_BYTES = 2**19
 
 
 class InProcessExecutor(UniProcExecutor):
