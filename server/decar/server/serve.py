@@ -37,6 +37,8 @@ RESERVED_FLAGS = (
     "data_parallel_size",
     "enable_prompt_embeds",
     "headless",
+    "mm_processor_cache_gb",
+    "mm_processor_cache_type",
     "model",
     "pipeline_parallel_size",
     "scheduler_cls",
@@ -198,19 +200,37 @@ async def _warm_up(client: Any) -> None:
     ]
     calls += [Call(log_prior([float(j == k) for j in range(experts)])) for k in range(experts)]
 
-    async def run(call: Call, params: SamplingParams) -> None:
+    async def run(call: Call, params: SamplingParams, prompt: Any) -> None:
         current_call.set(call)
-        prompt = {"prompt_token_ids": [0, 1, 2, 3]}
         async for _ in client.generate(prompt, params, f"warm-up-{id(call)}"):
             pass
 
+    text: Any = {"prompt_token_ids": [0, 1, 2, 3]}
     for kind in (RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA):
         for extra in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 0, "logprobs": 2}):
             params = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=kind, **extra)
-            await asyncio.gather(*(asyncio.create_task(run(call, params)) for call in calls))
+            await asyncio.gather(*(asyncio.create_task(run(call, params, text)) for call in calls))
     asked_for_prompt = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
-    await asyncio.create_task(run(calls[0], asked_for_prompt))
+    await asyncio.create_task(run(calls[0], asked_for_prompt, text))
+    image = _image_prompt(client)
+    if image is not None:
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        await asyncio.gather(*(asyncio.create_task(run(call, params, image)) for call in calls))
     await client.reset_prefix_cache()
+
+
+def _image_prompt(client: Any) -> Any:
+    """A prompt with one image, as vLLM's renderer makes it; None where the experts take no images."""
+    if not client.model_config.supports_multimodal_inputs:
+        return None
+    processor = client.renderer.get_mm_processor()
+    if not processor.info.allowed_mm_limits.get("image"):
+        return None
+    prompt = processor.get_dummy_mm_inputs({"image": 1})
+    [image] = prompt["mm_placeholders"]["image"]
+    # It fills the whole context, and would leave no room for an answer.
+    prompt["prompt_token_ids"] = prompt["prompt_token_ids"][: image.offset + image.length + 1]
+    return prompt
 
 
 def _prepare_environment() -> None:
@@ -311,6 +331,8 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
     engine.worker_cls = "decar.server.worker.LockstepWorker"
     engine.scheduler_cls = "decar.server.scheduler.LockstepScheduler"
     engine.async_scheduling = False
+    # The cache is one engine's: it would keep the images that this one has from those that have yet to see them.
+    engine.mm_processor_cache_gb = 0
     engine.scheduling_policy = "priority"  # every engine orders requests by the same arrival times
     if engine.max_model_len is None:
         engine.max_model_len = ensemble.max_positions
