@@ -214,7 +214,7 @@ def test_streams(digits_server: Server, cases: list[Case]) -> None:
 
 def test_text_only_models_refuse_images(duo_server: Server) -> None:
     client = duo_server.openai()
-    with pytest.raises(openai.BadRequestError, match="image"):
+    with pytest.raises(openai.BadRequestError, match="not a multimodal model"):
         client.chat.completions.create(
             model="duo", messages=image_chat(digit_images(1)[0], "What?"), max_tokens=1
         )
