@@ -4,13 +4,21 @@ from decar.router.active import active_experts, drawn, prune, restricted, top_k
 from decar.router.errors import DecarError, EnsembleError
 from decar.router.manifest import Ensemble, ExpertEntry, Manifest, Mixing, RouterEntry, write_manifest
 from decar.router.posterior import log_normalise, log_prior, log_weights_after, moved_on
-from decar.router.routers import Router, available_routers, load_router, load_trained
+from decar.router.routers import (
+    ImageRouter,
+    Router,
+    available_routers,
+    load_router,
+    load_trained,
+    load_trained_images,
+)
 
 __all__ = [
     "DecarError",
     "Ensemble",
     "EnsembleError",
     "ExpertEntry",
+    "ImageRouter",
     "Manifest",
     "Mixing",
     "Router",
@@ -20,6 +28,7 @@ __all__ = [
     "drawn",
     "load_router",
     "load_trained",
+    "load_trained_images",
     "log_normalise",
     "log_prior",
     "log_weights_after",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,15 @@ _TERM = re.compile(TERM)
 _EMBEDDING_BATCH = 32
 
 
-class Features(Protocol):
-    """What a router knows of a text."""
+Prompt = TypeVar("Prompt", contravariant=True)
+"""What weights are asked for: a text, or the images that come with one."""
 
-    def __call__(self, texts: Sequence[str]) -> Float64s:
-        """[N, D], rows of unit length; a row of zeros where a text has no known term."""
+
+class Features(Protocol[Prompt]):
+    """What a router knows of a prompt."""
+
+    def __call__(self, prompts: Sequence[Prompt], /) -> Float64s:
+        """[N, D], rows of unit length; a row of zeros where there is nothing to tell a prompt by."""
         ...
 
 

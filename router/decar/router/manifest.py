@@ -17,7 +17,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from decar.router.errors import EnsembleError
-from decar.router.files import router_folder, router_problem
+from decar.router.files import router_problems
 
 MANIFEST_NAME = "ensemble.json"
 Rule = Literal["velocity", "logit"]
@@ -201,10 +201,8 @@ class Ensemble:
         except EnsembleError as error:
             return None, [str(error)]
         experts, problems = read_experts(directory, manifest.experts)
-        wrong_router = router_problem(
-            router_folder(directory), [entry.name for entry in manifest.experts], manifest.router.reads_text
-        )
-        problems += [wrong_router] if wrong_router else []
+        names = [entry.name for entry in manifest.experts]
+        problems += router_problems(directory, names, manifest.router.reads_text)
         return cls(directory, manifest, experts), problems
 
 
