@@ -7,11 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import torch
 from PIL import Image
 
+from decar.router.features import TfidfFeatures
+from decar.router.files import Centroids, Classifier, TrainedRouter, write_router
+from decar.router.images import PixelFeatures
 from tests.helpers import EXACT, Server, assert_error
 from tests.images import ImageReference, data_url, digit_images, image_chat, make_image_ensemble
 from tests.reference import Decoded
@@ -26,10 +30,39 @@ LOGPROB = 1e-3
 QUESTIONS = ("Which digit is this?", "Is it even?", "Is it larger than four?")
 
 
+TERMS = ("digit", "even", "four")
+SIDE = 8  # pixels that the router for images sees
+RNG = np.random.default_rng(0)
+OF_TEXT = Classifier(RNG.normal(size=(2, 3)).astype("f4"), RNG.normal(size=2).astype("f4"), 0.7)
+OF_IMAGES = Classifier(RNG.normal(size=(2, 5)).astype("f4"), RNG.normal(size=2).astype("f4"), 0.3)
+COMPONENTS = RNG.normal(size=(5, SIDE * SIDE * 3)).astype("f4")
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageReference:
-    """K=2 LLaVAs."""
-    return ImageReference.load(make_image_ensemble(tmp_path_factory.mktemp("images") / "digits", (0.4, 0.6)))
+    """K=2 LLaVAs with a router for texts and one for images."""
+    directory = make_image_ensemble(tmp_path_factory.mktemp("images") / "digits", (0.4, 0.6))
+    reference = ImageReference.load(directory)
+    ones = np.ones(3, dtype="f4")
+    pixels = PixelFeatures(SIDE, np.full(COMPONENTS.shape[1], 0.5, dtype="f4"), COMPONENTS)
+    for folder, features, classifier in (
+        ("router", TfidfFeatures(TERMS, ones, np.eye(3, dtype="f4")), OF_TEXT),
+        ("router/image", pixels, OF_IMAGES),
+    ):
+        (directory / folder).mkdir()
+        router: TrainedRouter[Any] = TrainedRouter(
+            reference.experts, features, classifier, Centroids(classifier.weight, "cosine", 1.0)
+        )
+        write_router(router, directory / folder)
+    return reference
+
+
+def routed(features: np.ndarray, classifier: Classifier, prior: Sequence[float]) -> list[float]:
+    """Weights [K] by a calibrated logistic regression on ``features`` [D], from their definition."""
+    unit = features / np.linalg.norm(features)
+    scores = np.log(prior) + (classifier.weight @ unit + classifier.bias) / classifier.temperature
+    weights: list[float] = (np.exp(scores) / np.exp(scores).sum()).tolist()
+    return weights
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +172,26 @@ async def test_fixed_weights(digits: ImageReference, digits_server: Server, case
     decar = {"weights": {"expert0": 1.0, "expert1": 1.0}}
     for choice, one in zip(await ask(digits_server, clear, decar), clear, strict=True):
         check(choice, one.answer)
+
+
+async def test_routers_look_at_images_and_else_at_text(
+    digits: ImageReference, digits_server: Server, cases: list[Case]
+) -> None:
+    def weights_of(one: Case) -> list[float]:
+        if not one.images:
+            counts = np.array([one.text.lower().count(term) for term in TERMS])
+            return routed(1.0 * (counts > 0), OF_TEXT, digits.prior)
+        directions = []
+        for image in one.images:
+            small = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR), dtype=np.float64) / 255
+            projected = COMPONENTS @ (small.ravel() - 0.5)
+            directions.append(projected / np.linalg.norm(projected))
+        return routed(np.sum(directions, axis=0), OF_IMAGES, digits.prior)
+
+    weights = [weights_of(one) for one in cases]
+    assert np.std([of[0] for of in weights]) > 0.01
+    for choice, of in zip(await ask(digits_server, cases, {"route": "classifier"}), weights, strict=True):
+        assert choice.model_extra["decar"]["weights"][0] == pytest.approx(of, abs=1e-5)
 
 
 def test_an_image_that_one_expert_has_seen_before(digits_server: Server) -> None:

@@ -25,6 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from decar.kernels import mix
 from decar.router import log_weights_after
 from decar.router.manifest import Rule
+from decar.server.images import is_text
 from decar.server.plane import DIRECTORY, create_segment, new_name, unlink
 from decar.server.scores import PrefixScores
 from decar.server.seat import ROWS_KEY, PromptRows
@@ -126,14 +127,14 @@ class PromptScorer:
             None for the first token and a dict for each other one; and the log weights [K] after the last.
         """
         ids = tokens_of(prompt)
-        is_text = _is_text(prompt)
+        counted = is_text(prompt)
         found: PromptLogprobs = [None]
         width = max(self._window_bytes // (4 * self._vocab_size * len(self._engines)), 1)
         async with self._places:
             for start in range(0, len(ids) - 1, width):
                 end = min(start + width, len(ids) - 1)
                 # What comes after the window need not be computed; but a prompt with images stays as it is.
-                whole = end + 1 == len(ids) or not is_text.all()
+                whole = end + 1 == len(ids) or not counted.all()
                 window = prompt if whole else {**prompt, "prompt_token_ids": ids[: end + 1]}
                 with _shared_rows(len(self._engines), (end - start, self._vocab_size)) as (names, rows):
                     await asyncio.gather(
@@ -150,7 +151,7 @@ class PromptScorer:
                         log_weights,
                         rule,
                         count,
-                        is_text[start + 1 : end + 1] if posterior else None,
+                        counted[start + 1 : end + 1] if posterior else None,
                     )
                     rows.clear()  # its memory is free before the next window takes some
                 found += await asyncio.to_thread(self._described, entries)
@@ -198,15 +199,6 @@ def tokens_of(prompt: Any) -> list[int]:
     if not ids:
         raise VLLMValidationError("an ensemble needs a prompt of token ids", parameter="prompt")
     return list(ids)
-
-
-def _is_text(prompt: Any) -> np.ndarray:
-    """Which tokens [T] of ``prompt`` are text; the others hold the places of images, and carry no likelihood."""
-    is_text = np.ones(len(prompt["prompt_token_ids"]), dtype=bool)
-    for ranges in (prompt.get("mm_placeholders") or {}).values():
-        for of in ranges:
-            is_text[of.offset : of.offset + of.length] = False
-    return is_text
 
 
 def _salt_of(prompt: Any) -> bytes:
