@@ -226,12 +226,24 @@ def test_prompt_logprobs(digits: ImageReference, digits_server: Server, cases: l
         ), t
 
 
+def bomb() -> str:
+    """The URL of an image that is small to send and large to look at."""
+    return data_url(Image.new("1", (10_000, 10_000)))
+
+
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("data:image/png;base64,bm8gaW1hZ2U=", ("image",)),
-        ("data:image/png;base64,%%%", ("base64",)),
+        ("data:image/png;base64,bm8gaW1hZ2U=", ("image", "cannot identify")),
+        ("data:image/png;base64,%%%", ("image", "base64")),
+        (bomb(), ("image", "10000x10000", "pixels")),
+        # A server that fetched these would be a way into the network that it is in.
+        ("http://127.0.0.1:9/secret.png", ("data:", "--allowed-media-domains")),
+        ("HTTPS://example.invalid/digit.png", ("data:", "--allowed-media-domains")),
+        ("file:///etc/hostname", ("--allowed-local-media-path",)),
+        ("ftp://example.invalid/digit.png", ("data",)),
     ],
+    ids=["no image", "no base64", "bomb", "http", "https", "file", "ftp"],
 )
 def test_an_unreadable_image_is_the_clients_error(digits_server: Server, url: str, words: Any) -> None:
     parts = [
@@ -239,7 +251,8 @@ def test_an_unreadable_image_is_the_clients_error(digits_server: Server, url: st
         {"type": "text", "text": "Which digit is this?"},
     ]
     body = {"model": "digits", "messages": [{"role": "user", "content": parts}], "max_tokens": 2}
-    assert_error(digits_server.http.post("/v1/chat/completions", json=body), 400, *words)
+    error = assert_error(digits_server.http.post("/v1/chat/completions", json=body), 400, *words)
+    assert " at 0x" not in error["message"]
 
 
 def test_more_tokens_than_fit_are_the_clients_error(digits_server: Server) -> None:

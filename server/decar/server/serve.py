@@ -81,6 +81,7 @@ async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket, place
     from vllm.entrypoints.launchers.launcher import serve_http
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
+    from decar.server import media  # noqa: F401 - vLLM finds it by name
     from decar.server.api import extend
 
     async with _running_ensemble(ensemble, args, placement) as client:
@@ -239,6 +240,9 @@ def _prepare_environment() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "decar")  # `media.Connector`
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")  # an allowed host may name one that is not
+    os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(2**25))  # 100 MB once decoded, from a file of some kB
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # its import leaves named semaphores in /dev/shm
 
