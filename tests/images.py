@@ -1,4 +1,4 @@
-"""Image–text experts for tests: tiny LLaVAs, pictures of real digits, and the mixture by plain transformers forwards.
+"""Image–text experts for tests: tiny LLaVAs and InternVLs, real digits, and the mixture by plain transformers forwards.
 
 Imports nothing from decar, as `reference.py`.
 
@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,25 +22,39 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from transformers import (
+    AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    Qwen2Config,
 )
 
 from tests.reference import HEAD_DIM, MAX_POSITIONS, Decoded, make_tokenizer, mix
 
-IMAGE_TOKEN = "<image>"
+Kind = Literal["llava", "internvl"]
+
+# The tokens that stand for an image: one a position, and InternVL's marks around them.
+PLACES: dict[Kind, tuple[str, ...]] = {
+    "llava": ("<image>",),
+    "internvl": ("<IMG_CONTEXT>", "<img>", "</img>"),
+}
 IMAGE_SIZE = 32  # pixels a side
-PATCH_SIZE = 8  # pixels a side: 16 patches, a token each
+PATCH_SIZE = 8  # pixels a side
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}IMAGE\n{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
@@ -68,58 +82,84 @@ def image_chat(image: Image.Image, text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": parts}]
 
 
-def make_processor(directory: Path) -> LlavaProcessor:
-    """A processor over `make_tokenizer`'s vocabulary and the image token."""
+def make_processor(kind: Kind, directory: Path) -> Any:
+    """A processor over `make_tokenizer`'s vocabulary and the tokens that stand for images."""
     tokenizer = make_tokenizer(directory)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-        ),
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,  # the class token, which the strategy "default" then leaves out
-    )
-
-
-def make_llava(seed: int, directory: Path, processor: LlavaProcessor, own_share: float) -> None:
-    """Save a LLaVA with random weights near those that all seeds have in common, and its processor."""
-    tokenizer = processor.tokenizer
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=2 * HEAD_DIM,
-            intermediate_size=4 * HEAD_DIM,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=IMAGE_SIZE,
+    tokenizer.add_special_tokens({"additional_special_tokens": [*PLACES[kind], "<video>"]})
+    template = CHAT_TEMPLATE.replace("IMAGE", PLACES[kind][0])
+    tokenizer.chat_template = template
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    if kind == "llava":
+        return LlavaProcessor(
+            image_processor=CLIPImageProcessor(size=size, crop_size=size),
+            tokenizer=tokenizer,
             patch_size=PATCH_SIZE,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=2 * HEAD_DIM,
-            intermediate_size=4 * HEAD_DIM,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=HEAD_DIM,
-            max_position_embeddings=MAX_POSITIONS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        tie_word_embeddings=False,
+            vision_feature_select_strategy="default",
+            chat_template=template,
+            num_additional_image_tokens=1,  # the class token, which the strategy "default" then leaves out
+        )
+    # InternVL's processor looks for these on the tokenizer.
+    names = ("context_image_token", "start_image_token", "end_image_token", "video_token")
+    for name, token in zip(names, (*PLACES[kind], "<video>"), strict=True):
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+        tokenizer.init_kwargs[name] = token
+    return InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=size),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE // 2) ** 2,
+        chat_template=template,
     )
-    model = LlavaForConditionalGeneration(config)
+
+
+def make_model(kind: Kind, tokenizer: Any) -> Any:
+    """An untrained model that takes what `make_processor`'s processor gives."""
+    vision = {
+        "hidden_size": 2 * HEAD_DIM,
+        "intermediate_size": 4 * HEAD_DIM,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
+    text = {
+        **vision,
+        "vocab_size": len(tokenizer),
+        "num_key_value_heads": 1,
+        "max_position_embeddings": MAX_POSITIONS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    common = {
+        "image_token_id": tokenizer.convert_tokens_to_ids(PLACES[kind][0]),
+        "tie_word_embeddings": False,
+    }
+    if kind == "llava":
+        return LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=CLIPVisionConfig(**vision, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE),
+                text_config=LlamaConfig(**text, head_dim=HEAD_DIM),
+                **common,
+            )
+        )
+    return InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config=InternVLVisionConfig(
+                **vision, image_size=[IMAGE_SIZE, IMAGE_SIZE], patch_size=[PATCH_SIZE, PATCH_SIZE]
+            ),
+            text_config=Qwen2Config(**text),
+            **common,
+        )
+    )
+
+
+def make_expert(kind: Kind, seed: int, directory: Path, processor: Any, own_share: float) -> None:
+    """Save a model with random weights near those that all seeds have in common, and its processor."""
+    model = make_model(kind, processor.tokenizer)
     common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if "norm" in name:
+            if "norm" in name or "lambda" in name:
                 continue
             shared = torch.randn(parameter.shape, generator=common)
             noise = torch.randn(parameter.shape, generator=own)
@@ -127,26 +167,29 @@ def make_llava(seed: int, directory: Path, processor: LlavaProcessor, own_share:
             if name.startswith("lm_head"):
                 parameter *= 2
     model.to(torch.float32).save_pretrained(directory)
-    # As vLLM reads a CLIP's weights, and hubs hold them; transformers reads both spellings, and writes the other.
-    file = directory / "model.safetensors"
-    weights = {
-        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
-        for name, tensor in load_file(file).items()
-    }
-    save_file(weights, file, metadata={"format": "pt"})
+    if kind == "llava":
+        # As vLLM reads a CLIP's weights, and hubs hold them; transformers reads both spellings, and writes the other.
+        file = directory / "model.safetensors"
+        weights = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(weights, file, metadata={"format": "pt"})
     processor.save_pretrained(directory)
 
 
-def make_image_ensemble(directory: Path, priors: Sequence[float], own_share: float = 0.04) -> Path:
-    """Write an ensemble of LLaVAs named ``expert0``, ``expert1``, ..."""
+def make_image_ensemble(
+    directory: Path, priors: Sequence[float], kind: Kind = "llava", own_share: float = 0.04
+) -> Path:
+    """Write an ensemble named ``kind`` of experts named ``expert0``, ``expert1``, ..."""
     directory.mkdir(parents=True)
-    processor = make_processor(directory / "tokenizer-source")
+    processor = make_processor(kind, directory / "tokenizer-source")
     names = [f"expert{k}" for k in range(len(priors))]
     for k, name in enumerate(names):
-        make_llava(k + 1, directory / "experts" / name, processor, own_share)
+        make_expert(kind, k + 1, directory / "experts" / name, processor, own_share)
     manifest = {
         "format_version": 1,
-        "name": "digits",
+        "name": kind,
         "experts": [
             {"name": n, "path": f"experts/{n}", "prior": p} for n, p in zip(names, priors, strict=True)
         ],
@@ -160,28 +203,34 @@ def make_image_ensemble(directory: Path, priors: Sequence[float], own_share: flo
 
 @dataclass(frozen=True)
 class ImageReference:
-    """An ensemble of LLaVAs as transformers models."""
+    """An ensemble of image–text experts as transformers models."""
 
     directory: Path
+    name: str
     experts: tuple[str, ...]
     prior: tuple[float, ...]
     models: tuple[Any, ...] = field(repr=False)
     processor: Any = field(repr=False)
+    places: tuple[int, ...]  # ids of the tokens that stand for images
 
     @classmethod
     def load(cls, directory: Path) -> ImageReference:
-        entries = json.loads((directory / "ensemble.json").read_text())["experts"]
+        manifest = json.loads((directory / "ensemble.json").read_text())
+        entries = manifest["experts"]
         paths = [directory / entry["path"] for entry in entries]
         total = math.fsum(entry["prior"] for entry in entries)
+        processor = AutoProcessor.from_pretrained(paths[0])
         return cls(
             directory,
+            manifest["name"],
             tuple(entry["name"] for entry in entries),
             tuple(entry["prior"] / total for entry in entries),
             tuple(
-                LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+                AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
                 for path in paths
             ),
-            AutoProcessor.from_pretrained(paths[0]),
+            processor,
+            tuple(processor.tokenizer.convert_tokens_to_ids(list(PLACES[manifest["name"]]))),
         )
 
     def encode(self, images: Sequence[Image.Image], text: str) -> dict[str, torch.Tensor]:
@@ -190,7 +239,11 @@ class ImageReference:
         rendered = self.processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True
         )
-        return dict(self.processor(text=rendered, images=list(images) or None, return_tensors="pt"))
+        return dict(self.processor(text=[rendered], images=list(images) or None, return_tensors="pt"))
+
+    def is_text(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Which tokens [T] of a prompt were written by somebody."""
+        return ~torch.isin(inputs["input_ids"][0], torch.tensor(self.places))
 
     @torch.inference_mode()
     def rows(self, inputs: dict[str, torch.Tensor], answer: Sequence[int]) -> torch.Tensor:
@@ -204,7 +257,7 @@ class ImageReference:
         """The posterior [K] after a prompt, of which only the text counts: an image's places say nothing."""
         ids = inputs["input_ids"][0]
         said = self.rows(inputs, [])[:, :-1].gather(2, ids[None, 1:, None].expand(len(self.models), -1, 1))
-        said[:, ids[1:] == self.models[0].config.image_token_id] = 0
+        said[:, ~self.is_text(inputs)[1:]] = 0
         return (torch.tensor(self.prior).double().log() + said[..., 0].sum(dim=1)).log_softmax(dim=0)
 
     def decode(
