@@ -33,7 +33,7 @@ _SPLITS = ("train", "held_out")
 # What the trained weights do not depend on.
 _NOT_IN_WEIGHTS = {"save_steps", "save_total_limit", "log_steps", "tensorboard", "gradient_checkpointing"}
 # Settings that are younger than experts which are finished. Unset they count for nothing, so that those stay finished.
-_YOUNGER = ("gradient_accumulation", "lora")
+_YOUNGER = ("gradient_accumulation", "lora", "freeze")
 
 
 class ExpertReport(BaseModel):
