@@ -225,6 +225,23 @@ def _ints(values: array[int]) -> Ints:
     return np.frombuffer(values, dtype=np.int64) if values else np.zeros(0, dtype=np.int64)
 
 
+def read_columns(file: Path) -> list[str]:
+    """The names of a shard's columns.
+
+    Raises:
+        TrainingError: it is missing or damaged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    if not file.is_file():
+        raise TrainingError(f"{file} is missing; run `decar-train partition` first")
+    try:
+        return list(parquet.read_schema(file).names)
+    except pyarrow.ArrowException as error:
+        raise _damaged(file, error) from None
+
+
 def read_texts(file: Path) -> Iterator[str]:
     """The texts of a shard, a row group in memory at a time.
 
@@ -251,6 +268,10 @@ def read_row_groups(file: Path, columns: list[str] | None = None) -> Iterator[An
             for group in range(table.num_row_groups):
                 yield table.read_row_group(group, columns=columns)
     except (pyarrow.ArrowException, KeyError) as error:
-        raise TrainingError(
-            f"{file} is damaged ({error}); delete its directory and run `decar-train partition` again"
-        ) from None
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"{file} is damaged ({error}); delete its directory and run `decar-train partition` again"
+    )

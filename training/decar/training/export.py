@@ -30,6 +30,7 @@ from decar.training.router import router_directory, router_fingerprint
 from decar.training.stages import MARKER, Stage, fingerprint, read_marker, replaced_directory
 
 _NOT_EXPORTED = (MARKER, "report.json", "*.png", ADAPTER_FOLDER)
+_COPIED = ("generation_config.json", "chat_template.jinja")
 # What of a tokenizer's settings decides how a prompt is rendered and where an answer ends.
 _RENDERING = ("chat_template", "bos_token", "eos_token", "pad_token")
 
@@ -134,7 +135,7 @@ def export_average(config: TrainConfig) -> Path:
     with replaced_directory(target) as directory:
         average(experts, directory)
         for file in experts[0].path.iterdir():
-            if file.name == "generation_config.json" or "token" in file.name:
+            if file.name in _COPIED or "token" in file.name or "processor" in file.name:
                 shutil.copyfile(file, directory / file.name)
         (directory / CARD_NAME).write_text(average_card(config, reports), encoding="utf-8")
     return target

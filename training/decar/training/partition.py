@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 from decar.router.errors import TrainingError
 from decar.training.cluster import balanced_kmeans, two_stage_kmeans
 from decar.training.config import PartitionConfig, TrainConfig
-from decar.training.corpus import BATCH_DOCUMENTS, Corpus, DocumentWriter, Progress, read_texts, spool
+from decar.training.corpus import (
+    BATCH_DOCUMENTS,
+    Corpus,
+    DocumentWriter,
+    Progress,
+    read_columns,
+    read_row_groups,
+    read_texts,
+    spool,
+)
 from decar.training.features import DocumentFeatures, document_features, embedding_files
 from decar.training.partition_report import (
     MAP_FILE,
@@ -119,19 +128,29 @@ def read_shard(config: TrainConfig, expert: str, split: str) -> list[str]:
     return list(iter_shard(config, expert, split))
 
 
+def has_column(config: TrainConfig, expert: str, split: str, name: str) -> bool:
+    """Whether a shard has the column ``name``, i.e. whether the corpus has any chats, or images.
+
+    Raises:
+        TrainingError: the shard is missing or damaged.
+    """
+    return name in read_columns(shard_file(config, expert, split))
+
+
 def read_examples(config: TrainConfig, expert: str, split: str) -> list[str | Messages]:
     """What of a shard an expert is trained on: its texts, and its chats as messages.
 
     Raises:
         TrainingError: the partition has not been made, or is damaged.
     """
-    import pyarrow.parquet as parquet
-
     texts = read_shard(config, expert, split)
-    file = shard_file(config, expert, split)
-    if MESSAGES_FIELD not in parquet.read_schema(file).names:
+    if not has_column(config, expert, split, MESSAGES_FIELD):
         return list(texts)
-    chats = parquet.read_table(file, columns=[MESSAGES_FIELD]).column(MESSAGES_FIELD).to_pylist()
+    chats = [
+        chat
+        for rows in read_row_groups(shard_file(config, expert, split), [MESSAGES_FIELD])
+        for chat in rows.column(MESSAGES_FIELD).to_pylist()
+    ]
     return [text if chat is None else json.loads(chat) for text, chat in zip(texts, chats, strict=True)]
 
 
