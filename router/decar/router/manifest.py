@@ -27,6 +27,8 @@ Start = Literal["prior", "classifier", "centroid"]
 Trained = Literal["classifier", "centroid"]
 
 
+# With these a directory holds a processor of images; models of before transformers 5 have the second.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # What decides how many tokens an image takes and which, in an image-text model's files.
 _VISION_SIZES = ("image_size", "patch_size")
 _IMAGE_SETTINGS = (
@@ -442,8 +444,14 @@ def _tokenizer_problems(experts: list[Expert]) -> list[str]:
 
 def _image_problems(experts: list[Expert]) -> list[str]:
     """What would have an image stand in different places of a prompt, one expert to another."""
+    problems = [
+        f"expert {expert.name!r} reads images, but {expert.path / PROCESSOR_FILES[0]} is missing; export it again"
+        for expert in experts
+        if expert.reads_images and not any((expert.path / file).is_file() for file in PROCESSOR_FILES)
+    ]
+    if problems:
+        return problems
     first, *others = experts
-    problems = []
     for other in others:
         if first.reads_images != other.reads_images:
             reader, blind = (first, other) if first.reads_images else (other, first)
@@ -479,7 +487,7 @@ def _image_tokens(expert: Expert) -> dict[str, Any]:
     vision = expert.config["vision_config"]
     found = {f"vision_config.{name}": vision.get(name) for name in _VISION_SIZES}
     found |= {name: expert.config.get(name) for name in _IMAGE_SETTINGS}
-    for file in ("preprocessor_config.json", "processor_config.json"):
+    for file in reversed(PROCESSOR_FILES):
         try:
             processor = json.loads((expert.path / file).read_text())
             image_processor = processor.get("image_processor") or processor

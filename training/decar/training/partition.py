@@ -63,6 +63,7 @@ Labels = NDArray[np.int64]
 Rows = NDArray[np.float32]
 _SPLITS = ("train", "held_out")
 _NAMED_IN_ERRORS = 10
+_SHEET_CANDIDATES = 8 * SHEET_COLUMNS
 
 
 def partition_stage(config: TrainConfig) -> Stage:
@@ -391,14 +392,18 @@ def _draw_nearest(
     experts = labels[numbers]
     middles = centroids(rows, experts, len(names))
     wanted = {
-        name: numbers[nearest_members(rows, experts, k, middles[k], SHEET_COLUMNS)]
+        name: numbers[nearest_members(rows, experts, k, middles[k], _SHEET_CANDIDATES)]
         for k, name in enumerate(names)
     }
     ordered = np.unique(np.concatenate(list(wanted.values())))
     found = (document.images[0] for batch in corpus.chosen(ordered) for document in batch)
     image_of = dict(zip(ordered.tolist(), found, strict=True))
     draw_sheet(
-        {name: [image_of[number] for number in chosen.tolist()] for name, chosen in wanted.items()},
+        # Several documents may be about one image.
+        {
+            name: list(dict.fromkeys(image_of[number] for number in chosen.tolist()))[:SHEET_COLUMNS]
+            for name, chosen in wanted.items()
+        },
         f"{config.name}: nearest to each expert's centroid",
         file,
     )

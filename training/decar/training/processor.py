@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from decar.router.errors import TrainingError
+from decar.router.manifest import PROCESSOR_FILES
 from decar.training.config import TrainConfig
-
-# With these a directory holds a processor; models of before transformers 5 have the second alone.
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def processor_files(directory: Path) -> list[Path]:
-    """Those of `PROCESSOR_FILES` that ``directory`` has, and what else a processor may keep beside them."""
+    """What ``directory`` has of a processor."""
     return sorted(file for file in directory.glob("*processor*.json") if file.is_file())
 
 

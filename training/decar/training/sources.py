@@ -334,7 +334,15 @@ def _use_row(row: dict[str, Any], data: DataConfig, domain_field: str | None, fi
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # JSON can spell half of a character, which no file can hold
         raise _BadRow(f"field {field!r} holds half of a surrogate pair") from None
-    used = given if isinstance(given, str) else _chat(given, row, field, data, file)
+    if isinstance(given, str):
+        if row.get(data.image_field) and field != data.image_field:
+            raise _BadRow(
+                f"field {data.image_field!r} (data.image_field): an image needs a chat to stand in, but "
+                f"{field!r} is a text; give it messages, or name another field in data.image_field"
+            )
+        used: str | Chat = given
+    else:
+        used = _chat(given, row, field, data, file)
     if domain_field is None:
         return used, None
     if row.get(domain_field) is None:
