@@ -65,7 +65,7 @@ class PixelFeatures:
     components: Float32s
 
     def __call__(self, groups: Sequence[Sequence[Image]]) -> Float64s:
-        return _of_groups(groups, self._project, len(self.components))
+        return _of_groups(groups, self._project)
 
     def _project(self, images: Sequence[Image]) -> Float64s:
         centred = pixels(images, self.side) - self.mean
@@ -133,15 +133,13 @@ class ImageEmbeddingFeatures:
         return (output.pooler_output if vectors is None else vectors).double().numpy()
 
 
-def _of_groups(
-    groups: Sequence[Sequence[Image]],
-    embed: Callable[[Sequence[Image]], Float64s],
-    num_features: int | None = None,
-) -> Float64s:
+def _of_groups(groups: Sequence[Sequence[Image]], embed: Callable[[Sequence[Image]], Float64s]) -> Float64s:
     """[G, D]: the mean direction of each group's images; zeros for a group without any."""
+    from PIL import Image
+
     images = [image for group in groups for image in group]
-    if not images:
-        return np.zeros((len(groups), num_features or 0))
+    if not images:  # a blank one says what D is
+        return np.zeros((len(groups), embed([Image.new("RGB", (8, 8))]).shape[1]))
     rows = unit_rows(embed(images))
     group_of = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     sums = np.zeros((len(groups), rows.shape[1]))

@@ -27,6 +27,27 @@ Start = Literal["prior", "classifier", "centroid"]
 Trained = Literal["classifier", "centroid"]
 
 
+# With these a directory holds a processor of images; models of before transformers 5 have the second.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# What decides how many tokens an image takes and which, in an image-text model's files.
+_VISION_SIZES = ("image_size", "patch_size")
+_IMAGE_SETTINGS = (
+    "image_token_index",
+    "image_token_id",
+    "vision_feature_select_strategy",
+    "downsample_ratio",
+)
+_PROCESSOR_SIZES = ("patch_size", "num_additional_image_tokens", "image_seq_length", "image_token")
+_IMAGE_PROCESSOR_SIZES = (
+    "size",
+    "crop_size",
+    "do_resize",
+    "do_center_crop",
+    "crop_to_patches",
+    "max_patches",
+)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -127,6 +148,10 @@ class Expert:
                 return int(value)
         return None
 
+    @property
+    def reads_images(self) -> bool:
+        return isinstance(self.config.get("vision_config"), dict)
+
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
         index = self.path / "model.safetensors.index.json"
@@ -219,6 +244,8 @@ def read_experts(directory: Path, entries: Sequence[ExpertEntry]) -> tuple[tuple
         problems += _weight_problems(expert)
     if not problems:
         problems += _tokenizer_problems(experts)
+    if not problems:
+        problems += _image_problems(experts)
     return tuple(experts), problems
 
 
@@ -413,6 +440,66 @@ def _tokenizer_problems(experts: list[Expert]) -> list[str]:
                 "an ensemble mixes token probabilities, so train all experts with one tokenizer"
             )
     return problems
+
+
+def _image_problems(experts: list[Expert]) -> list[str]:
+    """What would have an image stand in different places of a prompt, one expert to another."""
+    problems = [
+        f"expert {expert.name!r} reads images, but {expert.path / PROCESSOR_FILES[0]} is missing; export it again"
+        for expert in experts
+        if expert.reads_images and not any((expert.path / file).is_file() for file in PROCESSOR_FILES)
+    ]
+    if problems:
+        return problems
+    first, *others = experts
+    for other in others:
+        if first.reads_images != other.reads_images:
+            reader, blind = (first, other) if first.reads_images else (other, first)
+            problems.append(
+                f"expert {reader.name!r} reads images and {blind.name!r} does not; an ensemble gives all experts the "
+                "same prompt, so make all of them image-text models, or none"
+            )
+            continue
+        differing = [
+            f"{name} ({json.dumps(one)} and {json.dumps(another)})"
+            for name, (one, another) in _differences(_image_tokens(first), _image_tokens(other)).items()
+        ]
+        if differing:
+            problems.append(
+                f"experts {first.name!r} and {other.name!r} turn images into different tokens: they differ in "
+                f"{', '.join(differing)}; train them with one processor and one kind of vision encoder"
+            )
+    return problems
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (one.get(name), other.get(name))
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
+    }
+
+
+def _image_tokens(expert: Expert) -> dict[str, Any]:
+    """What of an expert's files decides which tokens an image becomes, and how many."""
+    if not expert.reads_images:
+        return {}
+    vision = expert.config["vision_config"]
+    found = {f"vision_config.{name}": vision.get(name) for name in _VISION_SIZES}
+    found |= {name: expert.config.get(name) for name in _IMAGE_SETTINGS}
+    for file in reversed(PROCESSOR_FILES):
+        try:
+            processor = json.loads((expert.path / file).read_text())
+            image_processor = processor.get("image_processor") or processor
+        except (OSError, ValueError, AttributeError):  # one of them may be missing
+            continue
+        found |= {f"processor.{name}": processor[name] for name in _PROCESSOR_SIZES if name in processor}
+        found |= {
+            f"image_processor.{name}": image_processor[name]
+            for name in _IMAGE_PROCESSOR_SIZES
+            if name in image_processor
+        }
+    return found
 
 
 def _read_tokenizer(path: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ Shapes: N rows, T tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError
@@ -40,11 +40,38 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         """Tokens that are predicted: those with a label, but for the first of a row."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
+    @property
+    def length(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def row_tokens(self) -> tuple[float, int]:
+        """(mean, largest) number of tokens in a row, padding included."""
+        return self.length, self.length
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """A batch of ``rows`` of this dataset."""
+        return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+
+
+class Rows(Protocol):
+    """What a model is trained on: `Blocks`, or `ImageBlocks`, which says what its members mean."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_targets(self) -> int: ...
+    @property
+    def row_tokens(self) -> tuple[float, int]: ...
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 def pack(examples: Sequence[str | Messages], tokenizer: Any, length: int) -> Blocks:
@@ -81,7 +108,8 @@ def pack(examples: Sequence[str | Messages], tokenizer: Any, length: int) -> Blo
         stream += ids
         labels += wanted
     padding += pad()
-    blocks = Blocks(torch.tensor(stream).view(-1, length), torch.tensor(labels).view(-1, length), 0)
+    shape = len(stream) // length, length
+    blocks = Blocks(torch.tensor(stream).long().view(shape), torch.tensor(labels).long().view(shape), 0)
     # A batch of rows without a target would have the loss 0 / 0, and its gradient would spoil every weight.
     taught = (blocks.labels[:, 1:] != IGNORED).any(dim=1)
     return Blocks(blocks.input_ids[taught], blocks.labels[taught], len(stream) - padding)
@@ -107,7 +135,7 @@ def render_chat(messages: Messages, tokenizer: Any) -> tuple[list[int], list[int
             ids, mask = _mask_by_prefixes(messages, tokenizer)
     except (TemplateError, ValueError) as error:
         raise TrainingError(
-            f"the chat template cannot render the chat that begins with {messages[0]['content'][:60]!r} "
+            f"the chat template cannot render the chat that begins with {beginning(messages)!r} "
             f"({' '.join(str(error).split())})"
         ) from None
     eos = tokenizer.eos_token_id
@@ -118,6 +146,14 @@ def render_chat(messages: Messages, tokenizer: Any) -> tuple[list[int], list[int
     if messages[-1]["role"] == "assistant" and eos not in _last_answer(labels):
         ids, labels = [*ids, eos], [*labels, eos]
     return ids, labels
+
+
+def beginning(example: str | Messages) -> str:
+    """What a text or a chat begins with, to name it by."""
+    content = example if isinstance(example, str) else example[0]["content"]
+    if not isinstance(content, str):
+        content = "".join(part.get("text", "") for part in content)
+    return str(content[:60])
 
 
 def _last_answer(labels: list[int]) -> list[int]:
@@ -157,16 +193,15 @@ def _mask_by_prefixes(messages: Messages, tokenizer: Any) -> tuple[list[int], li
 
 
 @torch.inference_mode()
-def mean_loss(model: Any, blocks: Blocks, batch_size: int) -> float:
+def mean_loss(model: Any, blocks: Rows, batch_size: int) -> float:
     """Nats per predicted token of ``blocks``."""
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(blocks), batch_size):
-        ids, labels = (
-            x[start : start + batch_size].to(model.device) for x in (blocks.input_ids, blocks.labels)
-        )
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        targets = labels[:, 1:]
+        rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
+        batch = {name: value.to(model.device) for name, value in blocks.collate(rows).items()}
+        targets = batch.pop("labels")[:, 1:]
+        logits = model(**batch).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         ).item()

@@ -14,13 +14,19 @@ from decar.training.expert import ExpertReport
 CARD_NAME = "README.md"
 
 
-def ensemble_card(config: TrainConfig, manifest: Manifest, reports: Mapping[str, ExpertReport]) -> str:
-    """The ``README.md`` of an ensemble directory, in Markdown with the Hub's YAML header."""
+def ensemble_card(
+    config: TrainConfig, manifest: Manifest, reports: Mapping[str, ExpertReport], read_images: bool
+) -> str:
+    """The ``README.md`` of an ensemble directory, in Markdown with the Hub's YAML header.
+
+    Args:
+        read_images: the experts are image-text models.
+    """
     priors = {expert.name: f"{expert.prior:.4f}" for expert in manifest.experts}
     first = config.expert_names[0]
     return "\n".join(
         [
-            _header(["decar", "ensemble"]),
+            _header(["decar", "ensemble"], read_images),
             f"# {config.name}",
             "",
             f'{len(reports)} language models ("experts"), each trained alone on its own part of the data and kept as '
@@ -47,11 +53,11 @@ def ensemble_card(config: TrainConfig, manifest: Manifest, reports: Mapping[str,
     )
 
 
-def average_card(config: TrainConfig, reports: Mapping[str, ExpertReport]) -> str:
-    """The ``README.md`` of the experts' parameter average."""
+def average_card(config: TrainConfig, reports: Mapping[str, ExpertReport], read_images: bool) -> str:
+    """The ``README.md`` of the experts' parameter average, as `ensemble_card`."""
     return "\n".join(
         [
-            _header(["decar", "merge"]),
+            _header(["decar", "merge"], read_images),
             f"# {config.name}, averaged",
             "",
             f"One language model whose weights are the mean of {len(reports)} experts' weights (Branch-Train-Merge's "
@@ -77,8 +83,9 @@ def average_card(config: TrainConfig, reports: Mapping[str, ExpertReport]) -> st
     )
 
 
-def _header(tags: Sequence[str]) -> str:
-    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": list(tags)}
+def _header(tags: Sequence[str], read_images: bool) -> str:
+    task = "image-text-to-text" if read_images else "text-generation"
+    header = {"library_name": "transformers", "pipeline_tag": task, "tags": list(tags)}
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n"
 
 

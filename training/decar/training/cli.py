@@ -271,6 +271,12 @@ def _router(config: TrainConfig) -> None:
     console.print(
         "each router's accuracy, negative log-likelihood in nats and calibration error, by length of text"
     )
+    if report.images is not None:
+        by_image = (
+            f"{name} {quality.accuracy:.1%} {quality.nll:.3f} {quality.ece:.3f}"
+            for name, quality in report.images.routers.items()
+        )
+        console.print(f"by images: {', '.join(by_image)}", soft_wrap=True)
     console.print(f"router: {verb}, plot {stage.directory / 'calibration.png'}", soft_wrap=True)
 
 

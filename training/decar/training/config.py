@@ -31,6 +31,15 @@ CONTINUATION_TEMPLATE = (
 )
 
 
+# The same where messages may have images, which stand in front of a line of their own.
+IMAGE_TEMPLATE = CONTINUATION_TEMPLATE.replace(
+    "{{ message['content'] }}",
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ 'IMAGE_TOKEN\\n' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}",
+)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,11 +50,14 @@ class DataConfig(_Strict):
     ``files`` are paths or globs of .txt, .md (one document each), .jsonl and .parquet (one per row) files.
     ``builtin`` sources are part of every Python: ``python-stdlib`` is the standard library's code without
     its docstrings, ``python-docstrings`` those docstrings, ``pydoc-topics`` the language reference.
+    ``image_field`` holds a chat's images: a path or a list of them, relative to ``image_dir`` or else to the file.
     ``on_bad_line`` says what becomes of a .jsonl line or .parquet row that cannot be used.
     """
 
     files: list[str] = []
     text_field: str = "text"
+    image_field: str = "image"
+    image_dir: Path | None = Field(default=None, description="default: each file's own folder")
     builtin: list[Builtin] = []
     builtin_max_bytes: int = Field(default=2_000_000, gt=0, description="cap on each built-in source")
     on_bad_line: Literal["error", "skip"] = "error"
@@ -67,7 +79,8 @@ class DocumentConfig(_Strict):
 class TokenizerConfig(_Strict):
     """One tokenizer for all experts: the one at ``path``, or a byte-level BPE trained on all shards.
 
-    ``chat_tokens`` are reserved in a trained vocabulary, so that chat tuning later needs no resizing.
+    ``chat_tokens`` are reserved in a trained vocabulary, so that chat tuning later needs no resizing; so is
+    ``image_token``, of which a model reads as many as an image has patches, where the data have images.
     ``chat_template`` (Jinja) replaces that of a tokenizer at ``path``; a trained one gets the default.
     """
 
@@ -76,6 +89,7 @@ class TokenizerConfig(_Strict):
     bos_token: str = "<|bos|>"
     eos_token: str = "<|eos|>"
     pad_token: str = "<|pad|>"
+    image_token: str = "<image>"
     chat_tokens: list[str] = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     chat_template: str | None = None
 
@@ -87,7 +101,9 @@ class PartitionConfig(_Strict):
     into balanced ones; ``random``, the control; ``by-field``, by the user's own domains.
 
     Documents are compared by TF-IDF and truncated SVD, or by the sentence-embedding model in the directory
-    ``embedding``. TF-IDF and SVD are fitted to ``sample`` documents, and the report looks at the same.
+    ``embedding``; those with images by their pixels, ``image_side`` squared, and truncated SVD, or by the
+    image-embedding model (CLIP, SigLIP) in ``image_embedding``. What is fitted, is fitted to ``sample`` documents, and
+    the report looks at the same.
 
     ``name_by`` maps an expert to a data source (a built-in's or a file's name): clusters are named so that
     each such expert holds as much of its source as possible. Without it, clusters are named in order.
@@ -100,6 +116,8 @@ class PartitionConfig(_Strict):
     field: str | None = None
     domains: dict[str, list[str]] = {}
     embedding: Path | None = None
+    image_embedding: Path | None = None
+    image_side: int = Field(default=16, gt=0, le=256, description="pixels")
     num_features: int = Field(default=20_000, gt=0)
     num_components: int = Field(default=64, gt=0)
     sample: int = Field(default=20_000, gt=0, description="documents, all where there are no more")
@@ -169,6 +187,9 @@ class TrainingConfig(_Strict):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of the forward pass; weights are fp32"
     )
+    freeze: list[str] = Field(
+        default=[], description="modules whose weights stay as they are, e.g. vision_tower"
+    )
     lora: LoraConfig | None = Field(default=None, description="adapters instead of all weights")
     save_steps: int = Field(default=100, gt=0)
     save_total_limit: int = Field(default=2, gt=0, description="complete checkpoints kept while training")
@@ -179,10 +200,13 @@ class TrainingConfig(_Strict):
 class RouterConfig(RouterEntry):
     """How requests are weighted by default (``kind``, ``scope``, ``start``), and how classifier and centroids are made.
 
-    Their features are TF-IDF and truncated SVD, or the sentence-embedding model in the directory ``embedding``.
+    Their features are TF-IDF and truncated SVD, or the sentence-embedding model in the directory ``embedding``; those
+    of images are pixels and truncated SVD, or the model in ``image_embedding``.
     """
 
     embedding: Path | None = None
+    image_embedding: Path | None = None
+    image_side: int = Field(default=16, gt=0, le=256, description="pixels")
     num_features: int = Field(default=20_000, gt=0)
     num_components: int = Field(default=64, gt=0)
     prefixes_per_document: int = Field(default=4, gt=0, description="lengths are drawn log-uniformly")

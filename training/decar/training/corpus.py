@@ -5,10 +5,11 @@ Shapes: N documents.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ Progress = Callable[[str, int, int | None], None]
 # What is read or written at once, whichever is reached first.
 BATCH_DOCUMENTS = 512
 BATCH_CHARS = 1_000_000
+IMAGES_FIELD = "images"
 
 
 @dataclass
@@ -41,16 +43,17 @@ class DocumentWriter:
         import pyarrow
         from pyarrow import parquet
 
-        kinds = {"origin": pyarrow.int64()}
+        kinds = {"origin": pyarrow.int64(), IMAGES_FIELD: pyarrow.list_(pyarrow.binary())}
         self._schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in self.columns])
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        repeated = [name for name in self.columns if name != "text"]
+        repeated = [name for name in self.columns if name not in ("text", IMAGES_FIELD)]
         self._writer = parquet.ParquetWriter(self.file, self._schema, use_dictionary=repeated)
         return self
 
     def add(self, document: Document) -> None:
         self._pending.append(document)
-        self._pending_chars += len(document.text)
+        # Images count as their bytes. Whoever wants one of them reads its row group.
+        self._pending_chars += len(document.text) + sum(map(len, document.images))
         if len(self._pending) >= BATCH_DOCUMENTS or self._pending_chars >= BATCH_CHARS:
             self._flush()
 
@@ -83,7 +86,8 @@ def _column(document: Document, name: str) -> Any:
 class Corpus:
     """The documents in ``file``; ``sample`` and ``sampled``, a uniform sample of them and their numbers, ascending.
 
-    ``source_of``, ``domain_of`` [N] index ``sources`` and ``domains``; ``origins``, ``chars`` [N].
+    The sample is kept without its images. ``source_of``, ``domain_of`` [N] index ``sources`` and ``domains``;
+    ``origins``, ``chars`` [N]; ``with_images`` [N], whether a document has any.
     """
 
     file: Path
@@ -95,10 +99,21 @@ class Corpus:
     chars: Ints
     sample: list[Document]
     sampled: Ints
+    with_images: NDArray[np.bool_]
     has_chats: bool
 
     def __len__(self) -> int:
         return len(self.origins)
+
+    @property
+    def has_images(self) -> bool:
+        return bool(self.with_images.any())
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of a shard: a corpus of texts has neither chats nor images."""
+        chats, images = [MESSAGES_FIELD] * self.has_chats, [IMAGES_FIELD] * self.has_images
+        return "text", "source", *chats, *images
 
     def batches(self) -> Iterator[list[Document]]:
         """All documents, in order, in batches that were written at once."""
@@ -106,7 +121,26 @@ class Corpus:
             documents = rows.to_pylist()
             for row in documents:
                 row[MESSAGES_FIELD] = row[MESSAGES_FIELD] and json.loads(row[MESSAGES_FIELD])
+                row[IMAGES_FIELD] = tuple(row[IMAGES_FIELD])
             yield [Document(**row) for row in documents]
+
+    def sample_of(self, kind: NDArray[np.bool_]) -> Iterator[list[Document]]:
+        """The sampled documents among those that ``kind`` [N] marks, whole, in batches; where there are none, the
+        first ones it marks."""
+        if kind.all() and not self.has_images:
+            yield self.sample
+            return
+        sampled = self.sampled[kind[self.sampled]]
+        yield from self.chosen(sampled if len(sampled) else np.flatnonzero(kind)[: len(self.sample)])
+
+    def chosen(self, numbers: Ints) -> Iterator[list[Document]]:
+        """The documents of ascending ``numbers``, in batches."""
+        done = 0
+        for batch in self.batches():
+            mine = numbers[np.searchsorted(numbers, done) : np.searchsorted(numbers, done + len(batch))]
+            if len(mine):
+                yield [batch[number - done] for number in mine]
+            done += len(batch)
 
 
 def spool(
@@ -114,6 +148,7 @@ def spool(
 ) -> Corpus:
     """Write ``documents`` to ``file`` as they come.
 
+    Documents that share an image have one origin: held out whole, no image is on both sides.
     The sample is Vitter's ("Random sampling with a reservoir", 1985, algorithm R): memory holds it, whatever N.
     """
     rng = np.random.default_rng(seed)
@@ -121,8 +156,10 @@ def spool(
     domains: dict[str, int] = {}
     source_of, domain_of, origins, chars = (array("q") for _ in range(4))
     sample: dict[int, tuple[int, Document]] = {}
+    with_images = array("b")
     has_chats = False
-    with DocumentWriter(file, ("text", "source", "origin", "domain", MESSAGES_FIELD)) as writer:
+    same = _Groups()
+    with DocumentWriter(file, ("text", "source", "origin", "domain", MESSAGES_FIELD, IMAGES_FIELD)) as writer:
         for number, document in enumerate(documents):
             writer.add(document)
             has_chats = has_chats or document.messages is not None
@@ -131,10 +168,12 @@ def spool(
             domain = document.source if document.domain is None else document.domain
             domain_of.append(domains.setdefault(domain, len(domains)))
             origins.append(document.origin)
+            with_images.append(bool(document.images))
+            same.join(document.origin, document.images)
             chars.append(len(document.text))
             place = number if number < sample_size else int(rng.integers(number + 1))
             if place < sample_size:
-                sample[place] = number, document
+                sample[place] = number, replace(document, images=())
             if number % BATCH_DOCUMENTS == 0:
                 progress("reading", number, None)
     progress("reading", len(origins), len(origins))
@@ -145,16 +184,62 @@ def spool(
         _ints(source_of),
         list(domains),
         _ints(domain_of),
-        _ints(origins),
+        same.of(_ints(origins)),
         _ints(chars),
         [document for _, document in chosen],
         np.array([number for number, _ in chosen], dtype=np.int64),
+        np.frombuffer(with_images, dtype=np.bool_) if with_images else np.zeros(0, dtype=np.bool_),
         has_chats,
     )
 
 
+class _Groups:
+    """Origins that share images, directly or through others: a union-find (Tarjan 1975) over them."""
+
+    def __init__(self) -> None:
+        self._first: dict[bytes, int] = {}
+        self._parent: dict[int, int] = {}
+
+    def join(self, origin: int, images: Sequence[bytes]) -> None:
+        for image in images:
+            first = self._first.setdefault(hashlib.blake2b(image, digest_size=16).digest(), origin)
+            one, other = sorted((self._root(first), self._root(origin)))
+            if one != other:
+                self._parent[other] = one
+
+    def _root(self, origin: int) -> int:
+        while origin in self._parent:
+            up = self._parent[origin]
+            self._parent[origin] = self._parent.get(up, up)
+            origin = up
+        return origin
+
+    def of(self, origins: Ints) -> Ints:
+        """``origins``, each replaced by its group's first."""
+        if not self._parent:
+            return origins
+        return np.array([self._root(origin) for origin in origins.tolist()], dtype=np.int64)
+
+
 def _ints(values: array[int]) -> Ints:
     return np.frombuffer(values, dtype=np.int64) if values else np.zeros(0, dtype=np.int64)
+
+
+def read_columns(file: Path) -> list[str]:
+    """The names of a shard's columns.
+
+    Raises:
+        TrainingError: it is missing or damaged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    if not file.is_file():
+        raise TrainingError(f"{file} is missing; run `decar-train partition` first")
+    try:
+        return list(parquet.read_schema(file).names)
+    except pyarrow.ArrowException as error:
+        raise _damaged(file, error) from None
 
 
 def read_texts(file: Path) -> Iterator[str]:
@@ -183,6 +268,10 @@ def read_row_groups(file: Path, columns: list[str] | None = None) -> Iterator[An
             for group in range(table.num_row_groups):
                 yield table.read_row_group(group, columns=columns)
     except (pyarrow.ArrowException, KeyError) as error:
-        raise TrainingError(
-            f"{file} is damaged ({error}); delete its directory and run `decar-train partition` again"
-        ) from None
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"{file} is damaged ({error}); delete its directory and run `decar-train partition` again"
+    )

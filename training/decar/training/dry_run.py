@@ -5,6 +5,7 @@ Measures two optimiser steps of a model that is thrown away, and writes nothing 
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 import warnings
@@ -25,6 +26,7 @@ from decar.training.expert import (
     checkpoints_of,
     complete_checkpoints,
     expert_directory,
+    expert_processor,
     expert_stage,
     make_trainer,
     read_blocks,
@@ -104,9 +106,10 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
     stage = replace(expert_stage(shards, name), directory=expert_directory(config, name))
     checkpoints = complete_checkpoints(checkpoints_of(config, stage))
     tokenizer = load_tokenizer(shards.work_dir / "tokenizer")
-    train = read_blocks(shards, [name], "train", tokenizer)
-    read_blocks(shards, [name], "held_out", tokenizer)
-    model = build_model(config, name, tokenizer)
+    processor = expert_processor(shards, name, tokenizer)
+    train = read_blocks(shards, [name], "train", tokenizer, processor)
+    read_blocks(shards, [name], "held_out", tokenizer, processor)
+    model = build_model(shards, name, tokenizer)
     with TemporaryDirectory(prefix="decar-dry-run-") as directory, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = make_trainer(config, model, train, Path(directory))
@@ -122,19 +125,19 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
         is_done=stage.is_done,
         steps_done=step_of(checkpoints[-1]) if checkpoints else 0,
         steps=steps,
-        tokens_per_step=settings.batch_size * settings.gradient_accumulation * settings.sequence_length,
+        tokens_per_step=round(settings.batch_size * settings.gradient_accumulation * train.row_tokens[0]),
         train_tokens=train.num_tokens,
         num_targets=train.num_targets,
         cost=known[key],
         batch=[
-            shown(ids, labels, tokenizer)
+            shown(ids, labels, tokenizer, getattr(processor, "image_token", None))
             for ids, labels in zip(first["input_ids"].tolist(), first["labels"].tolist(), strict=True)
         ],
     )
 
 
-def shown(ids: list[int], labels: list[int], tokenizer: Any) -> str:
-    """A row decoded. If only some of it is learned, that stands in ⟦ ⟧; padding is counted."""
+def shown(ids: list[int], labels: list[int], tokenizer: Any, image_token: str | None = None) -> str:
+    """A row decoded. If only some of it is learned, that stands in ⟦ ⟧; padding and an image's tokens are counted."""
     padding = 0
     while padding < len(ids) and ids[-1 - padding] == ids[-1] and labels[-1 - padding] == IGNORED:
         padding += 1
@@ -143,6 +146,9 @@ def shown(ids: list[int], labels: list[int], tokenizer: Any) -> str:
     for learned, group in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED):
         piece = tokenizer.decode([token for token, _ in group])
         text += f"⟦{piece}⟧" if learned and IGNORED in labels else piece
+    if image_token is not None:
+        places = re.compile(f"(?:{re.escape(image_token)}){{2,}}")
+        text = places.sub(lambda found: f"{image_token} × {len(found[0]) // len(image_token)}", text)
     return text + (f" (padding × {padding})" if padding else "")
 
 
@@ -186,9 +192,8 @@ def _measure(trainer: Any, model: Any) -> Cost:
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_all = sum(p.numel() for p in model.parameters())
     args = trainer.args
-    logits = (
-        args.per_device_train_batch_size * trainer.train_dataset.input_ids.shape[1] * model.config.vocab_size
-    )
+    vocab_size = model.config.get_text_config().vocab_size
+    logits = args.per_device_train_batch_size * trainer.train_dataset.row_tokens[1] * vocab_size
     states = num_all + 3 * num_trained + logits
     return Cost(
         num_parameters=num_all,

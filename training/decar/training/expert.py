@@ -1,4 +1,4 @@
-"""The expert stage: one causal language model, trained on its own shard and nothing else.
+"""The expert stage: one language model, of text alone or of images and text, trained on its own shard and nothing else.
 
 Knows no other expert, and nothing about how shards were made. Several processes may train one expert together
 (``accelerate launch``); the main one writes.
@@ -20,10 +20,20 @@ import torch
 from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
-from decar.training.blocks import Blocks, mean_loss, pack
+from decar.training.blocks import Rows, mean_loss, pack
 from decar.training.config import TrainConfig, TrainingConfig
-from decar.training.model import build_model
-from decar.training.partition import check_marker, partition_fingerprint, read_examples, shard_file
+from decar.training.corpus import IMAGES_FIELD
+from decar.training.image_blocks import read_image_blocks
+from decar.training.image_export import with_vision_model
+from decar.training.model import build_model, model_config
+from decar.training.partition import (
+    check_marker,
+    has_column,
+    partition_fingerprint,
+    read_examples,
+    shard_file,
+)
+from decar.training.processor import load_processor, processor_files, reads_images
 from decar.training.stages import Stage, digest, fingerprint, sha256, write_atomically
 from decar.training.tokenizer import load_tokenizer
 
@@ -33,7 +43,7 @@ _SPLITS = ("train", "held_out")
 # What the trained weights do not depend on.
 _NOT_IN_WEIGHTS = {"save_steps", "save_total_limit", "log_steps", "tensorboard", "gradient_checkpointing"}
 # Settings that are younger than experts which are finished. Unset they count for nothing, so that those stay finished.
-_YOUNGER = ("gradient_accumulation", "lora")
+_YOUNGER = ("gradient_accumulation", "lora", "freeze")
 
 
 class ExpertReport(BaseModel):
@@ -71,6 +81,7 @@ def expert_stage(config: TrainConfig, name: str) -> Stage:
             raise TrainingError(f"{file} is missing; run `decar-train partition` first")
     check_marker(config.work_dir / "partition", partition_fingerprint(config))
     check_marker(config.work_dir / "tokenizer", fingerprint(config.tokenizer))
+    files += processor_files(config.work_dir / "tokenizer")
     return Stage(expert_directory(config, name), settings, digest(*files))
 
 
@@ -127,7 +138,8 @@ def train_model(
     from transformers.integrations import TensorBoardCallback
 
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    blocks = {split: read_blocks(config, shards, split, tokenizer) for split in _SPLITS}
+    processor = expert_processor(config, name, tokenizer)
+    blocks = {split: read_blocks(config, shards, split, tokenizer, processor) for split in _SPLITS}
     train, held_out = blocks["train"], blocks["held_out"]
     model = build_model(config, name, tokenizer)
     directory = checkpoints_of(config, stage)
@@ -175,6 +187,9 @@ def train_model(
         model.config.use_cache = True
         with stage.writing() as target:
             model.save_pretrained(target)
+            if processor is not None:
+                with_vision_model(target)
+                processor.save_pretrained(target)
             if adapter.is_dir():
                 shutil.copytree(adapter, target / ADAPTER_FOLDER)
             for file in sorted((config.work_dir / "tokenizer").glob("*token*")):
@@ -185,14 +200,41 @@ def train_model(
     return report
 
 
-def read_blocks(config: TrainConfig, shards: Sequence[str], split: str, tokenizer: Any) -> Blocks:
-    """The ``split`` of ``shards`` in rows of ``config.training.sequence_length`` tokens.
+def expert_processor(config: TrainConfig, name: str, tokenizer: Any) -> Any | None:
+    """The processor of expert ``name``, or None where its model reads text alone.
 
     Raises:
-        TrainingError: a shard is missing or damaged, or teaches nothing.
+        TrainingError: as `load_processor`.
     """
-    examples = [example for shard in shards for example in read_examples(config, shard, split)]
-    blocks = pack(examples, tokenizer, config.training.sequence_length)
+    wanted = model_config(config, name, tokenizer)
+    return load_processor(config, wanted, tokenizer) if reads_images(wanted) else None
+
+
+def read_blocks(
+    config: TrainConfig, shards: Sequence[str], split: str, tokenizer: Any, processor: Any = None
+) -> Rows:
+    """The ``split`` of ``shards`` in rows of at most ``config.training.sequence_length`` tokens.
+
+    Args:
+        processor: that of an image-text model.
+
+    Raises:
+        TrainingError: a shard is missing or damaged, holds images for a model of text, or teaches nothing.
+    """
+    length = config.training.sequence_length
+    examples = [read_examples(config, shard, split) for shard in shards]
+    with_images = has_column(config, shards[0], split, IMAGES_FIELD)
+    blocks: Rows
+    if with_images and processor is None:
+        raise TrainingError(
+            f"the shards of {', '.join(shards)} hold images, which no model of text reads; set model.model_type to an "
+            "image-text model, e.g. llava"
+        )
+    if with_images:
+        files = [shard_file(config, shard, split) for shard in shards]
+        blocks = read_image_blocks(examples, files, processor, length)
+    else:
+        blocks = pack([example for shard in examples for example in shard], tokenizer, length)
     if not len(blocks):
         raise TrainingError(
             f"the {split} documents of {', '.join(shards)} hold no token to predict; add data, or raise "
@@ -201,7 +243,7 @@ def read_blocks(config: TrainConfig, shards: Sequence[str], split: str, tokenize
     return blocks
 
 
-def make_trainer(config: TrainConfig, model: Any, train: Blocks, directory: Path) -> Any:
+def make_trainer(config: TrainConfig, model: Any, train: Rows, directory: Path) -> Any:
     """A transformers ``Trainer`` of ``model`` on ``train`` that keeps its checkpoints in ``directory``.
 
     Raises:
@@ -241,11 +283,15 @@ def make_trainer(config: TrainConfig, model: Any, train: Blocks, directory: Path
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
+        # The tower of an image-text model takes no part in a batch of texts, nor its last layers in any.
+        ddp_find_unused_parameters=True if reads_images(model.config) else None,
     )
     # A plain process that sees several GPUs uses one of them: torch's DataParallel would multiply the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     keep = _keep_checkpoints(directory, settings.save_total_limit)
-    trainer = Trainer(model=model, args=arguments, train_dataset=train, callbacks=[keep])
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=train, data_collator=train.collate, callbacks=[keep]
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -30,6 +30,7 @@ from decar.training.router import router_directory, router_fingerprint
 from decar.training.stages import MARKER, Stage, fingerprint, read_marker, replaced_directory
 
 _NOT_EXPORTED = (MARKER, "report.json", "*.png", ADAPTER_FOLDER)
+_COPIED = ("generation_config.json", "chat_template.jinja")
 # What of a tokenizer's settings decides how a prompt is rendered and where an answer ends.
 _RENDERING = ("chat_template", "bos_token", "eos_token", "pad_token")
 
@@ -95,7 +96,7 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
         ExpertEntry(name=name, path=f"experts/{name}", prior=report.train_tokens / num_tokens)
         for name, report in reports.items()
     )
-    _read_fitting(config, entries)
+    experts = _read_fitting(config, entries)
     with replaced_directory(target) as directory:
         for name in config.expert_names:
             _copy(expert_directory(config, name), directory / "experts" / name)
@@ -110,7 +111,8 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
             mixing=config.mixing,
         )
         write_manifest(directory, manifest)
-        (directory / CARD_NAME).write_text(ensemble_card(config, manifest, reports), encoding="utf-8")
+        card = ensemble_card(config, manifest, reports, experts[0].reads_images)
+        (directory / CARD_NAME).write_text(card, encoding="utf-8")
         Ensemble.load(directory)
     with stage.writing():
         pass
@@ -134,9 +136,10 @@ def export_average(config: TrainConfig) -> Path:
     with replaced_directory(target) as directory:
         average(experts, directory)
         for file in experts[0].path.iterdir():
-            if file.name == "generation_config.json" or "token" in file.name:
+            if file.name in _COPIED or "token" in file.name or "processor" in file.name:
                 shutil.copyfile(file, directory / file.name)
-        (directory / CARD_NAME).write_text(average_card(config, reports), encoding="utf-8")
+        card = average_card(config, reports, experts[0].reads_images)
+        (directory / CARD_NAME).write_text(card, encoding="utf-8")
     return target
 
 

@@ -1,9 +1,13 @@
-"""An expert's model before training: fresh, a checkpoint, or a checkpoint with LoRA adapters. Knows no data."""
+"""An expert's model before training: fresh, a checkpoint, or a checkpoint with LoRA adapters. Knows no data.
+
+A causal language model, or an image-text model, whose language model and vision encoder are described under
+``text_config`` and ``vision_config``.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from decar.router.errors import TrainingError
 from decar.training.config import LoraConfig, TrainConfig
+from decar.training.processor import load_processor, reads_images
 
 # What transformers raises at a configuration or checkpoint that makes no model.
 _REFUSED = (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError)
@@ -35,15 +40,35 @@ def check_model(config: TrainConfig, name: str) -> None:
         raise TrainingError(
             f"model.model_type: transformers has no {kind!r}{_did_you_mean(kind, CONFIG_MAPPING)}"
         )
-    known = set(CONFIG_MAPPING[kind]().to_dict()) | {"rope_theta", "rope_scaling"}
-    for field in model:
-        # transformers keeps a field it does not know and then never reads it.
-        if field not in known:
-            raise TrainingError(f"model.{field}: unknown field of {kind}{_did_you_mean(field, known)}")
+    _check_fields(model, CONFIG_MAPPING[kind](), "model")
     try:
         CONFIG_MAPPING[kind](**model)
     except _REFUSED as error:
         raise _cannot_be_built(name, error) from None
+
+
+def _check_fields(model: Mapping[str, Any], default: Any, where: str) -> None:
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    aliases = {"rope_theta", "rope_scaling", *(default.attribute_map or {})}
+    known = set(default.to_dict()) | aliases
+    for field, value in model.items():
+        # transformers keeps a field it does not know and then never reads it.
+        if field not in known:
+            raise TrainingError(
+                f"{where}.{field}: unknown field of {default.model_type}{_did_you_mean(field, known)}"
+            )
+        part = getattr(default, field, None)
+        if not isinstance(part, PreTrainedConfig):
+            continue
+        if not isinstance(value, dict):
+            raise TrainingError(f"{where}.{field}: describe it by fields, e.g. hidden_size")
+        kind = value.get("model_type", part.model_type)
+        if kind not in CONFIG_MAPPING:
+            raise TrainingError(
+                f"{where}.{field}.model_type: transformers has no {kind!r}{_did_you_mean(kind, CONFIG_MAPPING)}"
+            )
+        _check_fields(value, CONFIG_MAPPING[kind](), f"{where}.{field}")
 
 
 def _cannot_be_built(name: str, error: Exception) -> TrainingError:
@@ -55,6 +80,32 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def model_config(config: TrainConfig, name: str, tokenizer: Any) -> Any:
+    """The transformers configuration of expert ``name``'s model: a checkpoint's, or one for ``tokenizer``.
+
+    Raises:
+        TrainingError: transformers refuses it, or misreads it.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    check_model(config, name)
+    description = config.model_of(name)
+    own = {"vocab_size": len(tokenizer), **_special_tokens(tokenizer)}
+    try:
+        if "checkpoint" in description:
+            return AutoConfig.from_pretrained(description["checkpoint"], local_files_only=True)
+        if reads_images(CONFIG_MAPPING[description["model_type"]]()):
+            text = {**own, **description.get("text_config", {})}
+            return AutoConfig.for_model(**{**description, "text_config": text})
+        return AutoConfig.for_model(**{**own, **description})
+    except _REFUSED as error:
+        raise _cannot_be_built(name, error) from None
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int | None]:
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+
+
 def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
     """The untrained model of expert ``name`` in fp32: fresh weights by ``config.seed``, or the checkpoint's.
 
@@ -63,25 +114,23 @@ def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
     Raises:
         TrainingError: a configuration that transformers or peft refuses, or too small a vocabulary.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, set_seed
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, set_seed
 
-    check_model(config, name)
     description = config.model_of(name)
+    wanted = model_config(config, name, tokenizer)
+    auto = AutoModelForCausalLM
+    if reads_images(wanted):
+        auto = AutoModelForImageTextToText
+        _use_image_token(wanted, load_processor(config, wanted, tokenizer).image_token_id, description, name)
     set_seed(config.seed)
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
     try:
         if "checkpoint" in description:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto.from_pretrained(
                 description["checkpoint"], dtype=torch.float32, local_files_only=True
             )
         else:
-            fields = {"vocab_size": len(tokenizer), **special, **description}
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
-            model.generation_config = GenerationConfig(**special)
+            model = auto.from_config(wanted, dtype=torch.float32)
+            model.generation_config = GenerationConfig(**_special_tokens(tokenizer))
     except _REFUSED as error:
         raise _cannot_be_built(name, error) from None
     rows = model.get_output_embeddings().weight.shape[0]
@@ -90,13 +139,41 @@ def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
             f"the model of {name!r} has {rows} output rows for the {len(tokenizer)} tokens of the tokenizer; "
             "raise vocab_size or resize the checkpoint's embeddings"
         )
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest and config.training.sequence_length > longest:
         raise TrainingError(
             f"training.sequence_length {config.training.sequence_length} is longer than the "
             f"max_position_embeddings {longest} of {name!r}"
         )
-    return model if config.training.lora is None else _with_adapters(model, config, config.training.lora)
+    if config.training.lora is not None:
+        model = _with_adapters(model, config, config.training.lora)
+    _freeze(model, config.training.freeze)
+    return model
+
+
+def _use_image_token(wanted: Any, token_id: int, description: Mapping[str, Any], name: str) -> None:
+    if "checkpoint" in description:
+        if wanted.image_token_id != token_id:
+            raise TrainingError(
+                f"the checkpoint of {name!r} reads images at token {wanted.image_token_id}, but the processor at "
+                f"tokenizer.path puts them at {token_id}; give both from one model"
+            )
+    else:
+        wanted.image_token_id = token_id
+
+
+def _freeze(model: Any, modules: Iterable[str]) -> None:
+    for module in modules:
+        mine = [p for name, p in model.named_parameters() if module in name.split(".")]
+        if not mine:
+            parts = {part for name, _ in model.named_parameters() for part in name.split(".")[:-1]}
+            raise TrainingError(
+                f"training.freeze: the model has no module {module!r}{_did_you_mean(module, parts)}"
+            )
+        for parameter in mine:
+            parameter.requires_grad = False
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError("training.freeze leaves nothing to train; take a module out")
 
 
 def _with_adapters(model: Any, config: TrainConfig, settings: LoraConfig) -> Any:

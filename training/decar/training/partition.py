@@ -1,6 +1,7 @@
 """The partition stage: documents into one shard per expert, by what they are like, by chance or by the user's domains.
 
-Knows nothing about tokens or models. Texts pass through memory in batches; sources, features and labels stay in it.
+Knows nothing about tokens or models. Texts and images pass through memory in batches; sources, features and labels
+stay in it.
 
 Shapes: N documents, K experts, D features.
 """
@@ -22,16 +23,29 @@ from numpy.typing import NDArray
 from decar.router.errors import TrainingError
 from decar.training.cluster import balanced_kmeans, two_stage_kmeans
 from decar.training.config import PartitionConfig, TrainConfig
-from decar.training.corpus import BATCH_DOCUMENTS, Corpus, DocumentWriter, Progress, read_texts, spool
+from decar.training.corpus import (
+    BATCH_DOCUMENTS,
+    Corpus,
+    DocumentWriter,
+    Progress,
+    read_columns,
+    read_row_groups,
+    read_texts,
+    spool,
+)
 from decar.training.features import DocumentFeatures, document_features, embedding_files
 from decar.training.partition_report import (
     MAP_FILE,
+    NEAREST_FILE,
     REPORT_FILE,
+    SHEET_COLUMNS,
     PartitionReport,
     ShardReport,
     centroids,
     draw_map,
+    draw_sheet,
     nearest,
+    nearest_members,
     silhouette,
     top_terms,
 )
@@ -49,6 +63,7 @@ Labels = NDArray[np.int64]
 Rows = NDArray[np.float32]
 _SPLITS = ("train", "held_out")
 _NAMED_IN_ERRORS = 10
+_SHEET_CANDIDATES = 8 * SHEET_COLUMNS
 
 
 def partition_stage(config: TrainConfig) -> Stage:
@@ -59,6 +74,7 @@ def partition_stage(config: TrainConfig) -> Stage:
     """
     files = input_files(config.data)
     files += embedding_files(config.partition.embedding, "partition.embedding")
+    files += embedding_files(config.partition.image_embedding, "partition.image_embedding")
     return Stage(
         config.work_dir / "partition",
         partition_fingerprint(config),
@@ -89,7 +105,8 @@ def check_marker(directory: Path, wanted: str) -> None:
 def shard_file(config: TrainConfig, expert: str, split: str) -> Path:
     """The parquet file of a shard; ``split`` is ``train`` or ``held_out``.
 
-    Its columns are ``text``, ``source`` and, where there are chats, ``messages`` (JSON, or null).
+    Its columns are ``text``, ``source``; where there are chats, ``messages`` (JSON, or null); where there are images,
+    ``images`` (encoded as they came, a list in each row).
     """
     return config.work_dir / "partition" / expert / f"{split}.parquet"
 
@@ -112,19 +129,29 @@ def read_shard(config: TrainConfig, expert: str, split: str) -> list[str]:
     return list(iter_shard(config, expert, split))
 
 
+def has_column(config: TrainConfig, expert: str, split: str, name: str) -> bool:
+    """Whether a shard has the column ``name``, i.e. whether the corpus has any chats, or images.
+
+    Raises:
+        TrainingError: the shard is missing or damaged.
+    """
+    return name in read_columns(shard_file(config, expert, split))
+
+
 def read_examples(config: TrainConfig, expert: str, split: str) -> list[str | Messages]:
     """What of a shard an expert is trained on: its texts, and its chats as messages.
 
     Raises:
         TrainingError: the partition has not been made, or is damaged.
     """
-    import pyarrow.parquet as parquet
-
     texts = read_shard(config, expert, split)
-    file = shard_file(config, expert, split)
-    if MESSAGES_FIELD not in parquet.read_schema(file).names:
+    if not has_column(config, expert, split, MESSAGES_FIELD):
         return list(texts)
-    chats = parquet.read_table(file, columns=[MESSAGES_FIELD]).column(MESSAGES_FIELD).to_pylist()
+    chats = [
+        chat
+        for rows in read_row_groups(shard_file(config, expert, split), [MESSAGES_FIELD])
+        for chat in rows.column(MESSAGES_FIELD).to_pylist()
+    ]
     return [text if chat is None else json.loads(chat) for text, chat in zip(texts, chats, strict=True)]
 
 
@@ -160,18 +187,20 @@ def make_partition(
                 f"{len(corpus)} documents cannot be split among {len(config.experts)} experts; "
                 "add data, lower documents.max_chars or list fewer experts"
             )
-        features = document_features(settings, corpus.sample, config.seed)
+        features = document_features(settings, corpus, config.seed)
         labels, sample_features = _deal_out(config, corpus, features, progress)
         held_out = _choose_held_out(corpus, settings, config.seed)
         _check_none_is_empty(config, labels, held_out)
         _write_shards(config, corpus, labels, held_out, directory, progress)
-        corpus.file.unlink()
         progress("report", 0, None)
         report = _report(config, corpus, labels, held_out, sample_features, bad)
+        if corpus.has_images:
+            _draw_nearest(config, corpus, labels, sample_features, directory / NEAREST_FILE)
         (directory / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n")
         title = f"{config.name}: {settings.method}, {len(corpus.sample):,} of {len(corpus):,} documents"
         sampled = labels[corpus.sampled]
         draw_map(sample_features, sampled, config.expert_names, title, config.seed, directory / MAP_FILE)
+        corpus.file.unlink()
         progress("report", 1, 1)
     return report
 
@@ -185,30 +214,46 @@ def _deal_out(
         return _by_field(config, corpus), _sample_features(corpus, features, progress)
     if settings.method == "random":
         labels = np.random.default_rng(config.seed).permutation(len(corpus)) % num_experts
-        return _name_clusters(labels, corpus, config), _sample_features(corpus, features, progress)
+        everything = np.ones(len(corpus), dtype=bool)
+        return _name_clusters(labels, corpus, config, everything), _sample_features(
+            corpus, features, progress
+        )
     rows = _in_batches(features, corpus.batches(), len(corpus), progress)
     progress("clustering", 0, None)
+    labels = np.empty(len(corpus), dtype=np.int64)
+    # Documents with and without images have nothing in common to compare, so each kind is dealt out evenly.
+    for kind in (corpus.with_images, ~corpus.with_images):
+        if kind.any():
+            labels[kind] = _name_clusters(_cluster(rows[kind], config), corpus, config, kind)
+    progress("clustering", 1, 1)
+    return labels, rows[corpus.sampled]
+
+
+def _cluster(rows: Rows, config: TrainConfig) -> Labels:
+    settings, num_experts = config.partition, len(config.experts)
+    if len(rows) < num_experts:
+        return np.arange(len(rows))
     seed, restarts, max_iterations = config.seed, settings.restarts, settings.max_iterations
     if settings.method == "two-stage":
-        clustering = two_stage_kmeans(
+        return two_stage_kmeans(
             rows,
             num_experts,
             fine_clusters=settings.fine_clusters,
             seed=seed,
             restarts=restarts,
             max_iterations=max_iterations,
-        )
-    else:
-        clustering = balanced_kmeans(
-            rows, num_experts, seed=seed, restarts=restarts, max_iterations=max_iterations
-        )
-    progress("clustering", 1, 1)
-    return _name_clusters(clustering.labels, corpus, config), rows[corpus.sampled]
+        ).labels
+    return balanced_kmeans(
+        rows, num_experts, seed=seed, restarts=restarts, max_iterations=max_iterations
+    ).labels
 
 
 def _sample_features(corpus: Corpus, features: DocumentFeatures, progress: Progress) -> Rows:
-    starts = range(0, len(corpus.sample), BATCH_DOCUMENTS)
-    batches = (corpus.sample[start : start + BATCH_DOCUMENTS] for start in starts)
+    if corpus.has_images:
+        batches: Iterable[list[Document]] = corpus.chosen(corpus.sampled)
+    else:
+        starts = range(0, len(corpus.sample), BATCH_DOCUMENTS)
+        batches = (corpus.sample[start : start + BATCH_DOCUMENTS] for start in starts)
     return _in_batches(features, batches, len(corpus.sample), progress)
 
 
@@ -262,8 +307,12 @@ def _by_field(config: TrainConfig, corpus: Corpus) -> Labels:
     return np.array(expert_of)[corpus.domain_of]
 
 
-def _name_clusters(labels: Labels, corpus: Corpus, config: TrainConfig) -> Labels:
-    """The expert of every document: clusters go as ``name_by`` asks, the rest in order of their first document."""
+def _name_clusters(labels: Labels, corpus: Corpus, config: TrainConfig, members: NDArray[np.bool_]) -> Labels:
+    """The expert of every member: clusters go as ``name_by`` asks, the rest in order of their first document.
+
+    Args:
+        labels: the clusters of the ``members`` [N] of the corpus, one each.
+    """
     from scipy.optimize import linear_sum_assignment
 
     order = list(dict.fromkeys(labels.tolist()))
@@ -275,14 +324,18 @@ def _name_clusters(labels: Labels, corpus: Corpus, config: TrainConfig) -> Label
             )
     share = np.zeros((len(name_by), len(order)))
     for row, source in enumerate(name_by.values()):
-        members = corpus.source_of == corpus.sources.index(source)
-        share[row] = np.bincount(labels[members], minlength=len(order)) / members.sum()
-    _, columns = linear_sum_assignment(share, maximize=True)
-    named = dict(zip(name_by, columns.tolist(), strict=True))
+        counts = np.bincount(
+            labels[corpus.source_of[members] == corpus.sources.index(source)], minlength=len(order)
+        )
+        share[row] = counts / max(counts.sum(), 1)
+    chosen, columns = linear_sum_assignment(share, maximize=True)  # all names, unless clusters are fewer
+    named = dict(zip([list(name_by)[row] for row in chosen], columns.tolist(), strict=True))
     rest = [cluster for cluster in order if cluster not in named.values()]
-    named |= zip([name for name in config.expert_names if name not in named], rest, strict=True)
+    named |= zip([name for name in config.expert_names if name not in named], rest, strict=False)
     expert_of = np.empty(len(order), dtype=np.int64)
-    expert_of[[named[name] for name in config.expert_names]] = np.arange(len(order))
+    for k, name in enumerate(config.expert_names):
+        if name in named:
+            expert_of[named[name]] = k
     return expert_of[labels]
 
 
@@ -314,10 +367,9 @@ def _write_shards(
     progress: Progress,
 ) -> None:
     with ExitStack() as stack:
-        columns = ("text", "source", *([MESSAGES_FIELD] if corpus.has_chats else []))
         writers = [
             [
-                stack.enter_context(DocumentWriter(directory / name / f"{split}.parquet", columns))
+                stack.enter_context(DocumentWriter(directory / name / f"{split}.parquet", corpus.columns))
                 for split in _SPLITS
             ]
             for name in config.expert_names
@@ -328,6 +380,33 @@ def _write_shards(
                 writers[labels[number]][int(held_out[number])].add(document)
                 number += 1
             progress("writing", number, len(corpus))
+
+
+def _draw_nearest(
+    config: TrainConfig, corpus: Corpus, labels: Labels, sample_features: Rows, file: Path
+) -> None:
+    """The images that are nearest to the centroid of each expert's documents with images."""
+    names = config.expert_names
+    pictured = corpus.with_images[corpus.sampled]
+    rows, numbers = sample_features[pictured], corpus.sampled[pictured]
+    experts = labels[numbers]
+    middles = centroids(rows, experts, len(names))
+    wanted = {
+        name: numbers[nearest_members(rows, experts, k, middles[k], _SHEET_CANDIDATES)]
+        for k, name in enumerate(names)
+    }
+    ordered = np.unique(np.concatenate(list(wanted.values())))
+    found = (document.images[0] for batch in corpus.chosen(ordered) for document in batch)
+    image_of = dict(zip(ordered.tolist(), found, strict=True))
+    draw_sheet(
+        # Several documents may be about one image.
+        {
+            name: list(dict.fromkeys(image_of[number] for number in chosen.tolist()))[:SHEET_COLUMNS]
+            for name, chosen in wanted.items()
+        },
+        f"{config.name}: nearest to each expert's centroid",
+        file,
+    )
 
 
 def _report(

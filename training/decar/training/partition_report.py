@@ -1,11 +1,11 @@
-"""What a partition looks like: sizes, silhouette, terms, examples, a map. Knows labels, not how they came about.
+"""What a partition looks like: sizes, silhouette, terms, examples, pictures. Knows labels, not how they came about.
 
 Shapes: N documents of the sample, K experts, D features, F terms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,20 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
+from decar.router.images import decode_image
 from decar.training.features import fit_tfidf
 
 Labels = NDArray[np.int64]
 Rows = NDArray[np.float32]
 
 MAP_FILE = "map.png"
+NEAREST_FILE = "nearest.png"
 REPORT_FILE = "report.json"
+SHEET_COLUMNS = 12
 _TOP_TERMS = 12
 _NEAREST = 3
 _SNIPPET_CHARS = 200
+_THUMBNAIL_PIXELS = 96
 # The silhouette costs N² distances, and no more points can be told apart in a picture.
 _LOOKED_AT = 5_000
 
@@ -100,9 +104,36 @@ def top_terms(
 
 def nearest(texts: Sequence[str], features: Rows, labels: Labels, expert: int, centroid: Rows) -> list[str]:
     """The beginnings, on one line, of the documents of ``expert`` that are nearest to ``centroid`` [D]."""
-    members = np.flatnonzero(labels == expert)
-    best = members[np.argsort(-(features[members] @ centroid), kind="stable")[:_NEAREST]]
+    best = nearest_members(features, labels, expert, centroid, _NEAREST)
     return [" ".join(texts[i][: 2 * _SNIPPET_CHARS].split())[:_SNIPPET_CHARS] for i in best]
+
+
+def nearest_members(features: Rows, labels: Labels, expert: int, centroid: Rows, most: int) -> Labels:
+    """The numbers of the ``most`` documents of ``expert`` that are nearest to ``centroid`` [D]."""
+    members = np.flatnonzero(labels == expert)
+    return members[np.argsort(-(features[members] @ centroid), kind="stable")[:most]]
+
+
+def draw_sheet(images: Mapping[str, Sequence[bytes]], title: str, file: Path) -> None:
+    """A contact sheet: a row of small ``images``, encoded, for each expert."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (SHEET_COLUMNS + 2, len(images) + 0.8)
+    figure, axes = plt.subplots(len(images), SHEET_COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    for (name, row), places in zip(images.items(), axes, strict=True):
+        places[0].set_ylabel(name, rotation="horizontal", ha="right", va="center")
+        for encoded, axis in zip(row, places, strict=False):
+            small = decode_image(encoded)
+            small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+            axis.imshow(small)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
 
 
 def draw_map(features: Rows, labels: Labels, names: Sequence[str], title: str, seed: int, file: Path) -> None:

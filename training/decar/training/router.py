@@ -1,6 +1,7 @@
-"""The router stage: classifier and centroids from the shards, calibrated and measured on held-out text.
+"""The router stage: classifier and centroids from the shards, calibrated and measured on what is held out.
 
-Knows texts and whose they are, never an expert's weights.
+One router is for texts; where every expert knows images, a second one is for images. Knows texts, images and whose
+they are, never an expert's weights.
 
 Shapes: N prefixes, K experts, D features.
 """
@@ -8,9 +9,11 @@ Shapes: N prefixes, K experts, D features.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import pydantic
@@ -19,20 +22,42 @@ from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
 from decar.router.features import EmbeddingFeatures, Features
-from decar.router.files import EMBEDDING_FOLDER, Centroids, Classifier, TrainedRouter, write_router
+from decar.router.files import (
+    EMBEDDING_FOLDER,
+    IMAGE_FOLDER,
+    Centroids,
+    Classifier,
+    TrainedRouter,
+    write_router,
+)
+from decar.router.images import ImageEmbeddingFeatures, decode_image
 from decar.router.manifest import RouterEntry
 from decar.router.posterior import Float64s, log_normalise, log_prior
 from decar.router.routers import centroid_scores, classifier_scores
 from decar.training.config import TrainConfig
-from decar.training.features import embedding_files, fit_features
-from decar.training.partition import check_marker, partition_fingerprint, read_shard, shard_file
+from decar.training.corpus import IMAGES_FIELD, read_columns, read_row_groups
+from decar.training.features import embedding_files, fit_features, fit_pixels
+from decar.training.partition import (
+    check_marker,
+    has_column,
+    partition_fingerprint,
+    read_shard,
+    shard_file,
+)
 from decar.training.stages import Stage, digest, fingerprint
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SHORTEST_CHARS = 16
 _NUM_BINS = 10
 _LOG_TEMPERATURES = (np.log(1e-3), np.log(1e3))
 
+# Whose images are in memory at once.
+_IMAGE_DOCUMENTS = 64
+
 Labels = NDArray[np.int64]
+Prompt = TypeVar("Prompt")
 
 
 class Quality(BaseModel):
@@ -55,12 +80,20 @@ class RouterQuality(BaseModel):
     reliability: list[tuple[float, float, int]]
 
 
+class ImageReport(BaseModel):
+    """The router for images: documents with images it was trained on, and each router on those held out."""
+
+    train_documents: int
+    routers: dict[str, Quality]
+
+
 class RouterReport(BaseModel):
-    """``report.json``. Held-out text at temperatures that were tuned on the other half of it."""
+    """``report.json``. Held-out text, and images, at temperatures that were tuned on the other half of it."""
 
     experts: list[str]
     train_prefixes: int
     routers: dict[str, RouterQuality]
+    images: ImageReport | None = None
 
     @property
     def lengths(self) -> list[str]:
@@ -105,6 +138,7 @@ def router_stage(config: TrainConfig) -> Stage:
             raise TrainingError(f"{file} is missing; run `decar-train partition` first")
     check_marker(config.work_dir / "partition", partition_fingerprint(config))
     files += embedding_files(config.router.embedding, "router.embedding")
+    files += embedding_files(config.router.image_embedding, "router.image_embedding")
     return Stage(router_directory(config), router_fingerprint(config), digest(*files))
 
 
@@ -121,65 +155,181 @@ def read_router_report(config: TrainConfig) -> RouterReport:
         raise TrainingError(f"{file} cannot be read; delete its directory and run again") from None
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of prompts: features ``rows`` [N, D], their experts ``labels`` [N] and the ``documents`` [N] they
+    are from."""
+
+    rows: Float64s
+    labels: Labels
+    documents: Labels
+
+
+@dataclass(frozen=True)
+class Fitted(Generic[Prompt]):
+    """A trained router, and the held-out log weights [N, K] that each kind gives when it is calibrated on others."""
+
+    router: TrainedRouter[Prompt]
+    held_out: dict[str, Float64s]
+
+    def temperature(self, kind: str) -> float | None:
+        temperatures = {
+            "centroid": self.router.centroids.temperature,
+            "classifier": self.router.classifier.temperature,
+        }
+        return temperatures.get(kind)
+
+
 def train_router(config: TrainConfig, stage: Stage) -> RouterReport:
     """Fit features, classifier and centroids, tune their temperatures, measure them, and put all in place.
 
     Raises:
-        TrainingError: the shards hold no words, or the embedding model cannot be read.
+        TrainingError: the shards hold no words, or an embedding model cannot be read.
     """
     settings = config.router
-    shards = [read_shard(config, name, "train") for name in config.expert_names]
-    labels = np.repeat(np.arange(len(shards)), [len(texts) for texts in shards])
-    texts = [text for shard in shards for text in shard]
-    features: Features
+    texts, labels, held_out_texts = _texts(config)
+    features: Features[str]
     if settings.embedding is not None:
         features = EmbeddingFeatures(settings.embedding)
     else:
         features = fit_features(texts, settings.num_features, settings.num_components, config.seed)
     train = draw_prefixes(texts, labels, settings.prefixes_per_document, config.seed)
-    weight, bias = fit_classifier(features(train.texts), train.labels, len(shards))
-    whole = features(texts)
-    means = np.stack([whole[labels == k].mean(axis=0) for k in range(len(shards))]).astype(np.float32)
-
-    held_out = held_out_prefixes([read_shard(config, name, "held_out") for name in config.expert_names])
-    known = features(held_out.texts)
-    # Documents are held out as they come, so each expert's share of them is the prior that they were drawn with.
-    shares = log_prior(np.bincount(labels, minlength=len(shards)).tolist())
-    flat = np.zeros(len(shards))
-    classifier_held_out = classifier_scores(known, Classifier(weight, bias, 1.0))
-    centroid_held_out = centroid_scores(known, Centroids(means, settings.centroid_metric, 1.0))
-    router = TrainedRouter(
-        tuple(config.expert_names),
-        features,
-        Classifier(weight, bias, fit_temperature(classifier_held_out, held_out.labels, shares)),
-        Centroids(
-            means,
-            settings.centroid_metric,
-            fit_temperature(centroid_held_out, held_out.labels, flat),
-        ),
-    )
+    held_out = held_out_prefixes(held_out_texts)
+    known = Known(features(held_out.texts), held_out.labels, held_out.documents)
+    prefixes = Known(features(train.texts), train.labels, train.documents)
+    fitted = _fit(config, features, prefixes, Known(features(texts), labels, np.arange(len(texts))), known)
+    images, image_report = _fit_images(config)
     report = RouterReport(
         experts=config.expert_names,
         train_prefixes=len(train.texts),
         routers={
-            "prior": _quality(np.tile(shares, (len(known), 1)), held_out, None),
-            "centroid": _quality(
-                _cross_fitted(centroid_held_out, held_out, flat), held_out, router.centroids.temperature
-            ),
-            "classifier": _quality(
-                _cross_fitted(classifier_held_out, held_out, shares), held_out, router.classifier.temperature
-            ),
+            kind: _quality(log_weights, held_out, fitted.temperature(kind))
+            for kind, log_weights in fitted.held_out.items()
         },
+        images=image_report,
     )
     with stage.writing() as directory:
-        if settings.embedding is not None:
-            (directory / EMBEDDING_FOLDER).mkdir()
-            for file in embedding_files(settings.embedding, "router.embedding"):
-                shutil.copyfile(file, directory / EMBEDDING_FOLDER / file.name)
-        write_router(router, directory)
+        _write(fitted.router, directory, settings.embedding, "router.embedding")
+        if images is not None:
+            (directory / IMAGE_FOLDER).mkdir()
+            _write(
+                images.router, directory / IMAGE_FOLDER, settings.image_embedding, "router.image_embedding"
+            )
         (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
         _plot(report, directory / "calibration.png")
     return report
+
+
+def _write(router: TrainedRouter[Any], folder: Path, embedding: Path | None, setting: str) -> None:
+    if embedding is not None:
+        (folder / EMBEDDING_FOLDER).mkdir()
+        for file in embedding_files(embedding, setting):
+            shutil.copyfile(file, folder / EMBEDDING_FOLDER / file.name)
+    write_router(router, folder)
+
+
+def _fit(
+    config: TrainConfig, features: Features[Prompt], prompts: Known, whole: Known, held_out: Known
+) -> Fitted[Prompt]:
+    """A classifier of ``prompts`` and the centroids of ``whole`` documents, calibrated and tried on ``held_out``."""
+    settings, num_experts = config.router, len(config.experts)
+    weight, bias = fit_classifier(prompts.rows, prompts.labels, num_experts)
+    means = np.stack([whole.rows[whole.labels == k].mean(axis=0) for k in range(num_experts)])
+    means = means.astype(np.float32)
+    # Documents are held out as they come, so each expert's share of them is the prior that they were drawn with.
+    shares = log_prior(np.bincount(whole.labels, minlength=num_experts).tolist())
+    flat = np.zeros(num_experts)
+    by_classifier = classifier_scores(held_out.rows, Classifier(weight, bias, 1.0))
+    by_centroid = centroid_scores(held_out.rows, Centroids(means, settings.centroid_metric, 1.0))
+    router = TrainedRouter(
+        tuple(config.expert_names),
+        features,
+        Classifier(weight, bias, fit_temperature(by_classifier, held_out.labels, shares)),
+        Centroids(means, settings.centroid_metric, fit_temperature(by_centroid, held_out.labels, flat)),
+    )
+    return Fitted(
+        router,
+        {
+            "prior": np.tile(shares, (len(held_out.rows), 1)),
+            "centroid": _cross_fitted(by_centroid, held_out, flat),
+            "classifier": _cross_fitted(by_classifier, held_out, shares),
+        },
+    )
+
+
+def _texts(config: TrainConfig) -> tuple[list[str], Labels, list[list[str]]]:
+    """(training texts, their experts, each expert's held-out texts): those without images, if every expert has some.
+
+    What is said of an image says little of whose it is, but in a corpus of images it is all that a text can go by.
+    """
+    pairs = [
+        [_texts_without_images(config, name, split) for name in config.expert_names]
+        for split in ("train", "held_out")
+    ]
+    if not all(texts for shards in pairs for texts in shards):
+        pairs = [
+            [read_shard(config, name, split) for name in config.expert_names]
+            for split in ("train", "held_out")
+        ]
+    train, held_out = pairs
+    labels = np.repeat(np.arange(len(train)), [len(texts) for texts in train])
+    return [text for shard in train for text in shard], labels, held_out
+
+
+def _texts_without_images(config: TrainConfig, name: str, split: str) -> list[str]:
+    texts = read_shard(config, name, split)
+    if not has_column(config, name, split, IMAGES_FIELD):
+        return texts
+    groups = _encoded(config, name, split)
+    return [text for text, images in zip(texts, groups, strict=True) if not images]
+
+
+def _fit_images(config: TrainConfig) -> tuple[Fitted[Sequence[Image]] | None, ImageReport | None]:
+    """The router for images and its report, or None where an expert has no image to train on or none held out."""
+    settings, names = config.router, config.expert_names
+    counts = {
+        split: [sum(map(bool, _encoded(config, name, split))) for name in names]
+        for split in ("train", "held_out")
+    }
+    if not all(count for of in counts.values() for count in of):
+        return None, None
+    features: Features[Sequence[Image]]
+    if settings.image_embedding is not None:
+        features = ImageEmbeddingFeatures(settings.image_embedding)
+    else:
+        step = -(-sum(counts["train"]) // config.partition.sample)
+        groups = (group for name in names for group in _encoded(config, name, "train") if group)
+        images = ([decode_image(image) for image in group] for group in islice(groups, None, None, step))
+        features = fit_pixels(images, settings.image_side, settings.num_components, config.seed)
+    train, held_out = (_image_features(config, split, features) for split in ("train", "held_out"))
+    fitted = _fit(config, features, train, train, held_out)
+    report = ImageReport(
+        train_documents=len(train.rows),
+        routers={
+            kind: quality_of(log_weights, held_out.labels) for kind, log_weights in fitted.held_out.items()
+        },
+    )
+    return fitted, report
+
+
+def _image_features(config: TrainConfig, split: str, features: Features[Sequence[Image]]) -> Known:
+    """Of each document with images. They are decoded a few at a time."""
+    rows = []
+    labels: list[int] = []
+    for k, name in enumerate(config.expert_names):
+        groups = (group for group in _encoded(config, name, split) if group)
+        while batch := list(islice(groups, _IMAGE_DOCUMENTS)):
+            rows.append(features([[decode_image(image) for image in group] for group in batch]))
+            labels += [k] * len(batch)
+    return Known(np.concatenate(rows), np.array(labels), np.arange(len(labels)))
+
+
+def _encoded(config: TrainConfig, name: str, split: str) -> Iterator[list[bytes]]:
+    """The images of each document of a shard."""
+    file = shard_file(config, name, split)
+    if IMAGES_FIELD in read_columns(file):
+        for rows in read_row_groups(file, [IMAGES_FIELD]):
+            yield from rows.column(IMAGES_FIELD).to_pylist()
 
 
 def draw_prefixes(texts: list[str], labels: Labels, per_document: int, seed: int) -> Prefixes:
@@ -243,14 +393,14 @@ def fit_temperature(scores: Float64s, labels: Labels, log_priors: Float64s) -> f
     return float(np.exp(minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded").x))
 
 
-def _cross_fitted(scores: Float64s, prefixes: Prefixes, log_priors: Float64s) -> Float64s:
+def _cross_fitted(scores: Float64s, prompts: Known, log_priors: Float64s) -> Float64s:
     """Log weights [N, K] of each half of the documents, at the temperature that suits the other half."""
     log_weights = np.empty_like(scores)
-    half = prefixes.documents % 2 == 0
+    half = prompts.documents % 2 == 0
     for mine in (half, ~half):
         # One document alone has no other half.
         others = ~mine if (~mine).any() else mine
-        temperature = fit_temperature(scores[others], prefixes.labels[others], log_priors)
+        temperature = fit_temperature(scores[others], prompts.labels[others], log_priors)
         log_weights[mine] = log_normalise(log_priors + scores[mine] / temperature)
     return log_weights
 

@@ -1,4 +1,4 @@
-"""Raw text from files and from Python itself, cut into documents. Knows nothing about experts or tokens."""
+"""Raw text and images from files and from Python itself, cut into documents. Knows nothing about experts or tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from decar.router.errors import TrainingError
+from decar.router.images import UnreadableImage, decode_image
 from decar.training.config import DataConfig, DocumentConfig
 
 Messages = list[dict[str, Any]]
 """One chat: ``{"role": ..., "content": ...}`` each, and what else a chat template reads."""
 
 MESSAGES_FIELD = "messages"
+IMAGE_MARK = "<image>"
+"""Stands in a message where an image belongs."""
+# LLaVA's name for a chat, and its names for who speaks.
+_CONVERSATIONS_FIELD = "conversations"
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _TEXT_SUFFIXES = {".txt", ".md"}
 # Tables, test data and third-party code, which say little about Python.
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -34,7 +40,8 @@ class Document:
     """``text``, the data ``source`` it comes from, the number of the input text it is a piece of, and that input's
     ``domain``: the value of the field that was asked for.
 
-    A chat is one document with its ``messages``; its text is what they say.
+    A chat is one document with its ``messages``; its text is what they say. Its ``images``, encoded, belong in order
+    where its messages have an `IMAGE_MARK`.
     """
 
     text: str
@@ -42,6 +49,7 @@ class Document:
     origin: int
     domain: str | None = None
     messages: Messages | None = None
+    images: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -102,7 +110,9 @@ def read_documents(
         if isinstance(given, Chat):
             any_found = True
             said = "\n\n".join(message["content"] for message in given.messages)
-            yield Document(said, source, origin, domain, given.messages)
+            if given.images:
+                said = _without_marks(said)
+            yield Document(said, source, origin, domain, given.messages, given.images)
             continue
         for piece in cut(given, cutting.max_chars):
             if piece.strip() and len(piece.strip()) >= cutting.min_chars:
@@ -133,21 +143,32 @@ def cut(lines: Iterable[str], max_chars: int) -> Iterator[str]:
         yield piece
 
 
+def split_at_images(text: str) -> list[str]:
+    """What stands before, between and after the images of ``text``; a line end that follows a mark belongs to it."""
+    first, *rest = text.split(IMAGE_MARK)
+    return [first, *(piece.removeprefix("\n") for piece in rest)]
+
+
+def _without_marks(text: str) -> str:
+    return "".join(split_at_images(text))
+
+
 @dataclass(frozen=True)
 class Chat:
     """A row that holds a chat instead of a text."""
 
     messages: Messages
+    images: tuple[bytes, ...] = ()
 
 
 # (source, domain, lines of a text or a chat)
 _Input = tuple[str, str | None, Iterable[str] | Chat]
-_Row = tuple[str | Messages, str | None]
+_Row = tuple[str | Chat, str | None]
 
 
 def _inputs(data: DataConfig, seed: int, domain_field: str | None, bad: BadLines) -> Iterator[_Input]:
     for file in input_files(data):
-        yield from _read_file(file, data.text_field, domain_field, bad)
+        yield from _read_file(file, data, domain_field, bad)
     for name in data.builtin:
         _refuse_fields(name, domain_field)
         for text in _capped(_BUILTIN[name](seed), data.builtin_max_bytes):
@@ -171,14 +192,15 @@ def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
         yield text
 
 
-def _read_file(file: Path, text_field: str, domain_field: str | None, bad: BadLines) -> Iterator[_Input]:
-    """Its texts; of .jsonl and .parquet also the chats, in ``text_field`` or, where that is not, in ``messages``."""
+def _read_file(file: Path, data: DataConfig, domain_field: str | None, bad: BadLines) -> Iterator[_Input]:
+    """Its texts; of .jsonl and .parquet also the chats, in ``data.text_field`` or, where that is not, in ``messages``
+    or ``conversations``."""
     if file.suffix in _TEXT_SUFFIXES:
         _refuse_fields(file, domain_field)
         yield file.name, None, _read_lines(file)
     elif file.suffix in _ROW_READERS:
-        for given, domain in _ROW_READERS[file.suffix](file, text_field, domain_field, bad):
-            lines = given.splitlines(keepends=True) if isinstance(given, str) else Chat(given)
+        for given, domain in _ROW_READERS[file.suffix](file, data, domain_field, bad):
+            lines = given.splitlines(keepends=True) if isinstance(given, str) else given
             yield file.name, domain, lines
     else:
         raise TrainingError(f"{file}: unknown kind of file; use .txt, .md, .jsonl or .parquet")
@@ -202,7 +224,9 @@ def _read_lines(file: Path) -> Iterator[str]:
 
 def _field_of(names: Iterable[str], text_field: str) -> str:
     names = list(names)
-    return MESSAGES_FIELD if text_field not in names and MESSAGES_FIELD in names else text_field
+    return next(
+        (name for name in (text_field, MESSAGES_FIELD, _CONVERSATIONS_FIELD) if name in names), text_field
+    )
 
 
 def _text_or_chat(value: Any, field: str) -> str | Messages:
@@ -210,6 +234,8 @@ def _text_or_chat(value: Any, field: str) -> str | Messages:
         return value
     if not isinstance(value, list):
         raise _BadRow(f"field {field!r} is not a string")
+    if field == _CONVERSATIONS_FIELD:
+        value = [_from_llava(message, number) for number, message in enumerate(value, start=1)]
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
@@ -224,7 +250,59 @@ def _text_or_chat(value: Any, field: str) -> str | Messages:
     return [{key: said for key, said in message.items() if said is not None} for message in value]
 
 
-def _read_jsonl(file: Path, text_field: str, domain_field: str | None, bad: BadLines) -> Iterator[_Row]:
+def _from_llava(message: Any, number: int) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+        raise _BadRow(
+            f"field {_CONVERSATIONS_FIELD!r}: message {number} needs a from and a value, both strings"
+        )
+    if message.get("from") not in _ROLES:
+        raise _BadRow(
+            f"field {_CONVERSATIONS_FIELD!r}: message {number} is from {message.get('from')!r}, which is none of "
+            f"{', '.join(_ROLES)}"
+        )
+    return {"role": _ROLES[message["from"]], "content": message["value"]}
+
+
+def _read_images(value: Any, data: DataConfig, file: Path) -> tuple[bytes, ...]:
+    """The encoded images that a row of ``file`` names or, in parquet, holds."""
+    given = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(_read_image(image, data, file) for image in given)
+
+
+def _read_image(given: Any, data: DataConfig, file: Path) -> bytes:
+    encoded = given.get("bytes") if isinstance(given, dict) else given
+    if isinstance(encoded, str):
+        path = (data.image_dir or file.parent) / encoded
+        what = f"image {path}"
+        try:
+            encoded = path.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise _BadRow(
+                f"{what} cannot be read ({reason}); paths are relative to the file's folder, or to data.image_dir"
+            ) from None
+    else:
+        what = f"field {data.image_field!r}"
+    if not isinstance(encoded, bytes):
+        raise _BadRow(f"{what} is neither a path nor a list of paths")
+    try:
+        decode_image(encoded)
+    except UnreadableImage as error:
+        raise _BadRow(f"{what} cannot be decoded ({error})") from None
+    return encoded
+
+
+def _check_marks(messages: Messages, images: tuple[bytes, ...]) -> None:
+    marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
+    if marks != len(images):
+        raise _BadRow(
+            f"{marks} {IMAGE_MARK} marks in the messages, but {len(images)} images; each image needs one"
+        )
+    if any(message["role"] == "assistant" and IMAGE_MARK in message["content"] for message in messages):
+        raise _BadRow(f"an {IMAGE_MARK} mark in an answer; a model is asked about images and answers in text")
+
+
+def _read_jsonl(file: Path, data: DataConfig, domain_field: str | None, bad: BadLines) -> Iterator[_Row]:
     with _readable(file), file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -232,8 +310,8 @@ def _read_jsonl(file: Path, text_field: str, domain_field: str | None, bad: BadL
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise _BadRow(f"expected an object with a {text_field!r} field")
-                used = _use_row(row, text_field, domain_field)
+                    raise _BadRow(f"expected an object with a {data.text_field!r} field")
+                used = _use_row(row, data, domain_field, file)
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 bad.found(file, f"line {number}", f"not valid JSON ({error})")
             except _BadRow as error:
@@ -246,42 +324,61 @@ class _BadRow(Exception):
     """What is wrong with a row."""
 
 
-def _use_row(row: dict[str, Any], text_field: str, domain_field: str | None) -> _Row:
+def _use_row(row: dict[str, Any], data: DataConfig, domain_field: str | None, file: Path) -> _Row:
     """(text or chat, domain) of ``row``."""
-    field = _field_of(row, text_field)
+    field = _field_of(row, data.text_field)
     if field not in row:
-        raise _BadRow(_no_field(text_field, "data.text_field", row))
+        raise _BadRow(_no_field(data.text_field, "data.text_field", row))
     given = _text_or_chat(row[field], field)
     try:
         json.dumps(given, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # JSON can spell half of a character, which no file can hold
         raise _BadRow(f"field {field!r} holds half of a surrogate pair") from None
+    if isinstance(given, str):
+        if row.get(data.image_field) and field != data.image_field:
+            raise _BadRow(
+                f"field {data.image_field!r} (data.image_field): an image needs a chat to stand in, but "
+                f"{field!r} is a text; give it messages, or name another field in data.image_field"
+            )
+        used: str | Chat = given
+    else:
+        used = _chat(given, row, field, data, file)
     if domain_field is None:
-        return given, None
+        return used, None
     if row.get(domain_field) is None:
         raise _BadRow(_no_field(domain_field, "partition.field", row))
-    return given, str(row[domain_field])
+    return used, str(row[domain_field])
 
 
-def _read_parquet(file: Path, text_field: str, domain_field: str | None, bad: BadLines) -> Iterator[_Row]:
+def _chat(messages: Messages, row: dict[str, Any], field: str, data: DataConfig, file: Path) -> Chat:
+    images = _read_images(row.get(data.image_field), data, file)
+    # Text that never heard of images may well speak of <image>.
+    if images or field == _CONVERSATIONS_FIELD:
+        _check_marks(messages, images)
+    return Chat(messages, images)
+
+
+def _read_parquet(file: Path, data: DataConfig, domain_field: str | None, bad: BadLines) -> Iterator[_Row]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         # Buffered: else a whole row group is read at once, and a file may be one row group.
         with _readable(file), parquet.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES) as table:
-            fields = {_field_of(table.schema_arrow.names, text_field): "data.text_field"}
+            names = table.schema_arrow.names
+            fields = {_field_of(names, data.text_field): "data.text_field"}
             if domain_field is not None:
                 fields[domain_field] = "partition.field"
             for name, setting in fields.items():
-                if name not in table.schema_arrow.names:
-                    raise TrainingError(f"{file}: {_no_field(name, setting, table.schema_arrow.names)}")
+                if name not in names:
+                    raise TrainingError(f"{file}: {_no_field(name, setting, names)}")
+            columns = [*fields, *({data.image_field} & set(names) - set(fields))]
             number = 0
-            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(fields)):
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     try:
-                        used = _use_row(row, text_field, domain_field)
+                        used = _use_row(row, data, domain_field, file)
                     except _BadRow as error:
                         bad.found(file, f"row {number}", str(error))
                     else:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from decar.router.errors import TrainingError
-from decar.training.config import CONTINUATION_TEMPLATE, TokenizerConfig, TrainConfig
-from decar.training.partition import iter_shard, shard_file
+from decar.training.config import CONTINUATION_TEMPLATE, IMAGE_TEMPLATE, TokenizerConfig, TrainConfig
+from decar.training.corpus import IMAGES_FIELD
+from decar.training.partition import has_column, iter_shard, shard_file
+from decar.training.processor import processor_files
 from decar.training.stages import Stage, digest, fingerprint
 
 
@@ -24,7 +27,7 @@ def tokenizer_stage(config: TrainConfig) -> Stage:
             raise TrainingError(
                 f"tokenizer.path: {given} holds no tokenizer.json; save a fast tokenizer there"
             )
-        files = sorted(file for file in given.glob("*token*") if file.is_file())
+        files = sorted(file for file in given.glob("*token*") if file.is_file()) + processor_files(given)
     else:
         files = [shard_file(config, name, "train") for name in config.expert_names]
         for file in files:
@@ -34,7 +37,7 @@ def tokenizer_stage(config: TrainConfig) -> Stage:
 
 
 def make_tokenizer(config: TrainConfig, stage: Stage) -> None:
-    """Train the tokenizer on all shards, or copy the given one, with its chat template.
+    """Train the tokenizer on all shards, or copy the given one with its processor; each has its chat template.
 
     Raises:
         TrainingError: a given tokenizer cannot be read or has no end-of-text token.
@@ -42,8 +45,11 @@ def make_tokenizer(config: TrainConfig, stage: Stage) -> None:
     if config.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.tokenizer.path)
     else:
-        tokenizer = _train(_texts(config), config.tokenizer)
+        with_images = has_column(config, config.expert_names[0], "train", IMAGES_FIELD)
+        tokenizer = _train(_texts(config), config.tokenizer, with_images)
         tokenizer.chat_template = CONTINUATION_TEMPLATE
+        if with_images:
+            tokenizer.chat_template = IMAGE_TEMPLATE.replace("IMAGE_TOKEN", config.tokenizer.image_token)
     if tokenizer.eos_token_id is None:
         raise TrainingError(
             f"the tokenizer at {config.tokenizer.path} has no eos_token, which has to end a document"
@@ -53,6 +59,8 @@ def make_tokenizer(config: TrainConfig, stage: Stage) -> None:
     with stage.writing() as directory:
         # The template goes into tokenizer_config.json, where every server looks for it.
         tokenizer.save_pretrained(directory, save_jinja_files=False)
+        for file in processor_files(config.tokenizer.path) if config.tokenizer.path else []:
+            shutil.copyfile(file, directory / file.name)
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -74,14 +82,15 @@ def _texts(config: TrainConfig) -> Iterator[str]:
         yield from iter_shard(config, name, "train")
 
 
-def _train(texts: Iterator[str], config: TokenizerConfig) -> Any:
+def _train(texts: Iterator[str], config: TokenizerConfig, with_images: bool) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = list(dict.fromkeys([config.bos_token, config.eos_token, config.pad_token, *config.chat_tokens]))
+    extra = [*config.chat_tokens, *([config.image_token] if with_images else [])]
+    special = list(dict.fromkeys([config.bos_token, config.eos_token, config.pad_token, *extra]))
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         special_tokens=special,
@@ -100,6 +109,6 @@ def _train(texts: Iterator[str], config: TokenizerConfig) -> Any:
         bos_token=config.bos_token,
         eos_token=config.eos_token,
         pad_token=config.pad_token,
-        extra_special_tokens=config.chat_tokens,
+        extra_special_tokens=extra,
         clean_up_tokenization_spaces=False,
     )

@@ -1,0 +1,431 @@
+"""Image-text experts: what they are trained on, that they learn it apart and through kills, and what is exported."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+
+from decar.router import Ensemble, EnsembleError, load_trained, load_trained_images
+from decar.router.errors import TrainingError
+from decar.training.blocks import IGNORED, mean_loss
+from decar.training.config import TrainConfig, load_config
+from decar.training.digits import write_digits
+from decar.training.expert import (
+    checkpoints_of,
+    complete_checkpoints,
+    expert_processor,
+    expert_stage,
+    read_blocks,
+    train_expert,
+)
+from decar.training.export import export, export_average, export_stage
+from decar.training.image_blocks import ImageBlocks
+from decar.training.model import build_model, check_model
+from decar.training.partition import make_partition, partition_stage, read_examples, shard_file
+from decar.training.router import router_stage, train_router
+from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from tests.training.conftest import PROSE, config_writer
+from tests.training.test_apart import COMMAND, DEADLINE_S, assert_equal, weights
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+}
+MODEL = {"model_type": "llava", "vision_feature_layer": -1, "vision_config": VISION, "text_config": TEXT}
+IMAGE_TOKENS = (16 // 8) ** 2
+
+
+def settings(root: Path) -> dict[str, Any]:
+    return {
+        "data": {"files": [str(root / "digits/train.jsonl"), str(root / "prose.jsonl")]},
+        "partition": {"held_out": 0.2, "name_by": {}, "method": "kmeans"},
+        "tokenizer": {"vocab_size": 330},
+        "experts": ["code", "prose"],
+        "training": {"max_steps": 6, "batch_size": 4, "sequence_length": 64, "save_steps": 2, "log_steps": 1},
+    }
+
+
+def write(root: Path, **changes: Any) -> Path:
+    """A configuration of LLaVA experts on digits and a few texts. The image's size is not the model's."""
+    writer = config_writer(root)
+    if not (root / "digits").exists():
+        write_digits(root / "digits", limit=40)
+    data = settings(root)
+    for key, value in changes.items():
+        data[key] = data[key] | value if isinstance(data.get(key), dict) else value
+    path = writer(**data)
+    # The writer lays a model over its own, which is a plain language model.
+    import yaml
+
+    whole = yaml.safe_load(path.read_text()) | {"model": changes.get("model", MODEL)}
+    path.write_text(yaml.safe_dump(whole))
+    return path
+
+
+def prepared(path: Path) -> TrainConfig:
+    config = load_config(path)
+    make_partition(config, partition_stage(config))
+    make_tokenizer(config, tokenizer_stage(config))
+    return config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return prepared(write(tmp_path))
+
+
+def blocks_of(config: TrainConfig, name: str = "code", split: str = "train") -> ImageBlocks:
+    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    blocks = read_blocks(config, [name], split, tokenizer, expert_processor(config, name, tokenizer))
+    assert isinstance(blocks, ImageBlocks)
+    return blocks
+
+
+def encoded(config: TrainConfig, name: str = "code", split: str = "train") -> list[list[bytes]]:
+    import pyarrow.parquet as parquet
+
+    return list(parquet.read_table(shard_file(config, name, split)).column("images").to_pylist())
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_are_what_the_processor_makes_of_the_chat(config: TrainConfig) -> None:
+    blocks = blocks_of(config)
+    train_expert(config, "code", expert_stage(config, "code"))
+    # As whoever serves the expert would load it.
+    processor = AutoProcessor.from_pretrained(
+        config.work_dir / "experts/code", local_files_only=True, backend="pil"
+    )
+    chats = [
+        (messages, images)
+        for messages, images in zip(read_examples(config, "code", "train"), encoded(config), strict=True)
+        if images
+    ]
+    assert len(blocks.chats) == len(chats)
+    assert {len(images) for _, images in chats} == {1, 2}
+    batch = blocks.collate([blocks[len(blocks.texts) + i] for i in range(len(chats))])
+    assert batch.keys() == {"input_ids", "labels", "pixel_values"}
+    done = 0
+    for (messages, images), ids, labels in zip(chats, batch["input_ids"], batch["labels"], strict=True):
+        assert not isinstance(messages, str)
+        question = messages[0]["content"].replace("<image>\n", "")
+        parts = [*[{"type": "image"}] * len(images), {"type": "text", "text": question}]
+        conversation = [{"role": "user", "content": parts}]
+        prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
+        assert prompt == "<|bos|>" + "<image>\n" * len(images) + question
+        pictures = [Image.open(BytesIO(image)) for image in images]
+        wanted = processor(text=prompt, images=pictures, add_special_tokens=False, return_tensors="pt")
+        length = wanted["input_ids"].shape[1]
+        assert torch.equal(ids[:length], wanted["input_ids"][0])
+        assert int((ids == processor.image_token_id).sum()) == IMAGE_TOKENS * len(images)
+        answer = processor.tokenizer(messages[1]["content"], add_special_tokens=False)["input_ids"]
+        answer.append(processor.tokenizer.eos_token_id)
+        assert ids[length : length + len(answer)].tolist() == answer
+        assert labels[:length].tolist() == [IGNORED] * length
+        assert labels[length : length + len(answer)].tolist() == answer
+        assert (labels[length + len(answer) :] == IGNORED).all()
+        assert torch.equal(batch["pixel_values"][done : done + len(images)], wanted["pixel_values"])
+        done += len(images)
+    assert done == len(batch["pixel_values"])
+
+
+def test_texts_are_packed_beside_chats_about_images(config: TrainConfig) -> None:
+    blocks = blocks_of(config)
+    texts = [e for e in read_examples(config, "code", "train") if isinstance(e, str)]
+    assert texts
+    assert len(blocks) == len(blocks.texts) + len(blocks.chats)
+    decoded = blocks.processor.tokenizer.decode(blocks.texts.input_ids.flatten().tolist())
+    assert all(text in decoded for text in texts)
+    mixed = blocks.collate([blocks[0], blocks[len(blocks.texts)]])
+    assert mixed["input_ids"].shape == (2, 64)
+    # A row's loss does not depend on the company it keeps.
+    model = build_model(config, "code", blocks.processor.tokenizer).eval()
+    alone = blocks.collate([blocks[len(blocks.texts)]])
+    length = alone["input_ids"].shape[1]
+    with torch.inference_mode():
+        together, by_itself = (
+            model(input_ids=b["input_ids"], pixel_values=b["pixel_values"]).logits for b in (mixed, alone)
+        )
+    # float32 sums of 32 terms in another order
+    torch.testing.assert_close(together[1, :length], by_itself[0], atol=1e-5, rtol=1e-5)
+    assert blocks.num_targets == sum(
+        int((row["labels"][1:] != IGNORED).sum()) for row in (blocks[i] for i in range(len(blocks)))
+    )
+
+
+def test_a_long_chat_is_cut_but_no_image(tmp_path: Path) -> None:
+    config = prepared(write(tmp_path, data={"files": [str(tmp_path / "digits/train.jsonl")]}))
+    whole = blocks_of(config)
+
+    def at(length: int) -> TrainConfig:
+        return config.model_copy(
+            update={"training": config.training.model_copy(update={"sequence_length": length})}
+        )
+
+    longest = max(len(chat.input_ids) for chat in whole.chats)
+    cut = blocks_of(at(longest - 1))
+    assert max(len(chat.input_ids) for chat in cut.chats) == longest - 1
+    with pytest.raises(
+        TrainingError, match=r"begins with .* reach beyond 5 tokens; raise training.sequence_l"
+    ):
+        blocks_of(at(5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": {"model_type": "llama", "hidden_size": 32}},
+            r"hold images, which no model of text reads; set model.model_type",
+        ),
+        (
+            {"tokenizer": {"chat_template": "{{ messages[0]['content'] }}"}},
+            r"has to render a message of parts, .*but of one each it renders",
+        ),
+        (
+            {"tokenizer": {"chat_template": "{{ messages[0]['content'] + 1 }}"}},
+            r"has to render a message of parts, .*but of one each can only concatenate",
+        ),
+        (
+            {"data": {"files": ["prose.jsonl"]}},
+            r"the tokenizer has no token '<image>' \(tokenizer.image_token\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_images_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = prepared(write(tmp_path, **changes))
+    with pytest.raises(TrainingError, match=message) as caught:
+        train_expert(config, "code", expert_stage(config, "code"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_cannot_hold_the_image_token(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    rows = [{"text": f"an <image> tag {' '.join(PROSE)} {i}"} for i in range(15)]
+    (tmp_path / "prose.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = prepared(path)
+    with pytest.raises(
+        TrainingError, match=r"begins with 'an <image> tag .* has the token <image>, but no image"
+    ):
+        blocks_of(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"vision_config": {"hiden_size": 1}},
+            r"model\.vision_config\.hiden_size: unknown field of clip_vision_model; did you mean 'hidden_size'",
+        ),
+        (
+            {"text_config": {"model_type": "lama"}},
+            r"model\.text_config\.model_type: transformers has no 'lama'; did you mean 'llama'",
+        ),
+        ({"text_config": 3}, r"model\.text_config: describe it by fields"),
+        ({"vision_layer": -1}, r"model\.vision_layer: unknown field of llava"),
+    ],
+)
+def test_fields_are_checked_within_parts(tmp_path: Path, model: dict[str, Any], message: str) -> None:
+    config = load_config(write(tmp_path, model={**MODEL, **model}))
+    with pytest.raises(TrainingError, match=message):
+        check_model(config, "code")
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    config = prepared(write(tmp_path, training={"max_steps": 4, "batch_size": 4, "save_steps": 4}))
+    stage = expert_stage(config, "code")
+    train_expert(config, "code", stage)
+    alone = weights(config.work_dir, "code")
+    shutil.rmtree(stage.directory)
+    # Another process sees the shard and the tokenizer alone.
+    shutil.rmtree(tmp_path / "digits")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run = subprocess.run(
+        [*torchrun, "-m", "decar.training", "expert", "code", tmp_path / "config.yaml"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert run.returncode == 0, run.stderr
+    together = weights(config.work_dir, "code")
+    moved = 4 * config.training.learning_rate
+    for name, value in alone.items():
+        # As in test_apart: sums in another order, which Adam makes much of where gradients are all but zero.
+        assert (value - together[name]).abs().max() < moved, name
+        assert (value - together[name]).abs().mean() < 1e-2 * moved, name
+
+
+def test_a_killed_expert_ends_with_the_same_weights(tmp_path: Path) -> None:
+    training = {"max_steps": 24, "save_steps": 3, "save_total_limit": 1}
+    path = write(tmp_path, training=training)
+    config = prepared(path)
+    stage = expert_stage(config, "code")
+    with subprocess.Popen([*COMMAND, "expert", "code", path], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            step = re.search(r"step (\d+)/24", line)
+            if step and int(step[1]) >= 8:
+                os.kill(child.pid, signal.SIGKILL)
+                break
+        assert child.wait(DEADLINE_S) == -signal.SIGKILL
+    assert not stage.is_done
+    assert complete_checkpoints(checkpoints_of(config, stage))
+    train_expert(config, "code", stage)
+    resumed = weights(config.work_dir, "code")
+    shutil.rmtree(stage.directory)
+    train_expert(config, "code", stage)
+    assert_equal(weights(config.work_dir, "code"), resumed)
+
+
+def test_frozen_modules_stay_and_the_rest_learns(tmp_path: Path) -> None:
+    config = prepared(write(tmp_path, training={"freeze": ["vision_tower"]}))
+    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    before = build_model(config, "code", tokenizer)
+    held_out = blocks_of(config, split="held_out")
+    report = train_expert(config, "code", expert_stage(config, "code"))
+    assert report.held_out_loss < mean_loss(before, held_out, 4)
+    after = AutoModelForImageTextToText.from_pretrained(config.work_dir / "experts/code")
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]) == ("vision_tower" in name), name
+    wrong = config.model_copy(
+        update={"training": config.training.model_copy(update={"freeze": ["vision_towel"]})}
+    )
+    with pytest.raises(TrainingError, match="has no module 'vision_towel'; did you mean 'vision_tower'"):
+        build_model(wrong, "code", tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+@pytest.fixture
+def exported(config: TrainConfig) -> TrainConfig:
+    for name in config.expert_names:
+        train_expert(config, name, expert_stage(config, name))
+    train_router(config, router_stage(config))
+    export(config, export_stage(config))
+    return config
+
+
+def test_an_ensemble_of_image_experts(exported: TrainConfig) -> None:
+    ensemble = Ensemble.load(exported.ensemble_path)
+    assert [expert.architecture for expert in ensemble.experts] == ["LlavaForConditionalGeneration"] * 2
+    assert ensemble.max_positions == 128
+    assert all(expert.reads_images for expert in ensemble.experts)
+    assert "pipeline_tag: image-text-to-text" in (exported.ensemble_path / "README.md").read_text()
+
+    # transformers reads back what was trained, and nothing is left over.
+    path = ensemble.experts[0].path
+    model, loading = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert model.config.image_token_id == AutoProcessor.from_pretrained(path).image_token_id
+    saved = load_file(path / "model.safetensors")
+    state = model.state_dict()
+    assert len(saved) == len(state)
+    for name, value in saved.items():
+        plain = name.replace("vision_tower.vision_model.", "vision_tower.")
+        plain = plain.replace("language_model.lm_head", "lm_head")
+        plain = plain.replace("language_model.model.", "language_model.")
+        found = [key for key in state if key.removeprefix("model.") == plain]
+        assert len(found) == 1, name
+        assert torch.equal(state[found[0]], value)
+
+    # vLLM finds each of them a place.
+    mapped = [name for name, _ in LlavaForConditionalGeneration.hf_to_vllm_mapper.apply(saved.items())]
+    places = ("language_model.model.", "language_model.lm_head.", "multi_modal_projector.linear_")
+    assert all(name.startswith((*places, "vision_tower.vision_model.")) for name in mapped)
+    assert "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight" in mapped
+
+    routers = load_trained_images(ensemble)
+    pictures = [[Image.open(BytesIO(i)) for i in images] for images in encoded(exported) if images]
+    others = [[Image.open(BytesIO(i)) for i in images] for images in encoded(exported, "prose") if images]
+    right = (routers["classifier"].log_weights(pictures).argmax(axis=1) == 0).sum()
+    right += (routers["classifier"].log_weights(others).argmax(axis=1) == 1).sum()
+    # Clusters of what the router looks at are told apart nearly always.
+    assert right > 0.9 * (len(pictures) + len(others))
+    assert load_trained(ensemble)["classifier"].log_weights(["the whale"]).shape == (1, 2)
+
+
+def test_image_experts_can_be_averaged(exported: TrainConfig) -> None:
+    target = export_average(exported)
+    processor = AutoProcessor.from_pretrained(target, local_files_only=True)
+    model = AutoModelForImageTextToText.from_pretrained(target)
+    inputs = processor(text="<image>\nWhich", images=[Image.new("RGB", (20, 30))], return_tensors="pt")
+    assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+def edit(file: Path, **changes: Any) -> None:
+    data = json.loads(file.read_text())
+    for key, value in changes.items():
+        data[key] = data[key] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(data))
+
+
+def test_experts_that_see_images_differently_are_named(exported: TrainConfig) -> None:
+    second = exported.ensemble_path / "experts/prose"
+    processor = (second / "processor_config.json").read_text()
+    config = (second / "config.json").read_text()
+    edit(second / "processor_config.json", patch_size=4)
+    with pytest.raises(
+        EnsembleError, match=r"'code' and 'prose' turn images .*processor\.patch_size \(8 and 4\)"
+    ):
+        Ensemble.load(exported.ensemble_path)
+    edit(
+        second / "processor_config.json",
+        patch_size=8,
+        image_processor={"crop_size": {"height": 8, "width": 8}},
+    )
+    with pytest.raises(EnsembleError, match=r"'code' and 'prose' .*image_processor\.crop_size"):
+        Ensemble.load(exported.ensemble_path)
+    (second / "processor_config.json").write_text(processor)
+    edit(second / "config.json", vision_config={"image_size": 32}, image_token_index=9)
+    with pytest.raises(
+        EnsembleError, match=r"image_token_index \(\d+ and 9\), vision_config\.image_size \(16 and 32\)"
+    ):
+        Ensemble.load(exported.ensemble_path)
+    data = json.loads(config)
+    del data["vision_config"]
+    (second / "config.json").write_text(json.dumps(data))
+    with pytest.raises(EnsembleError, match=r"expert 'code' reads images and 'prose' does not"):
+        Ensemble.load(exported.ensemble_path)
+    (second / "config.json").write_text(config)
+    (second / "processor_config.json").unlink()
+    with pytest.raises(
+        EnsembleError, match=r"expert 'prose' reads images, but .*processor_config.json is missing"
+    ):
+        Ensemble.load(exported.ensemble_path)
