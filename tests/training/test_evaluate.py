@@ -17,9 +17,11 @@ from decar.router.errors import TrainingError
 from decar.training.centralized import centralized_stage, train_centralized
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
-from decar.training.evaluate import CENTRALIZED, EvaluationReport, evaluate, evaluation_stage, load_model
+from decar.training.evaluate import CENTRALIZED, evaluate, evaluation_stage
 from decar.training.expert import read_expert_report
+from decar.training.held_out import load_model
 from decar.training.partition import read_shard
+from decar.training.report import EvaluationReport
 from decar.training.sampled import compare_pruned, sample_continuations
 from decar.training.systems import DENSE, Outcome
 from decar.training.tokenizer import load_tokenizer
@@ -135,7 +137,8 @@ def test_continuations_are_drawn_from_the_mixture(evaluated: tuple[TrainConfig, 
 def test_total_variation_is_estimated_from_the_ratio() -> None:
     """p is even over two texts, q has 0.8 and 0.2: three tenths apart."""
     whole, pruned = (
-        [Outcome(np.log([p]), np.ones(1), 1) for p in masses] for masses in ([0.5, 0.5], [0.8, 0.2])
+        [Outcome(np.log([p]), np.ones(1), 1.0, np.ones(1), 1) for p in masses]
+        for masses in ([0.5, 0.5], [0.8, 0.2])
     )
     assert compare_pruned(0.4, whole, pruned).total_variation == pytest.approx(0.3)
 
