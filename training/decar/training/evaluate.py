@@ -52,6 +52,7 @@ class Trained(BaseModel):
 
     model: str
     num_parameters: int
+    documents: int | None
     train_tokens: int
     steps: int
     tokens_per_step: int
@@ -340,6 +341,7 @@ def _trained(config: TrainConfig) -> list[Trained]:
         Trained(
             model=name,
             num_parameters=report.num_parameters,
+            documents=report.train_documents,
             train_tokens=report.train_tokens,
             steps=report.steps,
             tokens_per_step=training.batch_size * training.gradient_accumulation * training.sequence_length,

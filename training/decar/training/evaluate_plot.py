@@ -9,7 +9,7 @@ from typing import Any
 from decar.training.systems import DENSE
 from decar.training.verdict import CONFIDENCE, Comparison, Gap
 
-_SAME_COST = 0.12  # experts per token; names of points this close share a column
+_SAME_COST = 0.25  # experts per token; names of points this close share a column
 _LINE = 0.034  # height of a name, of the axis
 _DPI = 90  # the pictures travel inside the page
 _COLOURS = {
@@ -31,6 +31,8 @@ def plot_systems(points: list[tuple[str, float, float, float]], title: str, path
     for readers, colour in (("few", "#4c72b0"), ("all, or most", "#c44e52")):
         axis.scatter([], [], color=colour, label=f"{readers} experts read the prompt")
     axis.set(xlabel="active experts per token of the continuation", ylabel="perplexity", yscale="log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     axis.set_title(title)
     low, high = axis.get_xlim()
     axis.set_xlim(low, high + 0.45 * (high - low))
