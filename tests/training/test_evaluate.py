@@ -27,7 +27,7 @@ from decar.training.evaluate import (
     evaluation_stage,
 )
 from decar.training.expert import read_expert_report
-from decar.training.held_out import load_model
+from decar.training.held_out import Text, load_model, scored
 from decar.training.partition import read_shard
 from decar.training.random_split import random_config
 from decar.training.report import EvaluationReport
@@ -283,6 +283,17 @@ def test_the_average_is_that_of_the_weights(
         by_domain.append(-(sums[:, 1] - sums[:, 0]).sum() / sum(len(ids) - PROMPT for ids in texts))
     row = next(row for row in report.rows if row.system == AVERAGE)
     assert row.nll == pytest.approx(float(np.dot([e.prior for e in experts], by_domain)), rel=1e-5)
+
+
+def test_a_model_that_says_nan_is_named(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    config, _ = evaluated
+    path = Ensemble.load(config.ensemble_path).experts[0].path
+    models = [load_model(path), load_model(path)]
+    models[1].lm_head.weight.data[7] = float("nan")
+    with pytest.raises(
+        TrainingError, match=rf"the model in {path} gives NaN .* lower training\.learning_rate"
+    ):
+        list(scored(models, [Text(0, [1, 2, 3], 2)], 1, 300))
 
 
 def test_the_gap_adds_up(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
