@@ -149,16 +149,12 @@ def evaluate(config: TrainConfig, stage: Stage, progress: Progress = lambda done
     no_split = why_no_random_split(config)
     with stage.writing() as directory:
         singles, undefined = _single_models(config, ensemble, directory / "average")
-        num_passes = 1 + len(singles) + (no_split is None)
-        forward = _Forward(
-            settings.batch_size, ensemble.vocab_size, len(texts) * num_passes + len(plain), progress
-        )
-        totals = {
-            name: _totals(forward([load_model(path)], texts, {}), {name: partial(Outcome.alone, expert=0)})[
-                name
-            ]
-            for name, path in singles.items()
-        }
+        num_steps = len(texts) * (1 + len(singles) + (no_split is None)) + len(plain)
+        forward = _Forward(settings.batch_size, ensemble.vocab_size, num_steps, progress)
+        totals: dict[str, Totals] = {}
+        for name, path in singles.items():
+            way = {name: partial(Outcome.alone, expert=0)}
+            totals |= _totals(forward([load_model(path)], texts, {}), way)
         shutil.rmtree(directory / "average", ignore_errors=True)
         if no_split is None:
             totals[RANDOM] = _random_split(random_config(config), texts, forward)
@@ -179,34 +175,31 @@ def evaluate(config: TrainConfig, stage: Stage, progress: Progress = lambda done
             alone | {system.name: system.outcome for system in compared},
         )
         sampled_tokens = min(settings.sampled_tokens, max_tokens - settings.prompt_tokens)
-        sampled = []
+        sampled: list[SampledRow] = []
         if plain:
-            prompts_of = [texts[i].ids[: settings.prompt_tokens] for i in plain]
-            written = sample_continuations(
+            ids = sample_continuations(
                 experts,
-                prompts_of,
+                [texts[i].ids[: settings.prompt_tokens] for i in plain],
                 np.array(after_prompt)[plain],
                 sampled_tokens,
                 ensemble.vocab_size,
                 config.seed,
             )
             own = [
-                Text(texts[i].domain, ids, settings.prompt_tokens)
-                for i, ids in zip(plain, written, strict=True)
+                Text(texts[i].domain, of, settings.prompt_tokens) for i, of in zip(plain, ids, strict=True)
             ]
-            first: dict[Start, Float64s] = {"prior": starts["prior"][plain]}
-            sampled = _pruned(forward(experts, own, first), [s for s in compared if s.family == DENSE])
+            prior: dict[Start, Float64s] = {"prior": starts["prior"][plain]}
+            sampled = _pruned(forward(experts, own, prior), [s for s in compared if s.family == DENSE])
 
-        priors = {expert.name: expert.prior for expert in ensemble.experts}
-        pool = Pool(texts, priors)
+        pool = Pool(texts, {expert.name: expert.prior for expert in ensemble.experts})
         best = min(alone, key=lambda name: pool.excess(totals[name], totals[DENSE])[0])
         order = [CENTRALIZED, *alone, AVERAGE, RANDOM, *(system.name for system in compared)]
-        first_expert = ensemble.experts[0]
+        first = ensemble.experts[0]
         report = SeedReport(
             seed=config.seed,
             experts=ensemble.expert_names,
-            priors=list(priors.values()),
-            model=f"{first_expert.architecture}, {first_expert.num_parameters / 1e6:.1f}M parameters",
+            priors=[expert.prior for expert in ensemble.experts],
+            model=f"{first.architecture}, {first.num_parameters / 1e6:.1f}M parameters",
             served=default.name,
             best=best,
             trained=_trained(config),
