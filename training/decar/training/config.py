@@ -6,7 +6,7 @@ Knows YAML and `--set`, never what a stage does with a value.
 from __future__ import annotations
 
 import difflib
-import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -348,7 +348,8 @@ def load_seeds(path: Path, overrides: list[str] | None = None) -> list[TrainConf
 
 def seed_overrides(config: TrainConfig, seed: int) -> list[str]:
     """What turns ``config`` into its run of another ``seed``, as for ``--set``."""
-    directory = json.dumps(str(config.work_dir / f"seed-{seed}"))  # a JSON string is one of YAML
+    # As YAML, quoted only where it has to be; after a plain word comes a line that ends the document.
+    directory, *_ = yaml.safe_dump(str(config.work_dir / f"seed-{seed}"), width=math.inf).splitlines()
     return [f"seed={seed}", f"work_dir={directory}", "ensemble_dir=null"]
 
 
