@@ -163,7 +163,9 @@ def in_words(
 
 def _why(gap: Gap) -> str:
     if gap.system == DENSE:
-        return " All of it is estimation: it is weighted by the posterior itself, so routing loses nothing."
+        return (
+            " All of it is estimation: the posterior itself weights the experts, so there is no routing loss."
+        )
     return (
         f" Of it, {gap.routing.mean:+.3f} is routing (its weights against the posterior's) and "
         f"{gap.estimation.mean:+.3f} estimation (these experts under the posterior against one model of all data)."
