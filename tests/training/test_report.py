@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from decar.router import Ensemble
@@ -138,6 +139,23 @@ def test_the_seed_in_paths(write_config: WriteConfig, tmp_path: Path) -> None:
     assert (config.work_dir, config.tokenizer.path) == (tmp_path / "run-3", Path("base/3"))
     other = load_seeds(path, ["evaluate.seeds=[0, 5]"])[1]
     assert (other.work_dir, other.tokenizer.path) == (tmp_path / "run-0" / "seed-5", Path("base/5"))
+
+
+def test_every_seeds_checkpoint_is_looked_for_before_anything_is_trained(
+    write_config: WriteConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "base-0").mkdir()
+    (tmp_path / "base-0" / "config.json").write_text("{}")
+    base = str(tmp_path / "base-{seed}")
+    path = write_config(tokenizer={"path": base}, evaluate={"seeds": SEEDS})
+    written = yaml.safe_load(path.read_text()) | {"model": {"checkpoint": base}}
+    path.write_text(yaml.safe_dump(written))
+    assert run(monkeypatch, path) == 1
+    assert "base-1, holds no config.json" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
 
 
 def test_what_is_not_defined_is_said(

@@ -116,6 +116,8 @@ def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
     settings = _load(config, set_)
     runs = load_seeds(config, set_)
     for seed_run in runs:
+        _check_models(seed_run)
+    for seed_run in runs:
         if len(runs) > 1:
             console.rule(f"seed {seed_run.seed}")
         _run(seed_run)
@@ -140,12 +142,9 @@ def _load(path: Path, overrides: list[str] | None, only: str | None = None) -> T
     """The configuration at ``path``, checked; with ``only``, its other experts' models may be on other machines."""
     from transformers.utils.logging import disable_progress_bar
 
-    from decar.training.model import check_model
-
     disable_progress_bar()
     config = load_config(path, overrides)
-    for name in config.expert_names if only is None else [only]:
-        check_model(config, name)
+    _check_models(config, only)
     if only is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError(
             "several processes train one expert: `accelerate launch -m decar.training expert NAME CONFIG.yaml`; "
@@ -154,6 +153,13 @@ def _load(path: Path, overrides: list[str] | None, only: str | None = None) -> T
     # Of several processes, the first one speaks.
     console.quiet = os.environ.get("RANK", "0") != "0"
     return config
+
+
+def _check_models(config: TrainConfig, only: str | None = None) -> None:
+    from decar.training.model import check_model
+
+    for name in config.expert_names if only is None else [only]:
+        check_model(config, name)
 
 
 def _run(config: TrainConfig) -> None:

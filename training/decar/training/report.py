@@ -29,8 +29,8 @@ _SPREAD = ("perplexity", "nll", "above_dense", "accuracy", "exact")
 class EvaluationReport(BaseModel):
     """``report.json``. ``rows`` and ``sampled`` are means over ``seeds``, which hold what each of them says.
 
-    ``commands``: what gives the numbers of each seed alone, in the order of ``seeds``; ``environment`` has the command
-    of all. ``config`` is the configuration's own seed's.
+    ``texts`` and ``tokens`` count those of all seeds. ``commands``: what gives the numbers of each seed alone, in the
+    order of ``seeds``; ``environment`` has the command of all. ``config`` is the configuration's own seed's.
     """
 
     ensemble: str
@@ -104,7 +104,7 @@ def make_report(config: TrainConfig, runs: Sequence[TrainConfig], stage: Stage) 
         experts=config.expert_names,
         model=first.model,
         served=first.served,
-        centralized=_how_compute_is_matched(config, first),
+        centralized=_how_compute_is_matched(config, seeds),
         verdict=in_words(compared, parts[0] if parts else None, undefined, len(seeds), settings.margin),
         margin=settings.margin,
         comparisons=compared,
@@ -147,15 +147,16 @@ def _command(config: TrainConfig, run: TrainConfig) -> str:
     return command([*others, f"evaluate.seeds=[{run.seed}]"])
 
 
-def _how_compute_is_matched(config: TrainConfig, seed: SeedReport) -> str:
-    twin = next((trained for trained in seed.trained if trained.model == CENTRALIZED), None)
-    if twin is None:
-        return f"none: {seed.undefined[CENTRALIZED]}"
+def _how_compute_is_matched(config: TrainConfig, seeds: Sequence[SeedReport]) -> str:
+    if CENTRALIZED in seeds[0].undefined:
+        return f"none: {seeds[0].undefined[CENTRALIZED]}"
+    steps = {trained.steps for seed in seeds for trained in seed.trained if trained.model == CENTRALIZED}
+    took = f"{min(steps):,}" if len(steps) == 1 else f"{min(steps):,} to {max(steps):,}"
     training = config.training
     blocks = training.batch_size * training.gradient_accumulation
     start = config.model_of(config.expert_names[0]).get("checkpoint")
     return (
-        f"the same architecture on all shards, {twin.steps:,} steps of {blocks} × {training.sequence_length} tokens, "
+        f"the same architecture on all shards, {took} steps of {blocks} × {training.sequence_length} tokens, "
         f"as many as all experts took together, from {'fresh weights' if start is None else f'the checkpoint {start}'} "
         "as they do"
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from decar.training.evaluate import AVERAGE, CENTRALIZED, RANDOM, TOP_1
 from decar.training.measures import Row
 from decar.training.verdict import CONFIDENCE, Estimate
 
@@ -28,6 +29,7 @@ def render(report: EvaluationReport, directory: Path) -> str:
     source = resources.files("decar.training").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         report=report,
+        keys=[CENTRALIZED, report.served, TOP_1[0], RANDOM, AVERAGE],
         confidence=f"{CONFIDENCE:.0%}",
         shown=[row for row in report.rows if row.prune in (0.0, *report.config["evaluate"]["prune"])],
         pictures={
