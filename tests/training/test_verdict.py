@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from decar.training.verdict import Verdict, estimate, verdict
+from decar.training.evaluate import CENTRALIZED, RANDOM
+from decar.training.systems import DENSE
+from decar.training.verdict import Comparison, Estimate, Gap, Verdict, estimate, in_words, verdict
 
 # Student's t, 97.5%, 2 degrees of freedom: any table has it.
 T_2 = 4.3027
@@ -46,3 +48,41 @@ def test_a_wider_margin_is_easier_to_keep() -> None:
     of = estimate([0.3, 0.31, 0.32], [0.0] * 3)
     assert verdict(of, margin=0.3) == "worse"
     assert verdict(of, margin=0.34) == "equivalent within noise"
+
+
+def against(second: str, difference: Estimate) -> Comparison:
+    return Comparison(
+        first="classifier", second=second, difference=difference, verdict=verdict(difference, 0.02)
+    )
+
+
+def test_the_words_say_the_numbers_and_the_reason() -> None:
+    estimation, routing, total = (
+        estimate([mean - 0.001, mean, mean + 0.001], [0.0] * 3) for mean in (0.3, 0.1, 0.4)
+    )
+    compared = [against(CENTRALIZED, total), against(RANDOM, estimate([-0.3, -0.3, -0.3], [0.0] * 3))]
+    gap = Gap(system="classifier", routing=routing, estimation=estimation, total=total)
+    first, second = in_words(compared, gap, {}, 3, 0.02)
+    assert first == (
+        "The ensemble is worse than the centralized model (+0.400 nats/token, 95% interval +0.398 to +0.402). Of it, "
+        "+0.100 is routing (its weights against the posterior's) and +0.300 estimation (these experts under the "
+        "posterior against one model of all data)."
+    )
+    assert second == (
+        "Clustered experts are better than a random split of the documents (-0.300 nats/token, 95% interval -0.300 to "
+        "-0.300)."
+    )
+    by_posterior = gap.model_copy(update={"system": DENSE})
+    assert "there is no routing loss" in in_words(compared, by_posterior, {}, 3, 0.02)[0]
+
+
+def test_an_equivalent_needs_no_reason() -> None:
+    nothing = estimate([0.001], [0.002])
+    gap = Gap(system=DENSE, routing=nothing, estimation=nothing, total=nothing)
+    first, undefined, seeds = in_words(
+        [against(CENTRALIZED, nothing)], gap, {RANDOM: "one expert"}, 1, margin=0.02
+    )
+    assert "equivalent to the centralized model within noise" in first
+    assert "estimation" not in first
+    assert undefined == "No random split: one expert."
+    assert seeds.startswith("One seed")
