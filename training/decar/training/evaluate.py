@@ -18,7 +18,7 @@ import numpy as np
 import pydantic
 from pydantic import BaseModel
 
-from decar.router import Ensemble, load_router, log_weights_after
+from decar.router import Ensemble, load_router, load_trained_images, log_weights_after
 from decar.router.errors import TrainingError
 from decar.router.manifest import Start
 from decar.router.posterior import Float64s, log_prior
@@ -26,7 +26,7 @@ from decar.training.average import average
 from decar.training.centralized import centralized_stage, why_no_twin
 from decar.training.config import TrainConfig
 from decar.training.environment import environment
-from decar.training.expert import expert_directory, read_expert_report
+from decar.training.expert import expert_directory, expert_processor, read_expert_report
 from decar.training.export import export_stage
 from decar.training.held_out import Text, load_model, read_texts, scored, scores_of
 from decar.training.measures import Difference, Pool, Row, Totals, summed
@@ -140,7 +140,8 @@ def evaluate(config: TrainConfig, stage: Stage, progress: Progress = lambda done
     ensemble = Ensemble.load(config.ensemble_path)
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
     max_tokens = min(settings.max_tokens, ensemble.max_positions or settings.max_tokens)
-    held_out = read_texts(config, tokenizer, max_tokens)
+    processor = expert_processor(config, config.expert_names[0], tokenizer)
+    held_out = read_texts(config, tokenizer, max_tokens, processor)
     texts = held_out.texts
     plain = [i for i, text in enumerate(texts) if not text.is_answer]
     compared = systems(len(ensemble.experts), sorted({*settings.prune, *settings.prune_grid}, reverse=True))
@@ -150,7 +151,7 @@ def evaluate(config: TrainConfig, stage: Stage, progress: Progress = lambda done
     with stage.writing() as directory:
         singles, undefined = _single_models(config, ensemble, directory / "average")
         num_steps = len(texts) * (1 + len(singles) + (no_split is None)) + len(plain)
-        forward = _Forward(settings.batch_size, ensemble.vocab_size, num_steps, progress)
+        forward = _Forward(settings.batch_size, ensemble.vocab_size, processor, num_steps, progress)
         totals: dict[str, Totals] = {}
         for name, path in singles.items():
             way = {name: partial(Outcome.alone, expert=0)}
@@ -161,10 +162,7 @@ def evaluate(config: TrainConfig, stage: Stage, progress: Progress = lambda done
         else:
             undefined[RANDOM] = no_split
 
-        prompts = [
-            tokenizer.decode(text.ids[: text.prompt_tokens], skip_special_tokens=True) for text in texts
-        ]
-        starts = {start: load_router(ensemble, start).log_weights(prompts) for start in ROUTERS}
+        starts = _starts(ensemble, tokenizer, texts)
         experts = [load_model(expert.path) for expert in ensemble.experts]
         alone = {
             f"{name} alone": partial(Outcome.alone, expert=k) for k, name in enumerate(config.expert_names)
@@ -226,6 +224,7 @@ class _Forward:
 
     batch_size: int
     vocab_size: int
+    processor: Any
     num_steps: int
     progress: Progress
     done: int = field(default=0, init=False)
@@ -234,10 +233,22 @@ class _Forward:
         self, models: Sequence[Any], texts: Sequence[Text], starts: Mapping[Start, Float64s]
     ) -> Iterator[Scores]:
         """``starts``: log weights [N, K] of the routers."""
-        for i, (text, rows) in enumerate(scored(models, texts, self.batch_size, self.vocab_size)):
+        rows_of = scored(models, texts, self.batch_size, self.vocab_size, self.processor)
+        for i, (text, rows) in enumerate(rows_of):
             yield scores_of(text, rows, {start: log_weights[i] for start, log_weights in starts.items()})
             self.done += 1
             self.progress(self.done, self.num_steps)
+
+
+def _starts(ensemble: Ensemble, tokenizer: Any, texts: Sequence[Text]) -> dict[Start, Float64s]:
+    """Log weights [N, K] that each router gives for the prompts: for their images, if any, and else for their text."""
+    prompts = [tokenizer.decode(text.ids[: text.prompt_tokens], skip_special_tokens=True) for text in texts]
+    starts = {start: load_router(ensemble, start).log_weights(prompts) for start in ROUTERS}
+    with_images = [i for i, text in enumerate(texts) if text.places]
+    for start, router in load_trained_images(ensemble).items():
+        if with_images:
+            starts[start][with_images] = router.log_weights([texts[i].images() for i in with_images])
+    return starts
 
 
 def _totals(scores: Iterable[Scores], ways: Mapping[str, Callable[[Scores], Outcome]]) -> dict[str, Totals]:
