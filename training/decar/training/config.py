@@ -5,6 +5,7 @@ Knows YAML and `--set`, never what a stage does with a value.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import re
@@ -322,7 +323,8 @@ class TrainConfig(_Strict):
                 base = {} if "checkpoint" in expert.model else dict(self.model)
                 if "model_type" in expert.model:
                     base.pop("checkpoint", None)
-                return base | expert.model
+                # A copy, as transformers writes into what it builds a nested configuration from.
+                return copy.deepcopy(base | expert.model)
         near = difflib.get_close_matches(name, self.expert_names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TrainingError(

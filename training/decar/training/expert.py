@@ -249,7 +249,16 @@ def make_trainer(config: TrainConfig, model: Any, train: Rows, directory: Path) 
     Raises:
         TrainingError: a batch cannot be dealt out to the processes that there are.
     """
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+    class ResumedTrainer(Trainer):
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            # The Trainer takes names as they are on disk, but image-text models save theirs under older ones: it would
+            # load nothing, and say so in a warning.
+            if not isinstance(self.model, PreTrainedModel):  # adapters
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+            self.model.load_state_dict(saved.state_dict())
 
     settings = config.training
     if settings.batch_size % num_processes():
@@ -289,7 +298,7 @@ def make_trainer(config: TrainConfig, model: Any, train: Rows, directory: Path) 
     # A plain process that sees several GPUs uses one of them: torch's DataParallel would multiply the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     keep = _keep_checkpoints(directory, settings.save_total_limit)
-    trainer = Trainer(
+    trainer = ResumedTrainer(
         model=model, args=arguments, train_dataset=train, data_collator=train.collate, callbacks=[keep]
     )
     trainer.remove_callback(PrinterCallback)

@@ -109,9 +109,10 @@ def read_documents(
     for origin, (source, domain, given) in enumerate(_inputs(data, seed, domain_field, bad)):
         if isinstance(given, Chat):
             any_found = True
-            said = "\n\n".join(message["content"] for message in given.messages)
+            says = [message["content"] for message in given.messages]
             if given.images:
-                said = _without_marks(said)
+                says = ["".join(split_at_images(content)) for content in says]
+            said = "\n\n".join(says)
             yield Document(said, source, origin, domain, given.messages, given.images)
             continue
         for piece in cut(given, cutting.max_chars):
@@ -147,10 +148,6 @@ def split_at_images(text: str) -> list[str]:
     """What stands before, between and after the images of ``text``; a line end that follows a mark belongs to it."""
     first, *rest = text.split(IMAGE_MARK)
     return [first, *(piece.removeprefix("\n") for piece in rest)]
-
-
-def _without_marks(text: str) -> str:
-    return "".join(split_at_images(text))
 
 
 @dataclass(frozen=True)
