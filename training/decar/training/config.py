@@ -211,6 +211,9 @@ class RouterConfig(RouterEntry):
     image_side: int = Field(default=16, gt=0, le=256, description="pixels")
     num_features: int = Field(default=20_000, gt=0)
     num_components: int = Field(default=64, gt=0)
+    sample: int = Field(
+        default=20_000, gt=0, description="documents it is fitted to, all where there are no more"
+    )
     prefixes_per_document: int = Field(default=4, gt=0, description="lengths are drawn log-uniformly")
     centroid_metric: Metric = "cosine"
 
