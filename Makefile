@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
-$(VENV)/.ready: pyproject.toml tools/setup.sh
+$(VENV)/.ready: pyproject.toml tools/setup.sh tools/torchvision_without_operators.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
 
 demo: setup  ## train two experts, serve them as one model, and chat

@@ -17,9 +17,20 @@ from decar.router.errors import TrainingError
 from decar.training.centralized import centralized_stage, train_centralized
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
-from decar.training.evaluate import CENTRALIZED, EvaluationReport, evaluate, evaluation_stage, load_model
+from decar.training.evaluate import (
+    AVERAGE,
+    BEST,
+    CENTRALIZED,
+    RANDOM,
+    TOP_1,
+    evaluate,
+    evaluation_stage,
+)
 from decar.training.expert import read_expert_report
+from decar.training.held_out import Text, load_model, scored
 from decar.training.partition import read_shard
+from decar.training.random_split import random_config
+from decar.training.report import EvaluationReport
 from decar.training.sampled import compare_pruned, sample_continuations
 from decar.training.systems import DENSE, Outcome
 from decar.training.tokenizer import load_tokenizer
@@ -135,7 +146,8 @@ def test_continuations_are_drawn_from_the_mixture(evaluated: tuple[TrainConfig, 
 def test_total_variation_is_estimated_from_the_ratio() -> None:
     """p is even over two texts, q has 0.8 and 0.2: three tenths apart."""
     whole, pruned = (
-        [Outcome(np.log([p]), np.ones(1), 1) for p in masses] for masses in ([0.5, 0.5], [0.8, 0.2])
+        [Outcome(np.log([p]), np.ones(1), 1.0, np.ones(1), 1) for p in masses]
+        for masses in ([0.5, 0.5], [0.8, 0.2])
     )
     assert compare_pruned(0.4, whole, pruned).total_variation == pytest.approx(0.3)
 
@@ -166,25 +178,148 @@ def test_a_finished_evaluation_is_shown_again(
 ) -> None:
     config, report = evaluated
     directory = config.work_dir / "evaluate"
-    assert {file.name for file in directory.iterdir()} == {
-        "DONE",
-        "pruning.png",
-        "report.json",
-        "systems.png",
-    }
+    pictures = {"comparisons.png", "gaps.png", "pruning.png", "systems.png"}
+    assert {file.name for file in directory.iterdir()} == {"DONE", "report.json", "report.html", *pictures}
     assert {"date", "cpu", "cores", "versions", "command"} <= report.environment.keys()
     before = (directory / "report.json").stat().st_mtime_ns
     capsys.readouterr()
     assert run(monkeypatch, config.work_dir.parent / "config.yaml") == 0
     out = capsys.readouterr().out
     assert "evaluate: done before" in out
-    assert out.count("done before") == 8
+    assert out.count("done before") == 14
     for name in ("classifier→posterior ε 0.01", "posterior, logit rule", CENTRALIZED):
         assert name in out
     assert (directory / "report.json").stat().st_mtime_ns == before
     assert json.loads((directory / "report.json").read_text())["seed"] == 0
     changed = load_config(config.work_dir.parent / "config.yaml", ["evaluate.prompt_tokens=9"])
     assert not evaluation_stage(changed).is_done
+
+
+@torch.inference_mode()
+def rows_of(directory: Path, ids: list[int]) -> np.ndarray:
+    """[T, V]: log-probabilities of every token after the prompt, by a forward pass for one text alone."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+    return model(torch.tensor([ids])).logits[0, PROMPT - 1 : -1].log_softmax(-1).numpy()
+
+
+def held_out_ids(config: TrainConfig, name: str) -> list[list[int]]:
+    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    return [tokenizer.encode(text)[:LONGEST] for text in read_shard(config, name, "held_out")]
+
+
+def test_accuracy_is_that_of_the_mixtures_most_probable_tokens(
+    evaluated: tuple[TrainConfig, EvaluationReport],
+) -> None:
+    config, report = evaluated
+    ensemble = Ensemble.load(config.ensemble_path)
+    paths = [expert.path for expert in ensemble.experts]
+    priors = np.array([expert.prior for expert in ensemble.experts])
+    right: dict[str, list[float]] = {}
+    for name in config.expert_names:
+        hits: dict[str, list[bool]] = {}
+        for ids in held_out_ids(config, name):
+            rows = np.stack([rows_of(path, ids) for path in paths], axis=1)  # [T, K, V]
+            own = rows[np.arange(len(rows)), :, ids[PROMPT:]]
+            prompt = np.array([log_likelihoods(path, [ids])[0, 0] for path in paths])
+            joint = np.log(priors) + prompt + np.cumsum(own, axis=0) - own  # before each token
+            weights = np.exp(joint - np.logaddexp.reduce(joint, axis=1)[:, None])
+            best = {
+                DENSE: np.einsum("tk,tkv->tv", weights, np.exp(rows)).argmax(axis=1),
+                "prior, logit rule": np.einsum("k,tkv->tv", priors, rows).argmax(axis=1),
+                f"{config.expert_names[0]} alone": rows[:, 0].argmax(axis=1),
+            }
+            for system, tokens in best.items():
+                hits.setdefault(system, []).extend(tokens == ids[PROMPT:])
+        for system, found in hits.items():
+            right.setdefault(system, []).append(float(np.mean(found)))
+    accuracy = {row.system: row.accuracy for row in report.rows}
+    for system, by_domain in right.items():
+        assert accuracy[system] == pytest.approx(float(priors @ by_domain)), system
+    assert 0 < accuracy[DENSE] < 1
+    assert all(row.exact is None for row in report.rows)
+
+
+def test_the_random_split_is_scored_on_the_same_texts(
+    evaluated: tuple[TrainConfig, EvaluationReport],
+) -> None:
+    config, report = evaluated
+    split = random_config(config)
+    shards = {
+        which: [set(read_shard(one, name, "held_out")) for name in config.expert_names]
+        for which, one in (("clusters", config), ("chance", split))
+    }
+    assert set.union(*shards["clusters"]) == set.union(*shards["chance"])
+    assert shards["clusters"] != shards["chance"]
+    tokenizers = [(one.work_dir / "tokenizer" / "tokenizer.json").read_text() for one in (config, split)]
+    assert tokenizers[0] == tokenizers[1]
+    of_chance = Ensemble.load(split.ensemble_path)
+    chances = np.array([expert.prior for expert in of_chance.experts])
+    priors = np.array([expert.prior for expert in Ensemble.load(config.ensemble_path).experts])
+    by_domain = []
+    for name in config.expert_names:
+        texts = held_out_ids(config, name)
+        each = np.stack([log_likelihoods(expert.path, texts) for expert in of_chance.experts], axis=-1)
+        mixture = np.log(np.exp(each[:, 1]) @ chances) - np.log(np.exp(each[:, 0]) @ chances)
+        by_domain.append(-mixture.sum() / sum(len(ids) - PROMPT for ids in texts))
+    row = next(row for row in report.rows if row.system == RANDOM)
+    assert row.nll == pytest.approx(float(priors @ by_domain), rel=1e-5)
+    steps = {trained.model: trained.steps for trained in report.seeds[0].trained}
+    assert steps["random split: code"] == steps["code"] == 8
+
+
+def test_the_average_is_that_of_the_weights(
+    evaluated: tuple[TrainConfig, EvaluationReport], tmp_path: Path
+) -> None:
+    config, report = evaluated
+    experts = Ensemble.load(config.ensemble_path).experts
+    models = [AutoModelForCausalLM.from_pretrained(expert.path, dtype=torch.float64) for expert in experts]
+    states = [model.state_dict() for model in models]
+    models[0].load_state_dict({key: sum(state[key] for state in states) / 2 for key in states[0]})
+    models[0].save_pretrained(tmp_path / "mean")
+    by_domain = []
+    for name in config.expert_names:
+        texts = held_out_ids(config, name)
+        sums = log_likelihoods(tmp_path / "mean", texts)
+        by_domain.append(-(sums[:, 1] - sums[:, 0]).sum() / sum(len(ids) - PROMPT for ids in texts))
+    row = next(row for row in report.rows if row.system == AVERAGE)
+    assert row.nll == pytest.approx(float(np.dot([e.prior for e in experts], by_domain)), rel=1e-5)
+
+
+def test_a_model_that_says_nan_is_named(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    config, _ = evaluated
+    path = Ensemble.load(config.ensemble_path).experts[0].path
+    models = [load_model(path), load_model(path)]
+    models[1].lm_head.weight.data[7] = float("nan")
+    with pytest.raises(
+        TrainingError, match=rf"the model in {path} gives NaN .* lower training\.learning_rate"
+    ):
+        list(scored(models, [Text(0, [1, 2, 3], 2)], 1, 300))
+
+
+def test_the_gap_adds_up(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    _, report = evaluated
+    nll = {row.system: row.nll for row in report.rows}
+    assert report.gaps[0].system == report.served == DENSE
+    assert {"classifier, top-1", "prior", "classifier→posterior", "prior, logit rule"} <= {
+        gap.system for gap in report.gaps
+    }
+    for gap in report.gaps:
+        assert gap.total.mean == pytest.approx(gap.routing.mean + gap.estimation.mean, abs=1e-12)
+        assert gap.total.mean == pytest.approx(nll[gap.system] - nll[CENTRALIZED], abs=1e-12)
+        assert gap.estimation.mean == pytest.approx(nll[DENSE] - nll[CENTRALIZED], abs=1e-12)
+
+
+def test_what_is_compared(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    _, report = evaluated
+    nll = {row.system: row.nll for row in report.rows}
+    nll[BEST] = min(nll["code alone"], nll["prose alone"])
+    pairs = [(comparison.first, comparison.second) for comparison in report.comparisons]
+    assert pairs == [(DENSE, other) for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, BEST)]
+    for comparison in report.comparisons:
+        expected = nll[comparison.first] - nll[comparison.second]
+        assert comparison.difference.mean == pytest.approx(expected, abs=1e-12)
+    assert len(report.verdict) == len(pairs) + 1
+    assert report.verdict[-1].startswith("One seed")
 
 
 def test_a_prompt_longer_than_every_text(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:

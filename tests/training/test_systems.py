@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from decar.router.manifest import Mixing, RouterEntry
 from decar.router.posterior import Float64s, log_normalise
-from decar.training.systems import DENSE, ROUTERS, Scores, System, posterior_path, systems
+from decar.training.systems import DENSE, ROUTERS, Scores, System, posterior_path, served, systems
 
 T, K, V = 9, 3, 5
 
@@ -96,6 +97,60 @@ def test_drawing_costs_one_expert_and_changes_no_probability() -> None:
     dense, drawn = (by_name(name).outcome(scores) for name in (DENSE, f"{DENSE}, drawn"))
     assert np.array_equal(drawn.log_probs, dense.log_probs)
     assert (drawn.active.tolist(), drawn.prompt_passes) == ([1] * T, K)
+
+
+def test_greedy_choices_are_the_mixtures() -> None:
+    seen = set()
+    for seed in range(20):
+        scores = make_scores(seed)
+        rows, ids = scores.rows.double().numpy(), scores.ids.numpy()
+        weights = np.exp(scores.starts["classifier"])
+        for name, mixed in (
+            ("classifier", np.exp(rows).transpose(0, 2, 1) @ weights),
+            ("classifier, logit rule", rows.transpose(0, 2, 1) @ weights),
+            ("classifier, top-1", rows[:, weights.argmax()]),
+        ):
+            outcome = by_name(name).outcome(scores)
+            right = mixed.argmax(axis=1) == ids
+            assert outcome.right.tolist() == right.tolist()
+            assert outcome.exact == right.all()
+            seen.add(bool(right.any()) and not right.all())
+    assert True in seen
+
+
+def test_greedy_choices_of_a_drawn_expert_are_its_own() -> None:
+    scores = make_scores(4)
+    scores.ids[:] = scores.rows[:, 1].argmax(dim=-1)  # the second expert's greedy answer
+    weights = np.exp(log_normalise(scores.starts["prior"] + scores.prompt))
+    drawn = by_name(f"{DENSE}, drawn").outcome(scores)
+    own = (scores.rows.argmax(dim=-1) == scores.ids[:, None]).double().numpy()
+    np.testing.assert_allclose(drawn.right, own @ weights)
+    assert not own[:, [0, 2]].all(axis=0).any()
+    assert drawn.exact == pytest.approx(weights[1])
+
+
+def test_the_default_of_a_manifest_is_one_of_the_systems_or_one_more() -> None:
+    compared = systems(K, [0.1])
+    assert served(RouterEntry(), Mixing(), compared).name == DENSE
+    assert served(RouterEntry(), Mixing(prune=0.1), compared).name == f"{DENSE} ε 0.1"
+    output = RouterEntry(scope="output", start="classifier")
+    assert served(output, Mixing(), compared).name == "classifier→posterior"
+    assert served(RouterEntry(kind="centroid"), Mixing(top_k=1), compared).name == "centroid, top-1"
+    other = served(RouterEntry(kind="classifier"), Mixing(rule="logit", top_k=2, prune=0.2), compared)
+    assert other not in compared
+    assert (other.start, other.bayes, other.rule, other.experts) == ("classifier", "none", "logit", 2)
+    assert other.name == "as served ε 0.2"
+
+
+def test_static_weights_are_pruned_once() -> None:
+    scores = make_scores(5)
+    weights = np.exp(scores.starts["classifier"])
+    budget = float(np.sort(weights)[0]) + 1e-9
+    outcome = System("static", "classifier", prune=budget).outcome(scores)
+    kept = np.flatnonzero(weights > weights.min())
+    expected = np.exp(scores.tokens[:, kept]) @ (weights[kept] / weights[kept].sum())
+    np.testing.assert_allclose(np.exp(outcome.log_probs), expected)
+    assert outcome.dropped == pytest.approx(weights.min())
 
 
 def test_pruning_stays_within_its_budget_and_never_takes_an_expert_back() -> None:

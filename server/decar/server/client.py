@@ -30,9 +30,12 @@ from decar.router import (
     Ensemble,
     active_experts,
     load_trained,
+    load_trained_images,
     moved_on,
     restricted,
 )
+from decar.router.manifest import Trained
+from decar.server.images import images_of, is_text, keep_images
 from decar.server.lockstep import follow_seats
 from decar.server.metrics import EnsembleMetrics
 from decar.server.plane import Plane
@@ -141,6 +144,9 @@ class EnsembleClient(EngineClient):
         self._routers = load_trained(ensemble) if "classifier" in offered_routers(ensemble) else {}
         for router in self._routers.values():
             router.log_weights(["what loads on first use, loads before the first request"])
+        self._image_routers = load_trained_images(ensemble)
+        if self._image_routers:
+            keep_images(self.renderer)
         self._running: dict[
             int, tuple[Member, Any]
         ] = {}  # slot -> its member; its leader's output queue, once there
@@ -220,8 +226,7 @@ class EnsembleClient(EngineClient):
         """
         call, log_weights = asked.call, asked.call.log_weights
         if call.router is not None:
-            text = self.renderer.get_tokenizer().decode(tokens_of(asked.prompt))
-            log_weights = (await asyncio.to_thread(self._routers[call.router].log_weights, [text]))[0]
+            log_weights = await self._looked_at(asked.prompt, call.router)
         count = asked.params.prompt_logprobs
         if count is None or len(active_experts(log_weights)) == 1:
             return log_weights, None
@@ -238,6 +243,14 @@ class EnsembleClient(EngineClient):
             posterior=call.scored,
         )
         return after, prompt_logprobs
+
+    async def _looked_at(self, prompt: Any, router: Trained) -> np.ndarray:
+        """Log weights [K] that a trained router gives for a prompt: for its images, if any, and else for its text."""
+        images = images_of(prompt)
+        if images and self._image_routers:
+            return (await asyncio.to_thread(self._image_routers[router].log_weights, [images]))[0]
+        text = self.renderer.get_tokenizer().decode(np.asarray(tokens_of(prompt))[is_text(prompt)])
+        return (await asyncio.to_thread(self._routers[router].log_weights, [text]))[0]
 
     async def _scored(
         self, asked: Asked, log_weights: np.ndarray, uniform: float | None

@@ -25,6 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from decar.kernels import mix
 from decar.router import log_weights_after
 from decar.router.manifest import Rule
+from decar.server.images import is_text
 from decar.server.plane import DIRECTORY, create_segment, new_name, unlink
 from decar.server.scores import PrefixScores
 from decar.server.seat import ROWS_KEY, PromptRows
@@ -126,12 +127,15 @@ class PromptScorer:
             None for the first token and a dict for each other one; and the log weights [K] after the last.
         """
         ids = tokens_of(prompt)
+        counted = is_text(prompt)
         found: PromptLogprobs = [None]
         width = max(self._window_bytes // (4 * self._vocab_size * len(self._engines)), 1)
         async with self._places:
             for start in range(0, len(ids) - 1, width):
                 end = min(start + width, len(ids) - 1)
-                window = {**prompt, "prompt_token_ids": ids[: end + 1]} if end + 1 < len(ids) else prompt
+                # What comes after the window need not be computed; but a prompt with images stays as it is.
+                whole = end + 1 == len(ids) or not counted.all()
+                window = prompt if whole else {**prompt, "prompt_token_ids": ids[: end + 1]}
                 with _shared_rows(len(self._engines), (end - start, self._vocab_size)) as (names, rows):
                     await asyncio.gather(
                         *(
@@ -141,7 +145,13 @@ class PromptScorer:
                     )
                     targets = torch.tensor(ids[start + 1 : end + 1])
                     entries, log_weights = await asyncio.to_thread(
-                        _mixed, rows, targets, log_weights, rule, count, posterior
+                        _mixed,
+                        rows,
+                        targets,
+                        log_weights,
+                        rule,
+                        count,
+                        counted[start + 1 : end + 1] if posterior else None,
                     )
                     rows.clear()  # its memory is free before the next window takes some
                 found += await asyncio.to_thread(self._described, entries)
@@ -219,13 +229,18 @@ def _mixed(
     log_weights: np.ndarray,
     rule: Rule,
     count: int,
-    posterior: bool,
+    counted: np.ndarray | None,
 ) -> tuple[list[_Entry], np.ndarray]:
-    """Mix a window of prompt rows K x [W, V]: each position's prompt token and best ones; the weights after all."""
+    """Mix a window of prompt rows K x [W, V]: each position's prompt token and best ones; the weights after all.
+
+    Args:
+        counted: which targets [W] move the weights on; None: the weights stay.
+    """
     log_probs = torch.stack(list(rows))  # [K, W, V]
     weights = np.repeat(np.asarray(log_weights)[None], len(targets), axis=0)  # [W, K]
-    if posterior:
+    if counted is not None:
         said = log_probs[:, torch.arange(len(targets)), targets].double().numpy().T  # [W, K]
+        said = np.where(counted[:, None], said, 0.0)
         sums = np.cumsum(said, axis=0)
         after = log_weights_after(np.asarray(log_weights), sums)
         weights[1:] = after[:-1]

@@ -37,6 +37,8 @@ RESERVED_FLAGS = (
     "data_parallel_size",
     "enable_prompt_embeds",
     "headless",
+    "mm_processor_cache_gb",
+    "mm_processor_cache_type",
     "model",
     "pipeline_parallel_size",
     "scheduler_cls",
@@ -79,6 +81,7 @@ async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket, place
     from vllm.entrypoints.launchers.launcher import serve_http
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
+    from decar.server import media  # noqa: F401 - vLLM finds it by name
     from decar.server.api import extend
 
     async with _running_ensemble(ensemble, args, placement) as client:
@@ -198,19 +201,37 @@ async def _warm_up(client: Any) -> None:
     ]
     calls += [Call(log_prior([float(j == k) for j in range(experts)])) for k in range(experts)]
 
-    async def run(call: Call, params: SamplingParams) -> None:
+    async def run(call: Call, params: SamplingParams, prompt: Any) -> None:
         current_call.set(call)
-        prompt = {"prompt_token_ids": [0, 1, 2, 3]}
         async for _ in client.generate(prompt, params, f"warm-up-{id(call)}"):
             pass
 
+    text: Any = {"prompt_token_ids": [0, 1, 2, 3]}
     for kind in (RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA):
         for extra in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 0, "logprobs": 2}):
             params = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=kind, **extra)
-            await asyncio.gather(*(asyncio.create_task(run(call, params)) for call in calls))
+            await asyncio.gather(*(asyncio.create_task(run(call, params, text)) for call in calls))
     asked_for_prompt = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
-    await asyncio.create_task(run(calls[0], asked_for_prompt))
+    await asyncio.create_task(run(calls[0], asked_for_prompt, text))
+    image = _image_prompt(client)
+    if image is not None:
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        await asyncio.gather(*(asyncio.create_task(run(call, params, image)) for call in calls))
     await client.reset_prefix_cache()
+
+
+def _image_prompt(client: Any) -> Any:
+    """A prompt with one image, as vLLM's renderer makes it; None where the experts take no images."""
+    if not client.model_config.supports_multimodal_inputs:
+        return None
+    processor = client.renderer.get_mm_processor()
+    if not processor.info.allowed_mm_limits.get("image"):
+        return None
+    prompt = processor.get_dummy_mm_inputs({"image": 1})
+    [image] = prompt["mm_placeholders"]["image"]
+    # It fills the whole context, and would leave no room for an answer.
+    prompt["prompt_token_ids"] = prompt["prompt_token_ids"][: image.offset + image.length + 1]
+    return prompt
 
 
 def _prepare_environment() -> None:
@@ -219,6 +240,9 @@ def _prepare_environment() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "decar")  # `media.Connector`
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")  # an allowed host may name one that is not
+    os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(2**25))  # 100 MB once decoded, from a file of some kB
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # its import leaves named semaphores in /dev/shm
 
@@ -311,6 +335,8 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
     engine.worker_cls = "decar.server.worker.LockstepWorker"
     engine.scheduler_cls = "decar.server.scheduler.LockstepScheduler"
     engine.async_scheduling = False
+    # The cache is one engine's: it would keep the images that this one has from those that have yet to see them.
+    engine.mm_processor_cache_gb = 0
     engine.scheduling_policy = "priority"  # every engine orders requests by the same arrival times
     if engine.max_model_len is None:
         engine.max_model_len = ensemble.max_positions

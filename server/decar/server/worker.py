@@ -245,6 +245,9 @@ class LockstepWorker(_Worker):
                 of_slot[first + 1 : last + 1] = said.cpu().numpy()
                 self.lockstep.mine.count("scored_tokens", last - first)
             if last == len(ids) - 1:
+                for feature in requests[request_id].mm_features:
+                    start = feature.mm_position.offset
+                    of_slot[start : start + feature.mm_position.length] = 0  # an image's places hold no text
                 self.lockstep.mine.prompt_sum[member.slot] = of_slot[known : len(ids)].sum(dtype=np.float64)
                 del self._unscored[request_id]
         for request_id, asked in self._rows.items():

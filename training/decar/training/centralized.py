@@ -20,19 +20,27 @@ from decar.training.expert import (
 from decar.training.stages import Stage, fingerprint
 
 
+def why_no_twin(config: TrainConfig) -> str | None:
+    """Why there is no centralized model to compare with, or None where there is one."""
+    first = config.expert_names[0]
+    for name in config.expert_names:
+        if config.model_of(name) != config.model_of(first):
+            return (
+                f"experts {first!r} and {name!r} have different models; a centralized model to compare with is "
+                "defined for experts of one architecture"
+            )
+    return None
+
+
 def with_all_compute(config: TrainConfig) -> TrainConfig:
     """``config`` with as many steps as all trained experts took together; a step is as large as theirs.
 
     Raises:
         TrainingError: an expert's report is missing, or experts differ in architecture, so that steps do not add up.
     """
-    first = config.expert_names[0]
-    for name in config.expert_names:
-        if config.model_of(name) != config.model_of(first):
-            raise TrainingError(
-                f"experts {first!r} and {name!r} have different models; a centralized model to compare with is "
-                "defined for experts of one architecture"
-            )
+    problem = why_no_twin(config)
+    if problem:
+        raise TrainingError(problem)
     reports = [read_expert_report(expert_directory(config, name)) for name in config.expert_names]
     steps = sum(report.steps for report in reports)
     return config.model_copy(update={"training": config.training.model_copy(update={"max_steps": steps})})

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from decar.router.errors import DecarError, TrainingError
-from decar.training.config import TrainConfig, load_config
+from decar.training.config import TrainConfig, load_config, load_seeds
 
 if TYPE_CHECKING:
     from decar.training.expert import ExpertReport
@@ -114,11 +114,19 @@ def export(
 
 @app.command()
 def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
-    """Compare routers, mixing rules and pruning with a centralized model; makes first what is missing."""
+    """Hold the ensemble against a centralized model, a random split and more, over seeds; makes what is missing."""
     settings = _load(config, set_)
-    _run(settings)
-    _centralized(settings)
-    _evaluate(settings)
+    runs = load_seeds(config, set_)
+    for seed_run in runs:
+        _check_models(seed_run)
+    for seed_run in runs:
+        if len(runs) > 1:
+            console.rule(f"seed {seed_run.seed}")
+        _run(seed_run)
+        _centralized(seed_run)
+        _random_split(seed_run)
+        _score(seed_run)
+    _evaluate(settings, runs)
 
 
 def main() -> None:
@@ -142,12 +150,10 @@ def _load(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from decar.training.model import check_model
-
     disable_progress_bar()
     config = load_config(path, overrides)
-    for name in [] if not check else config.expert_names if only is None else [only]:
-        check_model(config, name)
+    if check:
+        _check_models(config, only)
     if only is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError(
             "several processes train one expert: `accelerate launch -m decar.training expert NAME CONFIG.yaml`; "
@@ -156,6 +162,13 @@ def _load(
     # Of several processes, the first one speaks.
     console.quiet = os.environ.get("RANK", "0") != "0"
     return config
+
+
+def _check_models(config: TrainConfig, only: str | None = None) -> None:
+    from decar.training.model import check_model
+
+    for name in config.expert_names if only is None else [only]:
+        check_model(config, name)
 
 
 def _run(config: TrainConfig) -> None:
@@ -234,9 +247,28 @@ def _expert(config: TrainConfig, name: str) -> None:
 
 
 def _centralized(config: TrainConfig) -> None:
-    from decar.training.centralized import centralized_stage, train_centralized
+    from decar.training.centralized import centralized_stage, train_centralized, why_no_twin
 
+    problem = why_no_twin(config)
+    if problem:
+        console.print(f"centralized model: none, {problem}", soft_wrap=True)
+        return
     _model(centralized_stage(config), "centralized model", partial(train_centralized, config))
+
+
+def _random_split(config: TrainConfig) -> None:
+    from decar.training.random_split import random_config, why_no_random_split
+
+    problem = why_no_random_split(config)
+    if problem:
+        console.print(f"random split: none, {problem}", soft_wrap=True)
+        return
+    console.print("random split: the same run, with documents dealt out by chance")
+    split = random_config(config)
+    _partition(split)
+    for name in split.expert_names:
+        _expert(split, name)
+    _export(split)
 
 
 def _model(stage: Stage, what: str, train: Callable[[Stage, list[Any]], ExpertReport]) -> None:
@@ -302,58 +334,76 @@ def _export(config: TrainConfig) -> None:
     console.print(f"export: {verb}, {ensemble.directory} (priors: {priors})", soft_wrap=True)
 
 
-def _evaluate(config: TrainConfig) -> None:
+def _score(config: TrainConfig) -> None:
     from decar.training.evaluate import evaluate as compare
-    from decar.training.evaluate import evaluation_stage, read_evaluation
+    from decar.training.evaluate import evaluation_stage
 
     stage = evaluation_stage(config)
     if stage.is_done:
-        report, verb = read_evaluation(stage), "done before"
+        console.print("scores: done before")
+        return
+    with Progress(*_columns("scores:"), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=None, note="")
+        compare(
+            config, stage, lambda done, total: bar.update(task, completed=done, total=total, note="texts")
+        )
+    console.print("scores: done")
+
+
+def _evaluate(config: TrainConfig, runs: list[TrainConfig]) -> None:
+    from decar.training.report import PAGE_FILE, make_report, read_report, report_stage
+
+    stage = report_stage(config, runs)
+    if stage.is_done:
+        report, verb = read_report(stage), "done before"
     else:
-        with Progress(*_columns("evaluate"), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task("", total=None, note="")
-            report = compare(
-                config, stage, lambda done, total: bar.update(task, completed=done, total=total, note="texts")
-            )
-        verb = "done"
+        report, verb = make_report(config, runs, stage), "done"
     columns = (
         "system",
         "perple-\nxity",
         "nats above\nposterior",
+        "tokens\nright",
+        *(["answers\nright"] if report.rows[0].exact is not None else []),
         "active",
         "prompt\npasses",
-        "most\ndropped",
     )
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for row in report.rows:
         if row.prune in (0.0, *config.evaluate.prune):
+            spread = row.spread.get("above_dense", row.standard_error)
             table.add_row(
                 row.system,
                 f"{row.perplexity:.2f}",
-                f"{row.above_dense:+.4f}±{row.standard_error:.4f}",
+                f"{row.above_dense:+.4f}±{spread:.4f}",
+                f"{row.accuracy:.2%}",
+                *([] if row.exact is None else [f"{row.exact:.2%}"]),
                 f"{row.active_experts:.3f}",
                 f"{row.prompt_passes:.2f}",
-                f"{row.dropped_max:.2g}" if row.prune else "",
             )
     console.print(table, markup=False)
+    what = "the error over texts" if len(runs) == 1 else f"the standard deviation over {len(runs)} seeds"
     console.print(
-        f"{sum(report.texts.values()):,} held-out texts, {sum(report.tokens.values()):,} tokens after prompts of "
-        f"{report.prompt_tokens}, pooled by the experts' priors; active: experts per token; passes: per prompt; "
-        "dropped: posterior mass that pruning took from a text",
+        f"{sum(report.texts.values()):,} held-out texts, {sum(report.tokens.values()):,} tokens after prompts, pooled "
+        f"by the experts' priors; ±: {what}; active: experts per token; passes: per prompt",
         soft_wrap=True,
     )
-    distances = (
+    distances = [
         f"ε {row.prune:g}: {row.total_variation:.2g} ± {row.standard_error:.1g}"
         for row in report.sampled
         if row.prune in config.evaluate.prune
-    )
-    console.print(
-        f"total variation from the whole posterior, over the {report.sampled_tokens} tokens that it writes itself "
-        f"after a prompt: {', '.join(distances)}",
-        soft_wrap=True,
-    )
+    ]
+    if distances:
+        console.print(
+            f"total variation from the whole posterior, over the {report.sampled_tokens} tokens that it writes itself "
+            f"after a prompt: {', '.join(distances)}",
+            soft_wrap=True,
+        )
     console.print(f"centralized model: {report.centralized}", soft_wrap=True)
-    console.print(f"evaluate: {verb}, report and plots in {stage.directory}", soft_wrap=True)
+    for sentence in report.verdict:
+        console.print(sentence, markup=False, soft_wrap=True)
+    console.print(
+        f"evaluate: {verb}, {stage.directory / PAGE_FILE}, json and plots beside it", soft_wrap=True
+    )
 
 
 def _average(config: TrainConfig) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -222,9 +223,13 @@ class RouterConfig(RouterEntry):
 class EvaluateConfig(_Strict):
     """Which held-out texts systems are compared on: prompts of ``prompt_tokens``, and what follows them.
 
-    ``prune`` are the budgets in the table; ``prune_grid`` those of the plot of active experts.
+    ``seeds`` are whole runs of their own, each with its own partition, training and held-out texts; none stands for
+    the configuration's ``seed``. Two systems are equivalent where the interval of their difference lies within
+    ``margin``. ``prune`` are the budgets in the table; ``prune_grid`` those of the plot of active experts.
     """
 
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = []
+    margin: float = Field(default=0.02, gt=0, description="nats per token")
     prompt_tokens: int = Field(default=32, gt=1, description="bos included")
     max_tokens: int = Field(default=512, gt=2, description="prompt and continuation")
     max_texts: int = Field(default=200, gt=0, description="of each expert, drawn by the seed")
@@ -233,9 +238,19 @@ class EvaluateConfig(_Strict):
     prune: list[Probability] = [0.1, 0.01, 0.001]
     prune_grid: list[Probability] = [0.5, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6]
 
+    @pydantic.field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is listed twice; the same run would count twice")
+        return seeds
+
 
 class TrainConfig(_Strict):
-    """A whole run of `decar-train`. Paths are relative to the working directory."""
+    """A whole run of `decar-train`. Paths are relative to the working directory.
+
+    In a file, ``{seed}`` in any string stands for the seed.
+    """
 
     name: str = Field(pattern=NAME_PATTERN, max_length=64)
     work_dir: Path
@@ -318,7 +333,7 @@ class TrainConfig(_Strict):
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Read ``path`` and lay ``overrides`` (``"a.b=value"``, the value in YAML) over it.
+    """Read ``path``, lay ``overrides`` (``"a.b=value"``, the value in YAML) over it, and put the seed for ``{seed}``.
 
     Raises:
         TrainingError: the first problem, naming the file and the field.
@@ -335,10 +350,41 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
         raise TrainingError(f"{path} has to be a YAML mapping, e.g. `name: demo`")
     for override in overrides or []:
         _override(data, override)
+    seed = data.get("seed", TrainConfig.model_fields["seed"].default)
     try:
-        return TrainConfig.model_validate(data)
+        return TrainConfig.model_validate(_with_seed(data, str(seed)))
     except pydantic.ValidationError as error:
         raise TrainingError(f"{path}: {describe_validation_error(error, TrainConfig)}") from None
+
+
+def load_seeds(path: Path, overrides: list[str] | None = None) -> list[TrainConfig]:
+    """The runs that ``path`` is evaluated over, one for each of ``evaluate.seeds``.
+
+    The configuration's own seed is the configuration as it is; every other one works in ``WORK_DIR/seed-SEED``.
+
+    Raises:
+        TrainingError: as `load_config`.
+    """
+    own = load_config(path, overrides)
+    return [
+        own if seed == own.seed else load_config(path, [*(overrides or []), *seed_overrides(own, seed)])
+        for seed in own.evaluate.seeds or [own.seed]
+    ]
+
+
+def seed_overrides(config: TrainConfig, seed: int) -> list[str]:
+    """What turns ``config`` into its run of another ``seed``, as for ``--set``."""
+    # As YAML, quoted only where it has to be; after a plain word comes a line that ends the document.
+    directory, *_ = yaml.safe_dump(str(config.work_dir / f"seed-{seed}"), width=math.inf).splitlines()
+    return [f"seed={seed}", f"work_dir={directory}", "ensemble_dir=null"]
+
+
+def _with_seed(value: Any, seed: str) -> Any:
+    if isinstance(value, str):
+        return value.replace("{seed}", seed)
+    if isinstance(value, dict):
+        return {key: _with_seed(item, seed) for key, item in value.items()}
+    return [_with_seed(item, seed) for item in value] if isinstance(value, list) else value
 
 
 def _override(data: dict[str, Any], override: str) -> None:

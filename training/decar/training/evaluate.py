@@ -1,379 +1,354 @@
-"""The evaluation: every way to use an ensemble, and the centralized model, on the same held-out continuations.
+"""The evaluation of one run: every way to use its ensemble, and what it has to beat, on the same held-out texts.
 
-Knows checkpoints as transformers loads them, and no serving. What a system makes of the scores is `systems.py`'s.
+Knows which systems are compared with which. What all seeds together say is `report.py`'s.
 
-Shapes: K experts, B texts, L tokens of a text, T of its continuation, V vocabulary.
+Shapes: K experts, N texts.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import math
-import os
-import platform
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydantic
-import torch
-from numpy.typing import NDArray
 from pydantic import BaseModel
-from torch import Tensor
 
-from decar.router import Ensemble, load_router, log_weights_after
+from decar.router import Ensemble, load_router, load_trained_images, log_weights_after
 from decar.router.errors import TrainingError
 from decar.router.manifest import Start
-from decar.training.centralized import centralized_stage
+from decar.router.posterior import Float64s, log_prior
+from decar.training.average import average
+from decar.training.centralized import centralized_stage, why_no_twin
 from decar.training.config import TrainConfig
-from decar.training.evaluate_plot import plot_pruning, plot_systems
-from decar.training.expert import read_expert_report
+from decar.training.environment import environment
+from decar.training.expert import expert_directory, expert_processor, read_expert_report
 from decar.training.export import export_stage
-from decar.training.partition import read_shard
+from decar.training.held_out import Text, load_model, read_texts, scored, scores_of
+from decar.training.measures import Difference, Pool, Row, Totals, summed
+from decar.training.random_split import random_config, why_no_random_split
 from decar.training.sampled import SampledRow, compare_pruned, sample_continuations
 from decar.training.stages import Stage, fingerprint, read_marker
-from decar.training.systems import DENSE, ROUTERS, Outcome, Scores, systems
+from decar.training.systems import DENSE, ROUTERS, Outcome, Scores, System, served, systems
 from decar.training.tokenizer import load_tokenizer
 
 CENTRALIZED = "centralized model"
-_PACKAGES = ("decar", "numpy", "scikit-learn", "torch", "transformers")
+AVERAGE = "parameter average"
+RANDOM = "random split"
+BEST = "best expert alone"
+# One expert for each input: the one whose cluster is nearest, as the paper serves, and the surest that there is.
+TOP_1 = ("centroid, top-1", f"{DENSE}, top-1")
 _FIX = "run `decar-train evaluate CONFIG.yaml`, which makes all that is missing"
+_REPORT = "report.json"
+Progress = Callable[[int, int], None]
 
 
-class Row(BaseModel):
-    """One system. Means are taken for each expert's held-out texts and then pooled by the experts' priors.
+class Trained(BaseModel):
+    """What a model's training took."""
 
-    ``family``: the system without its pruning. ``nll``: nats per token of the continuation; ``above_dense``: how much
-    more than the dense posterior's, with its standard error over texts. ``active_experts``: per token of the
-    continuation. ``prompt_passes``: experts that run over a prompt. ``dropped_*``: posterior mass released per text.
+    model: str
+    num_parameters: int
+    documents: int | None
+    train_tokens: int
+    steps: int
+    tokens_per_step: int
+
+
+class SeedReport(BaseModel):
+    """One run. ``texts``, ``answers`` (those of the texts that are), ``tokens`` (continuations') by whose they are.
+
+    ``served``: the system that the ensemble's manifest makes the default. ``best``: the expert that needs the fewest
+    nats per token. ``undefined``: why a system is not among the rows. ``sampled``: the pruned posterior on
+    continuations of plain texts that the ensemble itself wrote.
     """
 
-    system: str
-    family: str
-    prune: float = 0.0
-    perplexity: float
-    nll: float
-    nll_by_domain: dict[str, float]
-    above_dense: float
-    standard_error: float
-    active_experts: float
-    prompt_passes: float
-    dropped_mean: float
-    dropped_max: float
-
-
-class EvaluationReport(BaseModel):
-    """``report.json`` of an evaluation; ``texts`` and ``tokens`` (of continuations) by whose held-out text it is.
-
-    ``sampled``: the pruned posterior on continuations that the ensemble itself wrote.
-    """
-
-    ensemble: str
+    seed: int
     experts: list[str]
     priors: list[float]
     model: str
-    centralized: str
+    served: str
+    best: str
+    trained: list[Trained]
     texts: dict[str, int]
+    answers: dict[str, int]
     tokens: dict[str, int]
     too_short: int
-    prompt_tokens: int
+    too_long: int
     max_tokens: int
     rows: list[Row]
+    differences: list[Difference]
+    undefined: dict[str, str]
     sampled_tokens: int
     sampled: list[SampledRow]
-    seed: int
     environment: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Text:
-    """``ids``: prompt and continuation, bos in front; ``domain``: whose held-out text it is."""
-
-    domain: int
-    ids: list[int]
-
-
-class Totals:
-    """A system's sums over each text's continuation: nats, active experts, passes, mass dropped, tokens; [N, 5]."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[float, ...]] = []
-
-    def add(self, outcome: Outcome) -> None:
-        nats, active = -float(outcome.log_probs.sum()), float(outcome.active.sum())
-        self.rows.append((nats, active, outcome.prompt_passes, outcome.dropped, len(outcome.log_probs)))
-
-    @property
-    def columns(self) -> list[NDArray[np.float64]]:
-        return list(np.array(self.rows).T)
-
-
 def evaluation_stage(config: TrainConfig) -> Stage:
-    """The stage as ``config``, the exported ensemble and the centralized model are now.
+    """The stage as ``config``, the exported ensemble and the models that it is compared with are now.
 
     Raises:
         TrainingError: something of it is missing, or was made with another configuration.
     """
-    twin = centralized_stage(config)
-    if not twin.is_done:
-        raise TrainingError(f"the centralized model is not trained; {_FIX}")
+    inputs: list[Any] = [export_stage(config).inputs]
+    if why_no_twin(config) is None:
+        twin = centralized_stage(config)
+        if not twin.is_done:
+            raise TrainingError(f"the centralized model is not trained; {_FIX}")
+        inputs.append(read_marker(twin.directory))
+    if why_no_random_split(config) is None:
+        split = export_stage(random_config(config))
+        if not split.is_done:
+            raise TrainingError(f"the random split is not exported; {_FIX}")
+        inputs.append(split.inputs)
+    # How runs are summed up does not change what one of them measures.
+    settings = config.evaluate.model_dump(mode="json", exclude={"seeds", "margin"})
     return Stage(
-        config.work_dir / "evaluate",
-        fingerprint(config.evaluate, config.seed),
-        fingerprint(export_stage(config).inputs, read_marker(twin.directory)),
+        config.work_dir / "scores",
+        fingerprint(settings, config.router.entry, config.mixing, config.seed),
+        fingerprint(inputs),
     )
 
 
-def read_evaluation(stage: Stage) -> EvaluationReport:
-    """The report of a finished evaluation.
+def read_evaluation(stage: Stage) -> SeedReport:
+    """The report of a finished evaluation of one run.
 
     Raises:
         TrainingError: its file is missing or damaged.
     """
-    file = stage.directory / "report.json"
+    file = stage.directory / _REPORT
     try:
-        return EvaluationReport.model_validate_json(file.read_text())
+        return SeedReport.model_validate_json(file.read_text())
     except (OSError, pydantic.ValidationError):
         raise TrainingError(f"{file} cannot be read; delete {stage.directory} and run again") from None
 
 
-def evaluate(
-    config: TrainConfig, stage: Stage, progress: Callable[[int, int], None] = lambda done, total: None
-) -> EvaluationReport:
-    """Score the held-out texts, derive what every system makes of them, and write report and plots.
+def evaluate(config: TrainConfig, stage: Stage, progress: Progress = lambda done, total: None) -> SeedReport:
+    """Score the held-out texts of one run and derive what every system makes of them.
 
     Args:
-        progress: is called with the number of texts done, and of all.
+        progress: is called with the number of texts done, and of all; a text counts once for every pass over it.
 
     Raises:
-        TrainingError: an expert's held-out texts are all shorter than a prompt.
+        TrainingError: an expert's held-out texts are all shorter than a prompt, or a model says NaN.
         EnsembleError: the exported ensemble has no router or cannot be read.
     """
     settings = config.evaluate
     ensemble = Ensemble.load(config.ensemble_path)
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
     max_tokens = min(settings.max_tokens, ensemble.max_positions or settings.max_tokens)
-    texts, too_short = read_texts(config, tokenizer, max_tokens)
-    prompts = [
-        tokenizer.decode(text.ids[: settings.prompt_tokens], skip_special_tokens=True) for text in texts
-    ]
-    starts = {start: load_router(ensemble, start).log_weights(prompts) for start in ROUTERS}
-    twin = config.work_dir / "centralized"
-    models = [load_model(path) for path in (*(expert.path for expert in ensemble.experts), twin)]
+    processor = expert_processor(config, config.expert_names[0], tokenizer)
+    held_out = read_texts(config, tokenizer, max_tokens, processor)
+    texts = held_out.texts
+    plain = [i for i, text in enumerate(texts) if not text.is_answer]
     compared = systems(len(ensemble.experts), sorted({*settings.prune, *settings.prune_grid}, reverse=True))
-    alone = [*(f"{name} alone" for name in ensemble.expert_names), CENTRALIZED]
-    totals = {name: Totals() for name in [*alone, *(system.name for system in compared)]}
-    after_prompt = []
-    num_steps = 2 * len(texts)
-    for done, (text, rows) in enumerate(scored(models, texts, settings.batch_size, ensemble.vocab_size)):
-        scores = scores_of(text, rows[:, :-1], settings.prompt_tokens, {s: starts[s][done] for s in starts})
-        for name, log_probs in zip(alone, chosen(text, rows)[settings.prompt_tokens - 1 :].T, strict=True):
-            totals[name].add(Outcome(log_probs, np.ones(len(log_probs)), 1))
-        for system in compared:
-            totals[system.name].add(system.outcome(scores))
-        after_prompt.append(log_weights_after(scores.starts["prior"], scores.prompt))
-        progress(done + 1, num_steps)
-
-    # The same prompts again, now with what the ensemble writes after them.
-    experts = models[:-1]
-    sampled_tokens = min(settings.sampled_tokens, max_tokens - settings.prompt_tokens)
-    written = sample_continuations(
-        experts,
-        [text.ids[: settings.prompt_tokens] for text in texts],
-        np.array(after_prompt),
-        sampled_tokens,
-        ensemble.vocab_size,
-        config.seed,
-    )
-    own = [Text(text.domain, ids) for text, ids in zip(texts, written, strict=True)]
-    outcomes: dict[float, list[Outcome]] = {system.prune: [] for system in compared if system.family == DENSE}
-    for done, (text, rows) in enumerate(scored(experts, own, settings.batch_size, ensemble.vocab_size)):
-        scores = scores_of(text, rows, settings.prompt_tokens, {s: starts[s][done] for s in starts})
-        for system in compared:
-            if system.family == DENSE:
-                outcomes[system.prune].append(system.outcome(scores))
-        progress(len(texts) + done + 1, num_steps)
-
-    priors = [expert.prior for expert in ensemble.experts]
-    domains = np.array([text.domain for text in texts])
-    rows_of = {
-        name: _row(name, total, totals[DENSE], domains, dict(zip(ensemble.expert_names, priors, strict=True)))
-        for name, total in totals.items()
-    }
-    for system in compared:
-        rows_of[system.name] = rows_of[system.name].model_copy(
-            update={"family": system.family, "prune": system.prune}
-        )
-    took = read_expert_report(twin).steps
-    block = f"{config.training.batch_size} × {config.training.sequence_length} tokens"
-    report = EvaluationReport(
-        ensemble=ensemble.name,
-        experts=ensemble.expert_names,
-        priors=priors,
-        model=f"{ensemble.experts[0].architecture}, {ensemble.experts[0].num_parameters / 1e6:.1f}M parameters",
-        centralized=f"the same architecture on all shards, {took:,} steps of {block}, as many as all experts took",
-        texts=_count(ensemble.expert_names, domains, np.ones(len(texts))),
-        tokens=_count(ensemble.expert_names, domains, totals[DENSE].columns[4]),
-        too_short=too_short,
-        prompt_tokens=settings.prompt_tokens,
-        max_tokens=max_tokens,
-        rows=list(rows_of.values()),
-        sampled_tokens=sampled_tokens,
-        sampled=[compare_pruned(budget, outcomes[0.0], of) for budget, of in outcomes.items() if budget],
-        seed=config.seed,
-        environment=environment(),
-    )
+    default = served(config.router.entry, config.mixing, compared)
+    compared += [] if default in compared else [default]
+    no_split = why_no_random_split(config)
     with stage.writing() as directory:
-        (directory / "report.json").write_text(report.model_dump_json(indent=1) + "\n")
-        shown = [row for row in report.rows if row.prune in (0.0, *settings.prune)]
-        title = (
-            f"{report.ensemble}: {len(report.experts)} experts, {report.model}, {len(texts)} held-out texts"
+        singles, undefined = _single_models(config, ensemble, directory / "average")
+        num_steps = len(texts) * (1 + len(singles) + (no_split is None)) + len(plain)
+        forward = _Forward(settings.batch_size, ensemble.vocab_size, processor, num_steps, progress)
+        totals: dict[str, Totals] = {}
+        for name, path in singles.items():
+            way = {name: partial(Outcome.alone, expert=0)}
+            totals |= _totals(forward([load_model(path)], texts, {}), way)
+        shutil.rmtree(directory / "average", ignore_errors=True)
+        if no_split is None:
+            totals[RANDOM] = _random_split(random_config(config), texts, forward)
+        else:
+            undefined[RANDOM] = no_split
+
+        starts = _starts(ensemble, tokenizer, texts)
+        experts = [load_model(expert.path) for expert in ensemble.experts]
+        alone = {
+            f"{name} alone": partial(Outcome.alone, expert=k) for k, name in enumerate(config.expert_names)
+        }
+        after_prompt: list[Float64s] = []
+        totals |= _totals(
+            _noting(after_prompt, forward(experts, texts, starts)),
+            alone | {system.name: system.outcome for system in compared},
         )
-        plot_systems(
-            [(row.system, row.active_experts, row.perplexity, row.prompt_passes) for row in shown],
-            title,
-            directory / "systems.png",
+        sampled_tokens = min(settings.sampled_tokens, max_tokens - settings.prompt_tokens)
+        sampled: list[SampledRow] = []
+        if plain:
+            ids = sample_continuations(
+                experts,
+                [texts[i].ids[: settings.prompt_tokens] for i in plain],
+                np.array(after_prompt)[plain],
+                sampled_tokens,
+                ensemble.vocab_size,
+                config.seed,
+            )
+            own = [
+                Text(texts[i].domain, of, settings.prompt_tokens) for i, of in zip(plain, ids, strict=True)
+            ]
+            prior: dict[Start, Float64s] = {"prior": starts["prior"][plain]}
+            sampled = _pruned(forward(experts, own, prior), [s for s in compared if s.family == DENSE])
+
+        pool = Pool(texts, {expert.name: expert.prior for expert in ensemble.experts})
+        best = min(alone, key=lambda name: pool.excess(totals[name], totals[DENSE])[0])
+        order = [CENTRALIZED, *alone, AVERAGE, RANDOM, *(system.name for system in compared)]
+        first = ensemble.experts[0]
+        report = SeedReport(
+            seed=config.seed,
+            experts=ensemble.expert_names,
+            priors=[expert.prior for expert in ensemble.experts],
+            model=f"{first.architecture}, {first.num_parameters / 1e6:.1f}M parameters",
+            served=default.name,
+            best=best,
+            trained=_trained(config),
+            texts=pool.counts(np.ones(len(texts))),
+            answers=pool.counts(pool.is_answer.astype(np.float64)),
+            tokens=pool.counts(totals[DENSE].tokens),
+            too_short=held_out.too_short,
+            too_long=held_out.too_long,
+            max_tokens=max_tokens,
+            rows=_rows(pool, {name: totals[name] for name in order if name in totals}, compared),
+            differences=_differences(pool, totals, default, best, compared),
+            undefined=undefined,
+            sampled_tokens=sampled_tokens,
+            sampled=sampled,
+            environment=environment(),
         )
-        curves: dict[str, list[tuple[float, float, float]]] = {}
-        for row in report.rows:
-            if row.prune:
-                curves.setdefault(row.family, []).append((row.prune, row.active_experts, row.dropped_max))
-        measured = [(row.prune, row.total_variation, row.standard_error) for row in report.sampled]
-        plot_pruning(curves, measured, title, directory / "pruning.png")
+        (directory / _REPORT).write_text(report.model_dump_json(indent=1) + "\n")
     return report
 
 
-def read_texts(config: TrainConfig, tokenizer: Any, max_tokens: int) -> tuple[list[Text], int]:
-    """Held-out texts that go on after the prompt, cut to ``max_tokens``, by length; and how many do not go on.
+@dataclass
+class _Forward:
+    """Runs models over texts and counts the texts that are done."""
 
-    Raises:
-        TrainingError: an expert has none.
-    """
-    rng = np.random.default_rng(config.seed)
-    settings = config.evaluate
-    found: list[Text] = []
-    too_short = 0
-    for domain, name in enumerate(config.expert_names):
-        texts = read_shard(config, name, "held_out")
-        drawn = rng.permutation(len(texts))[: settings.max_texts]
-        encoded = tokenizer([texts[i] for i in drawn], truncation=True, max_length=max_tokens, verbose=False)
-        mine = [Text(domain, ids) for ids in encoded["input_ids"] if len(ids) > settings.prompt_tokens]
-        if not mine:
-            raise TrainingError(
-                f"no held-out text of {name!r} is longer than evaluate.prompt_tokens, {settings.prompt_tokens}"
-            )
-        too_short += len(drawn) - len(mine)
-        found += mine
-    return sorted(found, key=lambda text: len(text.ids)), too_short
+    batch_size: int
+    vocab_size: int
+    processor: Any
+    num_steps: int
+    progress: Progress
+    done: int = field(default=0, init=False)
+
+    def __call__(
+        self, models: Sequence[Any], texts: Sequence[Text], starts: Mapping[Start, Float64s]
+    ) -> Iterator[Scores]:
+        """``starts``: log weights [N, K] of the routers."""
+        rows_of = scored(models, texts, self.batch_size, self.vocab_size, self.processor)
+        for i, (text, rows) in enumerate(rows_of):
+            yield scores_of(text, rows, {start: log_weights[i] for start, log_weights in starts.items()})
+            self.done += 1
+            self.progress(self.done, self.num_steps)
 
 
-def load_model(directory: Path) -> Any:
-    """The causal language model in ``directory``, fp32, on the GPU where there is one."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-@torch.inference_mode()
-def scored(
-    models: Sequence[Any], texts: Sequence[Text], batch_size: int, vocab_size: int
-) -> Iterator[tuple[Text, Tensor]]:
-    """Each text with the log-probabilities [L - 1, models, V] of its tokens after the first, float32, on the CPU.
-
-    The rows of one batch are held at a time.
-    """
-    for start in range(0, len(texts), batch_size):
-        batch = texts[start : start + batch_size]
-        # Padding is on the right, where no token of the text attends to it.
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text.ids) for text in batch], batch_first=True)
-        rows = [
-            model(input_ids=ids.to(model.device)).logits[:, :-1, :vocab_size].float().log_softmax(-1).cpu()
-            for model in models
-        ]
-        for i, text in enumerate(batch):
-            yield text, torch.stack([row[i, : len(text.ids) - 1] for row in rows], dim=1)
+def _starts(ensemble: Ensemble, tokenizer: Any, texts: Sequence[Text]) -> dict[Start, Float64s]:
+    """Log weights [N, K] that each router gives for the prompts: for their images, if any, and else for their text."""
+    prompts = [tokenizer.decode(text.ids[: text.prompt_tokens], skip_special_tokens=True) for text in texts]
+    starts = {start: load_router(ensemble, start).log_weights(prompts) for start in ROUTERS}
+    with_images = [i for i, text in enumerate(texts) if text.places]
+    for start, router in load_trained_images(ensemble).items():
+        if with_images:
+            starts[start][with_images] = router.log_weights([texts[i].images() for i in with_images])
+    return starts
 
 
-def chosen(text: Text, rows: Tensor) -> NDArray[np.float64]:
-    """Log-probabilities [L - 1, models] of the text's own tokens."""
-    ids = torch.tensor(text.ids[1:])[:, None, None].expand(-1, rows.shape[1], 1)
-    return rows.gather(2, ids)[..., 0].double().numpy()
+def _totals(scores: Iterable[Scores], ways: Mapping[str, Callable[[Scores], Outcome]]) -> dict[str, Totals]:
+    sums: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
+    for of_text in scores:
+        for name, outcome in ways.items():
+            sums[name].append(summed(outcome(of_text)))
+    return {name: Totals.of(rows) for name, rows in sums.items()}
 
 
-def scores_of(
-    text: Text, rows: Tensor, prompt_tokens: int, starts: dict[Start, NDArray[np.float64]]
-) -> Scores:
-    """``rows`` [L - 1, K, V], split after the prompt's tokens; the first token has no row."""
-    own, split = chosen(text, rows), prompt_tokens - 1
-    return Scores(
-        prompt=own[:split].sum(axis=0),
-        tokens=own[split:],
-        rows=rows[split:],
-        ids=torch.tensor(text.ids[prompt_tokens:]),
-        starts=starts,
-    )
+def _noting(after_prompt: list[Float64s], scores: Iterable[Scores]) -> Iterator[Scores]:
+    """``scores``, and in ``after_prompt`` the posterior log weights [K] that each text's prompt leaves."""
+    for of_text in scores:
+        after_prompt.append(log_weights_after(of_text.starts["prior"], of_text.prompt))
+        yield of_text
 
 
-def _row(
-    name: str, total: Totals, dense: Totals, domains: NDArray[np.int64], priors: dict[str, float]
-) -> Row:
-    nats, active, passes, dropped, tokens = total.columns
-    excess = nats - dense.columns[0]
-    share = np.array(list(priors.values())) / sum(priors.values())
-    of = [domains == domain for domain in range(len(priors))]
+def _single_models(
+    config: TrainConfig, ensemble: Ensemble, directory: Path
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Where the models beside the experts are, the average in ``directory``; and why one is not defined."""
+    found: dict[str, Path] = {}
+    undefined: dict[str, str] = {}
+    no_twin = why_no_twin(config)
+    if no_twin is None:
+        found[CENTRALIZED] = config.work_dir / "centralized"
+    else:
+        undefined[CENTRALIZED] = no_twin
+    directory.mkdir()
+    try:
+        average(ensemble.experts, directory)
+        found[AVERAGE] = directory
+    except TrainingError as error:
+        undefined[AVERAGE] = str(error)
+    return found, undefined
 
-    def pooled(values: NDArray[np.float64], counts: NDArray[np.float64]) -> float:
-        return float(share @ [values[mine].sum() / counts[mine].sum() for mine in of])
 
-    each = np.ones(len(domains))
-    by_domain = [nats[mine].sum() / tokens[mine].sum() for mine in of]
-    # Of a ratio of sums over texts, to first order (Cochran, "Sampling Techniques", 1977, ch. 6).
-    variances = [
-        np.square(excess[mine] - excess[mine].sum() / tokens[mine].sum() * tokens[mine]).sum()
-        / tokens[mine].sum() ** 2
-        for mine in of
+def _random_split(split: TrainConfig, texts: Sequence[Text], forward: _Forward) -> Totals:
+    """The default mixture, posterior and velocity, of experts whose documents were dealt out by chance."""
+    ensemble = Ensemble.load(split.ensemble_path)
+    prior = np.tile(log_prior([expert.prior for expert in ensemble.experts]), (len(texts), 1))
+    models = [load_model(expert.path) for expert in ensemble.experts]
+    return _totals(forward(models, texts, {"prior": prior}), {RANDOM: System(DENSE, bayes="full").outcome})[
+        RANDOM
     ]
-    return Row(
-        system=name,
-        family=name,
-        perplexity=math.exp(min(pooled(nats, tokens), 100)),
-        nll=pooled(nats, tokens),
-        nll_by_domain=dict(zip(priors, map(float, by_domain), strict=True)),
-        above_dense=pooled(excess, tokens),
-        standard_error=float(np.sqrt(np.square(share) @ variances)),
-        active_experts=pooled(active, tokens),
-        prompt_passes=pooled(passes, each),
-        dropped_mean=pooled(dropped, each),
-        dropped_max=float(dropped.max()),
-    )
 
 
-def _count(names: list[str], domains: NDArray[np.int64], counts: NDArray[np.float64]) -> dict[str, int]:
-    return {name: int(counts[domains == domain].sum()) for domain, name in enumerate(names)}
+def _pruned(scores: Iterable[Scores], compared: Sequence[System]) -> list[SampledRow]:
+    """Each budget of ``compared`` against none, on texts that the ensemble wrote."""
+    outcomes: dict[float, list[Outcome]] = {system.prune: [] for system in compared}
+    for of_text in scores:
+        for system in compared:
+            outcomes[system.prune].append(system.outcome(of_text))
+    return [compare_pruned(budget, outcomes[0.0], of) for budget, of in outcomes.items() if budget]
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions, date (UTC) and command: kept beside every number."""
-    cpu = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "versions": versions,
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["decar-train", *sys.argv[1:]]),
-    }
+def _rows(pool: Pool, totals: Mapping[str, Totals], compared: Sequence[System]) -> list[Row]:
+    rows = {name: pool.row(name, total, totals[DENSE]) for name, total in totals.items()}
+    for system in compared:
+        rows[system.name].family, rows[system.name].prune = system.family, system.prune
+    return list(rows.values())
+
+
+def _differences(
+    pool: Pool, totals: Mapping[str, Totals], default: System, best: str, compared: Sequence[System]
+) -> list[Difference]:
+    """All that the report states: the default against what it has to beat, clusters against chance, and the gap of
+    every way to weight experts, in two parts."""
+    named = {**totals, BEST: totals[best]}
+    pairs = [(default.name, other) for other in (CENTRALIZED, *TOP_1, AVERAGE, BEST)]
+    pairs.append((DENSE, RANDOM))
+    pairs += [
+        (s.name, other) for s in compared if not s.prune or s is default for other in (DENSE, CENTRALIZED)
+    ]
+    return [
+        Difference(first=first, second=second, nats=nats, standard_error=error)
+        for first, second in dict.fromkeys(pairs)
+        if second in named and first != second
+        for nats, error in [pool.excess(named[first], named[second])]
+    ]
+
+
+def _trained(config: TrainConfig) -> list[Trained]:
+    """The experts, the centralized model and the experts of the random split, as far as there are any."""
+    found = {name: expert_directory(config, name) for name in config.expert_names}
+    if why_no_twin(config) is None:
+        found[CENTRALIZED] = config.work_dir / "centralized"
+    if why_no_random_split(config) is None:
+        split = random_config(config)
+        found |= {f"{RANDOM}: {name}": expert_directory(split, name) for name in config.expert_names}
+    reports = {name: read_expert_report(directory) for name, directory in found.items()}
+    training = config.training
+    return [
+        Trained(
+            model=name,
+            num_parameters=report.num_parameters,
+            documents=report.train_documents,
+            train_tokens=report.train_tokens,
+            steps=report.steps,
+            tokens_per_step=training.batch_size * training.gradient_accumulation * training.sequence_length,
+        )
+        for name, report in reports.items()
+    ]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from decar.training.systems import DENSE
+from decar.training.verdict import CONFIDENCE, Comparison, Gap
 
-_SAME_COST = 0.12  # experts per token; names of points this close share a column
+_SAME_COST = 0.25  # experts per token; names of points this close share a column
 _LINE = 0.034  # height of a name, of the axis
+_DPI = 90  # the pictures travel inside the page
+_COLOURS = {
+    "equivalent within noise": "#55a868",
+    "better": "#4c72b0",
+    "worse": "#c44e52",
+    "not told apart": "#8c8c8c",
+}
 
 
 def plot_systems(points: list[tuple[str, float, float, float]], title: str, path: Path) -> None:
@@ -22,6 +31,8 @@ def plot_systems(points: list[tuple[str, float, float, float]], title: str, path
     for readers, colour in (("few", "#4c72b0"), ("all, or most", "#c44e52")):
         axis.scatter([], [], color=colour, label=f"{readers} experts read the prompt")
     axis.set(xlabel="active experts per token of the continuation", ylabel="perplexity", yscale="log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     axis.set_title(title)
     low, high = axis.get_xlim()
     axis.set_xlim(low, high + 0.45 * (high - low))
@@ -29,7 +40,7 @@ def plot_systems(points: list[tuple[str, float, float, float]], title: str, path
         _name(axis, column)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 
 
@@ -100,7 +111,80 @@ def plot_pruning(
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+
+
+def plot_comparisons(comparisons: Sequence[Comparison], margin: float, title: str, path: Path) -> None:
+    """Each comparison's difference: its interval, its mean, and every seed."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(10, 1.6 + 0.5 * len(comparisons)), layout="constrained")
+    axis.axvspan(-margin, margin, color="#55a868", alpha=0.15, label=f"the margin, ±{margin:g}")
+    axis.axvline(0, color="grey", lw=0.8)
+    for place, comparison in enumerate(comparisons):
+        of, colour = comparison.difference, _COLOURS[comparison.verdict]
+        axis.plot([of.low, of.high], [place, place], color=colour, lw=2.5, alpha=0.6)
+        axis.scatter(of.per_seed, [place] * len(of.per_seed), color=colour, s=14, alpha=0.7)
+        axis.scatter(of.mean, place, color=colour, marker="D", zorder=3)
+        axis.annotate(
+            comparison.verdict,
+            (of.high, place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=colour,
+        )
+    axis.set_yticks(
+        range(len(comparisons)), [f"{c.first}\nagainst {c.second}" for c in comparisons], fontsize=8
+    )
+    axis.invert_yaxis()
+    # The average of experts from scratch is nats away, the margin hundredths.
+    axis.set_xscale("symlog", linthresh=5 * margin)
+    ends = [end for c in comparisons for end in (c.difference.low, c.difference.high)]
+    axis.set_xlim(min(*ends, -margin) * 1.3, max(*ends, margin) * 3)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(title=title, xlabel=f"nats per token, less is better for the first ({CONFIDENCE:.0%} intervals)")
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize="small", loc="lower right")
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+
+
+def plot_gaps(gaps: Sequence[Gap], title: str, path: Path) -> None:
+    """Each system's gap to the centralized model: what estimation loses, and what routing adds or takes."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(10, 1.8 + 0.3 * len(gaps)), layout="constrained")
+    places = range(len(gaps))
+    estimation, routing = ([gap.estimation.mean for gap in gaps], [gap.routing.mean for gap in gaps])
+    axis.barh(
+        places,
+        estimation,
+        color="#4c72b0",
+        alpha=0.8,
+        height=0.6,
+        label="estimation: posterior − centralized",
+    )
+    axis.barh(
+        places,
+        routing,
+        left=estimation,
+        color="#c44e52",
+        alpha=0.8,
+        height=0.35,
+        label="routing: system − posterior",
+    )
+    for place, gap in zip(places, gaps, strict=True):
+        axis.plot([gap.total.low, gap.total.high], [place, place], color="black", lw=1)
+        axis.scatter(gap.total.mean, place, color="black", s=16, zorder=3)
+    axis.scatter([], [], color="black", s=16, label=f"their sum, with its {CONFIDENCE:.0%} interval")
+    axis.axvline(0, color="grey", lw=0.8)
+    axis.set_yticks(places, [gap.system for gap in gaps], fontsize=8)
+    axis.invert_yaxis()
+    axis.set(title=title, xlabel="nats per token more than the centralized model")
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 
 

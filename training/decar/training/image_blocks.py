@@ -149,12 +149,12 @@ def read_image_blocks(
     chats = []
     for shard, file in zip(examples, files, strict=True):
         images = ShardImages(file)
-        for row, (example, sizes) in enumerate(zip(shard, _sizes(file), strict=True)):
+        for row, (example, sizes) in enumerate(zip(shard, image_sizes(file), strict=True)):
             if not sizes:
                 texts.append(_without_images(example, processor.image_token))
                 continue
             assert not isinstance(example, str)
-            ids, labels = render(example, sizes)
+            ids, labels, _ = render(example, sizes)
             if processor.image_token_id in ids[length:]:
                 raise TrainingError(
                     f"the images of the chat that begins with {beginning(example)!r} reach beyond "
@@ -174,8 +174,11 @@ class ImageRenderer:
         self.processor = processor
         self._known: dict[tuple[int, int], list[int]] = {}
 
-    def __call__(self, messages: Messages, sizes: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """The tokens of a chat about images of these (width, height), and their labels; see `render_chat`.
+    def __call__(
+        self, messages: Messages, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[int], list[range]]:
+        """The tokens of a chat about images of these (width, height), their labels (see `render_chat`), and which of
+        the tokens stand for each image.
 
         Raises:
             TrainingError: the chat template cannot render the chat, or not with each image once.
@@ -190,15 +193,16 @@ class ImageRenderer:
         remaining = iter(sizes)
         whole: list[int] = []
         wanted: list[int] = []
+        places: list[range] = []
         for token, label in zip(ids, labels, strict=True):
             if token == image:
-                places = self._places(next(remaining))
-                whole += places
-                wanted += [IGNORED] * len(places)
+                whole += self._places(next(remaining))
+                places.append(range(len(wanted), len(whole)))
+                wanted += [IGNORED] * len(places[-1])
             else:
                 whole.append(token)
                 wanted.append(label)
-        return whole, wanted
+        return whole, wanted, places
 
     def _places(self, size: tuple[int, int]) -> list[int]:
         """The tokens that stand for an image of ``size``."""
@@ -236,7 +240,7 @@ def _without_images(example: str | Messages, image_token: str) -> str | Messages
     return example if isinstance(example, str) else as_parts(example)
 
 
-def _sizes(file: Path) -> Iterator[list[tuple[int, int]]]:
+def image_sizes(file: Path) -> Iterator[list[tuple[int, int]]]:
     """(width, height) of each row's images, which the first bytes of an image say."""
     for rows in read_row_groups(file, [IMAGES_FIELD]):
         for images in rows.column(IMAGES_FIELD).to_pylist():

@@ -6,7 +6,8 @@ Shapes: K experts, T tokens of the continuation, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from decar.router import log_weights_after, prune, top_k
-from decar.router.manifest import Rule, Start
+from decar.router.manifest import Mixing, RouterEntry, Rule, Start
 from decar.router.posterior import Float64s
 
 Bayes = Literal["none", "output", "full"]
@@ -39,6 +40,16 @@ class Scores:
     ids: Tensor
     starts: Mapping[Start, Float64s]
 
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[T, K, V] float32."""
+        return self.rows.exp()
+
+    @cached_property
+    def right(self) -> Float64s:
+        """[T, K], 1 where the token is the one that the expert holds most probable, as greedy decoding chooses it."""
+        return (self.rows.argmax(dim=-1) == self.ids[:, None]).double().numpy()
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -46,15 +57,25 @@ class Outcome:
 
     Args:
         log_probs: [T], nats, of the continuation's tokens.
+        right: [T], the share of its greedy choices that are the text's token: 0 or 1, unless experts are drawn.
+        exact: the share of its greedy continuations that are the text's, every token of it.
         active: [T], experts that ran for each of them.
         prompt_passes: experts that ran over the prompt.
         dropped: posterior mass that pruning released.
     """
 
     log_probs: Float64s
+    right: Float64s
+    exact: float
     active: Float64s
     prompt_passes: int
     dropped: float = 0.0
+
+    @classmethod
+    def alone(cls, scores: Scores, expert: int) -> Outcome:
+        """Of one expert, which no router weights."""
+        right = scores.right[:, expert]
+        return cls(scores.tokens[:, expert], right, float(right.all()), np.ones(len(right)), 1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +89,7 @@ class System:
         experts: keep that many, chosen when the prompt is known.
         prune: total posterior mass that may be released.
         draw: one expert is drawn by the weights after the prompt and decodes alone. In distribution that is the
-            mixture, so the log-probabilities are the mixture's.
+            mixture, so the log-probabilities are the mixture's. Its greedy choices are the drawn expert's.
     """
 
     family: str
@@ -91,16 +112,22 @@ class System:
         if self.experts is not None:
             first = top_k(first, self.experts)
         if self.bayes == "none":
-            log_weights, left = np.tile(first, (num_tokens, 1)), self.prune
+            first, left = prune(first, self.prune)
+            log_weights = np.tile(first, (num_tokens, 1))
         else:
             log_weights, left = posterior_path(first, scores.tokens, self.prune)
         active = np.isfinite(log_weights).sum(axis=1).astype(np.float64)
         # What has to run over the prompt: everything that is asked about it, or will decode.
         passes = num_experts if self.bayes == "full" else int(active[0])
         if self.draw:
+            weights = np.exp(log_weights[0])
+            right, exact = scores.right @ weights, float(scores.right.all(axis=0) @ weights)
             active = np.ones(num_tokens)
+        else:
+            right = greedy_is_right(log_weights, scores, self.rule)
+            exact = float(right.all())
         mixed = mix_tokens if self.rule == "velocity" else mix_logits
-        return Outcome(mixed(log_weights, scores), active, passes, self.prune - left)
+        return Outcome(mixed(log_weights, scores), right, exact, active, passes, self.prune - left)
 
 
 def posterior_path(first: Float64s, tokens: Float64s, budget: float) -> tuple[Float64s, float]:
@@ -133,6 +160,22 @@ def mix_logits(log_weights: Float64s, scores: Scores) -> Float64s:
     return chosen[:, 0].double().numpy()
 
 
+def greedy_is_right(log_weights: Float64s, scores: Scores, rule: Rule) -> Float64s:
+    """[T], 1 where the mixture's most probable token is the text's, from log weights [T, K]."""
+    active = np.isfinite(log_weights)
+    mixed = active.sum(axis=1) > 1
+    right = scores.right[np.arange(len(log_weights)), log_weights.argmax(axis=1)].copy()
+    if mixed.any():
+        where = torch.from_numpy(np.flatnonzero(mixed))
+        of = scores.probabilities if rule == "velocity" else scores.rows
+        of = of if mixed.all() else of[where]
+        weights = torch.from_numpy(np.exp(log_weights[mixed])).to(of.dtype)
+        # Neither rule's normalisation changes which token comes first.
+        best = torch.einsum("tk,tkv->tv", weights, of).argmax(dim=-1)
+        right[mixed] = (best == scores.ids[where]).double().numpy()
+    return right
+
+
 DENSE = "posterior"
 """The ensemble as it is: Bayes' rule from the prior over prompt and output, nothing left out."""
 
@@ -152,3 +195,15 @@ def systems(num_experts: int, prunes: Sequence[float]) -> list[System]:
     found += [System("classifier→posterior", "classifier", "output", prune=budget) for budget in prunes]
     found += [System(f"{router}, logit rule", router, rule="logit") for router in ROUTERS]
     return [*found, System(f"{DENSE}, logit rule", bayes="full", rule="logit")]
+
+
+def served(router: RouterEntry, mixing: Mixing, compared: Sequence[System]) -> System:
+    """The system that a manifest's ``router`` and ``mixing`` make the default: one of ``compared``, or one more."""
+    start: Start
+    if router.kind == "posterior":
+        bayes: Bayes = router.scope
+        start = router.start if router.scope == "output" else "prior"
+    else:
+        bayes, start = "none", router.kind
+    system = System("as served", start, bayes, mixing.rule, mixing.top_k, mixing.prune)
+    return next((other for other in compared if replace(system, family=other.family) == other), system)
