@@ -17,13 +17,22 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    InternVLProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.utils import is_torchvision_available
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 
 from decar.router import Ensemble, EnsembleError, load_trained, load_trained_images
 from decar.router.errors import TrainingError
 from decar.training.blocks import IGNORED, mean_loss
-from decar.training.config import TrainConfig, load_config
+from decar.training.config import IMAGE_TEMPLATE, TrainConfig, load_config
 from decar.training.digits import write_digits
 from decar.training.expert import (
     checkpoints_of,
@@ -429,3 +438,98 @@ def test_experts_that_see_images_differently_are_named(exported: TrainConfig) ->
         EnsembleError, match=r"expert 'prose' reads images, but .*processor_config.json is missing"
     ):
         Ensemble.load(exported.ensemble_path)
+
+
+# ---------------------------------------------------------------------------------------------- other models
+
+
+def save_internvl(directory: Path, videos: Any) -> None:
+    """A tiny InternVL checkpoint, whose images become as many tokens as their shape asks for."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|end|>", "<|pad|>", "<img>", "</img>", "<ctx>", "<video>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([], trainer)
+    names = ("start_image_token", "end_image_token", "context_image_token", "video_token")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        extra_special_tokens=dict(zip(names, special[2:], strict=True)),
+    )
+    fast.chat_template = IMAGE_TEMPLATE.replace("IMAGE_TOKEN", "<ctx>").replace("{{ bos_token }}", "")
+    images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, min_patches=1, max_patches=4)
+    processor = InternVLProcessor(images, fast, videos, 4, chat_template=fast.chat_template)
+    processor.save_pretrained(directory)
+    vision = {**VISION, "image_size": 28, "patch_size": 7}
+    config = AutoConfig.for_model(
+        "internvl",
+        vision_config=vision,
+        text_config={**TEXT, "model_type": "qwen2", "vocab_size": len(fast)},
+        image_token_id=processor.image_token_id,
+        image_seq_length=4,
+    )
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
+
+
+@pytest.mark.skipif(
+    not is_torchvision_available(), reason="transformers' InternVL processor needs torchvision"
+)
+def test_a_checkpoint_of_another_kind_is_trained(tmp_path: Path) -> None:
+    from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+
+    save_internvl(tmp_path / "base", InternVLVideoProcessor())
+    path = write(
+        tmp_path,
+        model={"checkpoint": str(tmp_path / "base")},
+        tokenizer={"path": str(tmp_path / "base")},
+    )
+    image = next(iter((tmp_path / "digits/images").iterdir()))
+    with Image.open(image) as picture:
+        picture.resize((90, 30)).save(image)
+    config = prepared(path)
+    blocks = blocks_of(config)
+    before = build_model(config, "code", blocks.processor.tokenizer)
+    counts = {int((chat.input_ids == blocks.processor.image_token_id).sum()) for chat in blocks.chats}
+    counts |= {
+        int((c.input_ids == blocks.processor.image_token_id).sum()) for c in blocks_of(config, "prose").chats
+    }
+    # A patch of 4 tokens for a square image; three and a thumbnail for one of 90 × 30 pixels.
+    assert {4, 8, 16} <= counts
+    train_expert(config, "code", expert_stage(config, "code"))
+    after, loading = AutoModelForImageTextToText.from_pretrained(
+        config.work_dir / "experts/code", output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    assert after.state_dict().keys() == before.state_dict().keys()
+    assert not torch.equal(after.lm_head.weight, before.lm_head.weight)
+    names = load_file(config.work_dir / "experts/code/model.safetensors").keys()
+    assert "vision_tower.embeddings.cls_token" in names
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    config = prepared(write(tmp_path))
+    base = tmp_path / "base"
+    train_expert(config, "code", expert_stage(config, "code"))
+    shutil.copytree(config.work_dir / "experts/code", base)
+    again = prepared(
+        write(
+            tmp_path,
+            work_dir=str(tmp_path / "adapted"),
+            model={"checkpoint": str(base)},
+            tokenizer={"path": str(base)},
+            training={"lora": {"rank": 4}, "freeze": ["vision_tower"]},
+        )
+    )
+    report = train_expert(again, "prose", expert_stage(again, "prose"))
+    before, after = (
+        AutoModelForImageTextToText.from_pretrained(path).state_dict()
+        for path in (base, again.work_dir / "experts/prose")
+    )
+    assert report.num_parameters == sum(value.numel() for value in before.values())
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in moved
+    assert not any("vision_tower" in name for name in moved)

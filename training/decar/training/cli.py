@@ -42,6 +42,8 @@ app = typer.Typer(
 )
 console = Console()
 _SHOWN_CHARS = 600
+# Of a parameter in training: itself, its gradient and Adam's two moments in fp32.
+_STATE_BYTES = 16
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="the training configuration")]
 Overrides = Annotated[
@@ -55,7 +57,7 @@ DryRun = Annotated[
 @app.command()
 def run(config: ConfigPath, set_: Overrides = None, dry_run: DryRun = False) -> None:
     """All stages, in order; finished ones are not redone."""
-    settings = _load(config, set_)
+    settings = _load(config, set_, check=not dry_run)
     if dry_run:
         _dry_run(settings)
     else:
@@ -80,7 +82,7 @@ def expert(
     Needs its shard, the tokenizer and the configuration. `accelerate launch -m decar.training expert …` trains it in
     several processes.
     """
-    settings = _load(config, set_, name)
+    settings = _load(config, set_, name, check=not dry_run)
     if dry_run:
         _dry_run(settings, name)
     else:
@@ -138,13 +140,20 @@ def main() -> None:
         sys.exit(1)
 
 
-def _load(path: Path, overrides: list[str] | None, only: str | None = None) -> TrainConfig:
-    """The configuration at ``path``, checked; with ``only``, its other experts' models may be on other machines."""
+def _load(
+    path: Path, overrides: list[str] | None, only: str | None = None, check: bool = True
+) -> TrainConfig:
+    """The configuration at ``path``; with ``only``, its other experts' models may be on other machines.
+
+    Args:
+        check: whether models are checked, or whoever calls does that.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     config = load_config(path, overrides)
-    _check_models(config, only)
+    if check:
+        _check_models(config, only)
     if only is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError(
             "several processes train one expert: `accelerate launch -m decar.training expert NAME CONFIG.yaml`; "
@@ -406,13 +415,26 @@ def _average(config: TrainConfig) -> None:
 
 
 def _dry_run(config: TrainConfig, only: str | None = None) -> None:
-    from decar.training.dry_run import Cost, estimate, with_shards
+    from decar.training.dry_run import Cost, count_parameters, estimate, problems, with_shards
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError("--dry-run measures one process; run it without `accelerate launch`")
     console.print(
         yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, soft_wrap=True
     )
+    found = problems(config, only)
+    for line in found:
+        console.print(f"problem: {line}", style="yellow", markup=False, soft_wrap=True)
+    if found:
+        for name in config.expert_names if only is None else [only]:
+            number = count_parameters(config, name)
+            if number is not None:
+                console.print(
+                    f"{name}: {number:,} parameters, {_size(_STATE_BYTES * number)} for weights, gradients and "
+                    "optimiser, if all are trained",
+                    soft_wrap=True,
+                )
+        raise TrainingError(f"this cannot be run ({len(found)} problems); the first: {found[0]}")
     known: dict[str, Cost] = {}
     if only is None:
         with with_shards(config) as shards:

@@ -9,9 +9,10 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decar.router.errors import TrainingError
 from decar.training.blocks import IGNORED
 from decar.training.config import TrainConfig
 from decar.training.expert import (
@@ -32,9 +34,12 @@ from decar.training.expert import (
     read_blocks,
     step_of,
 )
-from decar.training.model import build_model
+from decar.training.features import embedding_files
+from decar.training.model import build_model, check_model, check_weights
 from decar.training.partition import make_partition, partition_stage
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.processor import reads_images
+from decar.training.sources import input_files
+from decar.training.tokenizer import check_given, load_tokenizer, make_tokenizer, tokenizer_stage
 
 _FLOAT_BYTES = 4
 _MEASURED_STEPS = 3  # the first one warms caches
@@ -91,6 +96,45 @@ def with_shards(config: TrainConfig) -> Iterator[TrainConfig]:
         make_partition(draft, partition_stage(draft))
         make_tokenizer(draft, tokenizer_stage(draft))
         yield draft
+
+
+def problems(config: TrainConfig, only: str | None = None) -> list[str]:
+    """What keeps ``config`` from being run before any data are read: wrong models, missing inputs; one line each.
+
+    Args:
+        only: the expert that is to be trained alone, which needs no data files but its shard.
+    """
+
+    needed: list[Callable[[], object]] = []
+    if only is None:
+        needed += [partial(input_files, config.data), partial(check_given, config.tokenizer)]
+        for settings, section in ((config.partition, "partition"), (config.router, "router")):
+            needed += [
+                partial(embedding_files, getattr(settings, field), f"{section}.{field}")
+                for field in ("embedding", "image_embedding")
+            ]
+    needed += [partial(check_model, config, name) for name in ([only] if only else config.expert_names)]
+    needed += [partial(check_weights, config, name) for name in ([only] if only else config.expert_names)]
+    found = []
+    for need in needed:
+        try:
+            need()
+        except TrainingError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
+
+
+def count_parameters(config: TrainConfig, name: str) -> int | None:
+    """Of the checkpoint that expert ``name`` starts from, by its ``config.json`` alone; None where it has none."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    checkpoint = config.model_of(name).get("checkpoint")
+    if checkpoint is None or not (Path(checkpoint) / "config.json").is_file():
+        return None
+    described = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    auto = AutoModelForImageTextToText if reads_images(described) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return int(auto.from_config(described).num_parameters())
 
 
 def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[str, Cost]) -> Estimate:

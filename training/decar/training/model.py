@@ -47,6 +47,19 @@ def check_model(config: TrainConfig, name: str) -> None:
         raise _cannot_be_built(name, error) from None
 
 
+def check_weights(config: TrainConfig, name: str) -> None:
+    """Refuse a checkpoint that has a configuration and no weights.
+
+    Raises:
+        TrainingError: it has none.
+    """
+    checkpoint = config.model_of(name).get("checkpoint")
+    if checkpoint is None or not (Path(checkpoint) / "config.json").is_file():
+        return  # as `check_model` says
+    if not any(Path(checkpoint).glob("*.safetensors")) and not any(Path(checkpoint).glob("*.bin")):
+        raise TrainingError(f"the checkpoint of {name!r}, {checkpoint}, holds no weights (*.safetensors)")
+
+
 def _check_fields(model: Mapping[str, Any], default: Any, where: str) -> None:
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 

@@ -47,17 +47,19 @@ def load_processor(config: TrainConfig, model_config: Any, tokenizer: Any) -> An
 
 
 def _read(directory: Path) -> Any:
-    from transformers import AutoProcessor
+    from transformers import AutoImageProcessor, AutoProcessor
 
     try:
+        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
         # Pillow resizes alike everywhere, torchvision a little differently and not everywhere.
-        processor = AutoProcessor.from_pretrained(directory, local_files_only=True, backend="pil")
+        images = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend="pil")
     except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         raise TrainingError(
             f"no processor can be read from {directory} ({' '.join(str(error).split())})"
         ) from None
     if not hasattr(processor, "image_processor"):
         raise TrainingError(f"the processor in {directory} is none for images and text")
+    processor.image_processor = images
     return processor
 
 

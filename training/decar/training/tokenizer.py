@@ -23,10 +23,7 @@ def tokenizer_stage(config: TrainConfig) -> Stage:
     """
     given = config.tokenizer.path
     if given is not None:
-        if not (given / "tokenizer.json").is_file():
-            raise TrainingError(
-                f"tokenizer.path: {given} holds no tokenizer.json; save a fast tokenizer there"
-            )
+        check_given(config.tokenizer)
         files = sorted(file for file in given.glob("*token*") if file.is_file()) + processor_files(given)
     else:
         files = [shard_file(config, name, "train") for name in config.expert_names]
@@ -34,6 +31,18 @@ def tokenizer_stage(config: TrainConfig) -> Stage:
             if not file.is_file():
                 raise TrainingError(f"{file} is missing; run `decar-train partition` first")
     return Stage(config.work_dir / "tokenizer", fingerprint(config.tokenizer), digest(*files))
+
+
+def check_given(config: TokenizerConfig) -> None:
+    """Refuse a ``config.path`` without a tokenizer.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if config.path is not None and not (config.path / "tokenizer.json").is_file():
+        raise TrainingError(
+            f"tokenizer.path: {config.path} holds no tokenizer.json; save a fast tokenizer there"
+        )
 
 
 def make_tokenizer(config: TrainConfig, stage: Stage) -> None:
