@@ -6,7 +6,6 @@ Knows YAML and `--set`, never what a stage does with a value.
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from decar.router.errors import TrainingError
+from decar.router.errors import TrainingError, did_you_mean
 from decar.router.files import Metric
 from decar.router.manifest import Mixing, RouterEntry, describe_validation_error
 
@@ -328,10 +327,9 @@ class TrainConfig(_Strict):
                     base.pop("checkpoint", None)
                 # A copy, as transformers writes into what it builds a nested configuration from.
                 return copy.deepcopy(base | expert.model)
-        near = difflib.get_close_matches(name, self.expert_names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TrainingError(
-            f"no expert is named {name!r}; the configuration has {', '.join(self.expert_names)}{hint}"
+            f"no expert is named {name!r}; the configuration has {', '.join(self.expert_names)}"
+            + did_you_mean(name, self.expert_names)
         )
 
 
