@@ -162,6 +162,7 @@ def variants() -> dict[str, bytes]:
         "JPEG": encoded(colour, "JPEG"),
         "CMYK": encoded(colour.convert("CMYK"), "JPEG"),
         "turned": encoded(colour, "JPEG", exif=exif),
+        "turned TIFF": encoded(colour, "TIFF", exif=exif),
         "GIF": encoded(colour.quantize(8), "GIF"),
         "WebP": encoded(clear, "WEBP", lossless=True),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import TrainerCallback
+from transformers import LlamaConfig, TrainerCallback
 
 from decar.training.blocks import Blocks
 from decar.training.config import load_config
@@ -119,3 +119,38 @@ def test_what_is_learned_is_marked(write_config: WriteConfig) -> None:
         "def f⟦return⟧ (padding × 3)"
     )
     assert shown(question, question, tokenizer) == "def f"
+
+
+def test_all_that_is_missing_is_named_beside_what_is_known(
+    write_config: WriteConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = tmp_path / "base"
+    LlamaConfig(
+        vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    ).save_pretrained(base)
+    path = write_config(
+        data={"files": [str(tmp_path / "none.jsonl")]},
+        tokenizer={"path": "nowhere"},
+        router={"image_embedding": "nowhere"},
+        experts=[
+            {"name": "code", "model": {"checkpoint": str(base)}},
+            {"name": "prose", "model": {"hiden_size": 1}},
+        ],
+    )
+    assert command(monkeypatch, "run", path, "--dry-run") == 1
+    out, err = capsys.readouterr()
+    assert yaml.safe_load(out[: out.index("\n\n")])["experts"][0]["name"] == "code"
+    problems = [line.removeprefix("problem: ") for line in out.splitlines() if line.startswith("problem: ")]
+    assert problems == [
+        f"data.files: '{tmp_path}/none.jsonl' matches no file",
+        "tokenizer.path: nowhere holds no tokenizer.json; save a fast tokenizer there",
+        "router.image_embedding: nowhere holds no config.json with *.safetensors; save a model there",
+        "model.hiden_size: unknown field of llama; did you mean 'hidden_size'?",
+        f"the checkpoint of 'code', {base}, holds no weights (*.safetensors)",
+    ]
+    # Embeddings and output 2 · 10 · 8, attention 4 · 8 · 8, MLP 3 · 8 · 8, three norms of 8.
+    assert "code: 632 parameters" in out
+    assert err.startswith("error: this cannot be run (5 problems); the first: data.files")

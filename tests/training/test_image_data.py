@@ -106,7 +106,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no image": (
         {"image": "in/text.png", "conversations": said("<image>", "a")},
-        r"image .*text\.png cannot be decoded \(cannot identify image file",
+        r"image .*text\.png cannot be decoded \(it is no PNG, JPEG, .* file",
     ),
     "half": (
         {"image": "in/half.png", "conversations": said("<image>", "a")},

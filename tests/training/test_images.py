@@ -31,8 +31,10 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 
 from decar.router import Ensemble, EnsembleError, load_trained, load_trained_images
 from decar.router.errors import TrainingError
+from decar.router.images import decode_image
 from decar.training.blocks import IGNORED, mean_loss
 from decar.training.config import IMAGE_TEMPLATE, TrainConfig, load_config
+from decar.training.corpus import DocumentWriter
 from decar.training.digits import write_digits
 from decar.training.expert import (
     checkpoints_of,
@@ -43,10 +45,11 @@ from decar.training.expert import (
     train_expert,
 )
 from decar.training.export import export, export_average, export_stage
-from decar.training.image_blocks import ImageBlocks
+from decar.training.image_blocks import ImageBlocks, ShardImages, image_sizes
 from decar.training.model import build_model, check_model
 from decar.training.partition import make_partition, partition_stage, read_examples, shard_file
 from decar.training.router import router_stage, train_router
+from decar.training.sources import Document
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import PROSE, config_writer
 from tests.training.test_apart import COMMAND, DEADLINE_S, assert_equal, weights
@@ -270,6 +273,48 @@ def test_fields_are_checked_within_parts(tmp_path: Path, model: dict[str, Any], 
     config = load_config(write(tmp_path, model={**MODEL, **model}))
     with pytest.raises(TrainingError, match=message):
         check_model(config, "code")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_are_those_of_decoded_images(tmp_path: Path, kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with BytesIO() as buffer:
+        Image.new("RGB", (20, 10)).save(buffer, kind, exif=exif)
+        image = buffer.getvalue()
+    with DocumentWriter(tmp_path / "a.parquet", ("source", "images")) as writer:
+        writer.add(Document("", "a", 0, images=(image,)))
+        writer.add(Document("", "a", 1))
+    decoded = (10, 20) if orientation >= 5 else (20, 10)
+    assert decode_image(image).size == decoded
+    assert list(image_sizes(tmp_path / "a.parquet")) == [[decoded], []]
+    assert ShardImages(tmp_path / "a.parquet")[0] == [image]
+
+
+def test_chats_without_any_image_are_rendered_as_parts(tmp_path: Path) -> None:
+    config = prepared(write(tmp_path))
+    base = tmp_path / "base"
+    train_expert(config, "code", expert_stage(config, "code"))
+    shutil.copytree(config.work_dir / "experts/code", base)
+    template = (
+        "{% for m in messages %}{% for part in m['content'] | selectattr('type', 'equalto', 'image') %}<image>"
+        "{% endfor %}{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}"
+        "{% endfor %}{% endfor %}"
+    )
+    path = write(
+        tmp_path,
+        work_dir=str(tmp_path / "again"),
+        model={"checkpoint": str(base)},
+        tokenizer={"path": str(base), "chat_template": template},
+        data={"files": [str(tmp_path / "code.jsonl")]},
+    )
+    chat = [{"role": "user", "content": "def f"}, {"role": "assistant", "content": "return"}]
+    rows = [{"messages": [*chat, {"role": "user", "content": str(i)}]} for i in range(20)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    blocks = blocks_of(prepared(path))
+    assert blocks.chats == []
+    assert "def freturn" in blocks.processor.tokenizer.decode(blocks.texts.input_ids[0].tolist())
 
 
 # ---------------------------------------------------------------------------------------------- training

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _EMBEDDING_BATCH = 16
+# All that Pillow decodes by itself and people store photographs and drawings in. For some others it calls programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 
 class UnreadableImage(Exception):
@@ -36,15 +38,17 @@ def decode_image(data: bytes) -> Image:
     Raises:
         UnreadableImage: ``data`` cannot be decoded.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        image: Image.Image = Image.open(BytesIO(data))
+        image: Image.Image = Image.open(BytesIO(data), formats=_FORMATS)
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode != "RGB" and image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise UnreadableImage(f"it is no {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]} file") from None
     # Beside its own errors, Pillow lets those of its parsers through: SyntaxError, struct.error, ...
     except Exception as error:
         raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from None
@@ -127,10 +131,12 @@ class ImageEmbeddingFeatures:
         embed = getattr(model, "get_image_features", model)
         with torch.inference_mode():
             output = embed(pixel_values=pixel_values)
-        if isinstance(output, torch.Tensor):
-            return output.double().numpy()
-        vectors = output.get("image_embeds")
-        return (output.pooler_output if vectors is None else vectors).double().numpy()
+        if not isinstance(output, torch.Tensor):
+            vectors = output.get("image_embeds")
+            output = output.get("pooler_output") if vectors is None else vectors
+        if output is None:
+            raise EnsembleError(f"the model in {self.directory} makes no vectors of images; use e.g. CLIP's")
+        return output.double().numpy()
 
 
 def _of_groups(groups: Sequence[Sequence[Image]], embed: Callable[[Sequence[Image]], Float64s]) -> Float64s:

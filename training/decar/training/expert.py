@@ -223,14 +223,13 @@ def read_blocks(
     """
     length = config.training.sequence_length
     examples = [read_examples(config, shard, split) for shard in shards]
-    with_images = has_column(config, shards[0], split, IMAGES_FIELD)
     blocks: Rows
-    if with_images and processor is None:
+    if processor is None and has_column(config, shards[0], split, IMAGES_FIELD):
         raise TrainingError(
             f"the shards of {', '.join(shards)} hold images, which no model of text reads; set model.model_type to an "
             "image-text model, e.g. llava"
         )
-    if with_images:
+    if processor is not None:
         files = [shard_file(config, shard, split) for shard in shards]
         blocks = read_image_blocks(examples, files, processor, length)
     else:
@@ -253,10 +252,10 @@ def make_trainer(config: TrainConfig, model: Any, train: Rows, directory: Path) 
 
     class ResumedTrainer(Trainer):
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            if not (isinstance(self.model, PreTrainedModel) and reads_images(self.model.config)):
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
             # The Trainer takes names as they are on disk, but image-text models save theirs under older ones: it would
             # load nothing, and say so in a warning.
-            if not isinstance(self.model, PreTrainedModel):  # adapters
-                return super()._load_from_checkpoint(resume_from_checkpoint, model)
             saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
             self.model.load_state_dict(saved.state_dict())
 

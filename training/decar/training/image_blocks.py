@@ -20,7 +20,7 @@ from torch import Tensor
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
 from decar.training.blocks import IGNORED, Blocks, beginning, pack, render_chat
-from decar.training.corpus import IMAGES_FIELD, read_row_groups
+from decar.training.corpus import IMAGES_FIELD, read_columns, read_row_groups
 from decar.training.sources import Messages, split_at_images
 
 # A row group is about a megabyte, unless a document alone has more.
@@ -242,6 +242,10 @@ def _without_images(example: str | Messages, image_token: str) -> str | Messages
 
 def image_sizes(file: Path) -> Iterator[list[tuple[int, int]]]:
     """(width, height) of each row's images, which the first bytes of an image say."""
+    if IMAGES_FIELD not in read_columns(file):
+        for rows in read_row_groups(file, ["source"]):
+            yield from ([] for _ in range(len(rows)))
+        return
     for rows in read_row_groups(file, [IMAGES_FIELD]):
         for images in rows.column(IMAGES_FIELD).to_pylist():
             yield [_size(encoded) for encoded in images]
@@ -251,5 +255,6 @@ def _size(encoded: bytes) -> tuple[int, int]:
     from PIL import Image
 
     with Image.open(BytesIO(encoded)) as image:
-        turned = image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+        # TIFF's size is already that of the turned image.
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) >= 5 and image.format != "TIFF"
         return image.size[::-1] if turned else image.size

@@ -224,7 +224,8 @@ def _deal_out(
     # Documents with and without images have nothing in common to compare, so each kind is dealt out evenly.
     for kind in (corpus.with_images, ~corpus.with_images):
         if kind.any():
-            labels[kind] = _name_clusters(_cluster(rows[kind], config), corpus, config, kind)
+            mine = rows if kind.all() else rows[kind]
+            labels[kind] = _name_clusters(_cluster(mine, config), corpus, config, kind)
     progress("clustering", 1, 1)
     return labels, rows[corpus.sampled]
 

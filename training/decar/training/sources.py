@@ -251,7 +251,7 @@ def _from_llava(message: Any, number: int) -> dict[str, Any]:
         raise _BadRow(
             f"field {_CONVERSATIONS_FIELD!r}: message {number} needs a from and a value, both strings"
         )
-    if message.get("from") not in _ROLES:
+    if message.get("from") not in list(_ROLES):  # a list compares with anything, a mapping hashes it
         raise _BadRow(
             f"field {_CONVERSATIONS_FIELD!r}: message {number} is from {message.get('from')!r}, which is none of "
             f"{', '.join(_ROLES)}"
@@ -266,7 +266,7 @@ def _read_images(value: Any, data: DataConfig, file: Path) -> tuple[bytes, ...]:
 
 
 def _read_image(given: Any, data: DataConfig, file: Path) -> bytes:
-    encoded = given.get("bytes") if isinstance(given, dict) else given
+    encoded = given.get("bytes") or given.get("path") if isinstance(given, dict) else given
     if isinstance(encoded, str):
         path = (data.image_dir or file.parent) / encoded
         what = f"image {path}"
