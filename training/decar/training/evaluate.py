@@ -158,7 +158,9 @@ def evaluate(config: TrainConfig, stage: Stage, progress: Progress = lambda done
             totals |= _totals(forward([load_model(path)], texts, {}), way)
         shutil.rmtree(directory / "average", ignore_errors=True)
         if no_split is None:
-            totals[RANDOM] = _random_split(random_config(config), texts, forward)
+            # As the ensemble is served, but that no router can tell by a prompt which of such experts has learned it.
+            alike = System(RANDOM, bayes=default.bayes, rule=default.rule)
+            totals |= _random_split(random_config(config), alike, texts, forward)
         else:
             undefined[RANDOM] = no_split
 
@@ -286,14 +288,14 @@ def _single_models(
     return found, undefined
 
 
-def _random_split(split: TrainConfig, texts: Sequence[Text], forward: _Forward) -> Totals:
-    """The default mixture, posterior and velocity, of experts whose documents were dealt out by chance."""
+def _random_split(
+    split: TrainConfig, system: System, texts: Sequence[Text], forward: _Forward
+) -> dict[str, Totals]:
+    """``system`` with experts whose documents were dealt out by chance."""
     ensemble = Ensemble.load(split.ensemble_path)
     prior = np.tile(log_prior([expert.prior for expert in ensemble.experts]), (len(texts), 1))
     models = [load_model(expert.path) for expert in ensemble.experts]
-    return _totals(forward(models, texts, {"prior": prior}), {RANDOM: System(DENSE, bayes="full").outcome})[
-        RANDOM
-    ]
+    return _totals(forward(models, texts, {"prior": prior}), {system.name: system.outcome})
 
 
 def _pruned(scores: Iterable[Scores], compared: Sequence[System]) -> list[SampledRow]:
@@ -318,8 +320,7 @@ def _differences(
     """All that the report states: the default against what it has to beat, clusters against chance, and the gap of
     every way to weight experts, in two parts."""
     named = {**totals, BEST: totals[best]}
-    pairs = [(default.name, other) for other in (CENTRALIZED, *TOP_1, AVERAGE, BEST)]
-    pairs.append((DENSE, RANDOM))
+    pairs = [(default.name, other) for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, BEST)]
     pairs += [
         (s.name, other) for s in compared if not s.prune or s is default for other in (DENSE, CENTRALIZED)
     ]

@@ -97,14 +97,13 @@ def verdict(difference: Estimate, margin: float) -> Verdict:
 def comparisons(seeds: Sequence[SeedReport], margin: float) -> list[Comparison]:
     """What the ensemble has to be held against, as far as it is defined."""
     served = seeds[0].served
-    pairs = [(served, CENTRALIZED), (DENSE, RANDOM), *((served, other) for other in (*TOP_1, AVERAGE, BEST))]
     found = []
-    for first, second in pairs:
-        difference = _over_seeds(seeds, first, second)
+    for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, BEST):
+        difference = _over_seeds(seeds, served, other)
         if difference is not None:
             found.append(
                 Comparison(
-                    first=first, second=second, difference=difference, verdict=verdict(difference, margin)
+                    first=served, second=other, difference=difference, verdict=verdict(difference, margin)
                 )
             )
     return found
