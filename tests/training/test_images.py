@@ -45,6 +45,7 @@ from decar.training.expert import (
     train_expert,
 )
 from decar.training.export import export, export_average, export_stage
+from decar.training.held_out import load_model, read_texts, scored, scores_of
 from decar.training.image_blocks import ImageBlocks, ShardImages, image_sizes
 from decar.training.model import build_model, check_model
 from decar.training.partition import make_partition, partition_stage, read_examples, shard_file
@@ -433,6 +434,38 @@ def test_an_ensemble_of_image_experts(exported: TrainConfig) -> None:
     # Clusters of what the router looks at are told apart nearly always.
     assert right > 0.9 * (len(pictures) + len(others))
     assert load_trained(ensemble)["classifier"].log_weights(["the whale"]).shape == (1, 2)
+
+
+def test_held_out_answers_are_scored_after_their_images(exported: TrainConfig) -> None:
+    """In padded batches with other texts' images, as alone; and an answer is right where greedy decoding gives it."""
+    tokenizer = load_tokenizer(exported.work_dir / "tokenizer")
+    processor = expert_processor(exported, "code", tokenizer)
+    held_out = read_texts(exported, tokenizer, 64, processor)
+    assert {len(text.places) for text in held_out.texts} == {0, 1, 2}
+    model = load_model(Ensemble.load(exported.ensemble_path).experts[0].path)
+    for text, rows in scored([model], held_out.texts, 4, len(tokenizer), processor):
+        ids, images = torch.tensor([text.ids]), text.images()
+        inputs = {}
+        if images:
+            inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            alone = model(input_ids=ids, **inputs).logits[0, :-1].log_softmax(dim=-1)
+            written = model.generate(
+                input_ids=ids[:, : text.prompt_tokens],
+                **inputs,
+                do_sample=False,
+                max_new_tokens=len(text.ids) - text.prompt_tokens,
+            )
+        # float32 sums over 32 features in another order, of logits below 10
+        torch.testing.assert_close(rows[:, 0], alone, atol=1e-4, rtol=0)
+        places = (ids[0] == processor.image_token_id).nonzero().flatten().tolist()
+        assert places == [i for place in text.places for i in place]
+        assert len(places) == IMAGE_TOKENS * len(images)
+        scores = scores_of(text, rows, {})
+        said = [float(alone[i - 1, text.ids[i]]) for i in range(1, text.prompt_tokens) if i not in places]
+        assert scores.prompt[0] == pytest.approx(sum(said), abs=1e-3)
+        if text.is_answer:
+            assert bool(scores.right[:, 0].all()) == (written[0].tolist() == text.ids)
 
 
 def test_image_experts_can_be_averaged(exported: TrainConfig) -> None:
