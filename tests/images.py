@@ -214,7 +214,7 @@ class ImageReference:
     places: tuple[int, ...]  # ids of the tokens that stand for images
 
     @classmethod
-    def load(cls, directory: Path) -> ImageReference:
+    def load(cls, directory: Path, kind: Kind = "llava") -> ImageReference:
         manifest = json.loads((directory / "ensemble.json").read_text())
         entries = manifest["experts"]
         paths = [directory / entry["path"] for entry in entries]
@@ -230,7 +230,7 @@ class ImageReference:
                 for path in paths
             ),
             processor,
-            tuple(processor.tokenizer.convert_tokens_to_ids(list(PLACES[manifest["name"]]))),
+            tuple(processor.tokenizer.convert_tokens_to_ids(list(PLACES[kind]))),
         )
 
     def encode(self, images: Sequence[Image.Image], text: str) -> dict[str, torch.Tensor]:

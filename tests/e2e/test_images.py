@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from decar.router import Ensemble, load_trained_images
 from decar.router.features import TfidfFeatures
 from decar.router.files import Centroids, Classifier, TrainedRouter, write_router
 from decar.router.images import PixelFeatures
+from decar.training.digits import write_digits
 from tests.helpers import EXACT, Server, assert_error
 from tests.images import ImageReference, data_url, digit_images, image_chat, make_image_ensemble
 from tests.reference import Decoded
@@ -97,14 +102,15 @@ def case(
     images: Sequence[Image.Image],
     text: str,
     weights: Sequence[float] | None = None,
+    posterior: bool = True,
 ) -> Case:
+    """Decoded from ``weights`` (default: those that the prompt leaves), which the answer moves on if ``posterior``."""
     inputs = reference.encode(images, text)
     if weights is None:
         log_weights = reference.prompt_log_weights(inputs)
     else:
         log_weights = torch.tensor(weights).double().log()
-    answer = reference.decode(inputs, log_weights, MAX_TOKENS, posterior=weights is None)
-    return Case(images, text, inputs, answer)
+    return Case(images, text, inputs, reference.decode(inputs, log_weights, MAX_TOKENS, posterior))
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +170,8 @@ async def test_answers_about_images_are_the_mixtures(digits_server: Server, case
 async def test_internvl(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Another kind of model, which puts marks around an image's places."""
     directory = tmp_path_factory.mktemp("images")
-    reference = ImageReference.load(make_image_ensemble(directory / "internvl", (0.4, 0.6), "internvl"))
+    path = make_image_ensemble(directory / "internvl", (0.4, 0.6), "internvl")
+    reference = ImageReference.load(path, "internvl")
     asked = [case(reference, [picture], QUESTIONS[0]) for picture in digit_images(8)]
     clear = [one for one in asked if one.answer.margin > MARGIN]
     assert len(clear) >= 3
@@ -184,7 +191,7 @@ async def test_an_image_weighs_the_experts(cases: list[Case]) -> None:
 
 
 async def test_fixed_weights(digits: ImageReference, digits_server: Server, cases: list[Case]) -> None:
-    expected = [case(digits, one.images, one.text, (0.5, 0.5)) for one in cases[:6]]
+    expected = [case(digits, one.images, one.text, (0.5, 0.5), posterior=False) for one in cases[:6]]
     clear = [one for one in expected if one.answer.margin > MARGIN]
     assert clear
     decar = {"weights": {"expert0": 1.0, "expert1": 1.0}}
@@ -302,3 +309,47 @@ def test_text_only_models_refuse_images(duo_server: Server) -> None:
         client.chat.completions.create(
             model="duo", messages=image_chat(digit_images(1)[0], "What?"), max_tokens=1
         )
+
+
+# ---------------------------------------------------------------------------------------------- trained experts
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> ImageReference:
+    """configs/digits.yaml with a tenth of its steps on a fifth of its images."""
+    directory = tmp_path_factory.mktemp("trained")
+    write_digits(directory / "data", limit=360)
+    settings = {
+        "work_dir": directory / "run",
+        "data.files": f"[{directory}/data/train.jsonl]",
+        "training.max_steps": 120,
+        "training.save_steps": 120,
+    }
+    command = [sys.executable, "-m", "decar.training", "run", "configs/digits.yaml"]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    repository = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return ImageReference.load(directory / "run/ensemble")
+
+
+async def test_trained_experts_answer_as_their_mixture(trained: ImageReference, tmp_path: Path) -> None:
+    """From the data to the answer, as a user goes: a router looks at the image, and the answer moves its weights on."""
+    pictures = digit_images(12)
+    router = load_trained_images(Ensemble.load(trained.directory))["classifier"]
+    starts = np.exp(router.log_weights([[picture] for picture in pictures]))
+    assert starts.std(axis=0).max() > 0.1  # images of either expert's
+    asked = [
+        case(trained, [picture], QUESTIONS[i % 2], weights.tolist())
+        for i, (picture, weights) in enumerate(zip(pictures, starts, strict=True))
+    ]
+    clear = [one for one in asked if one.answer.margin > MARGIN]
+    assert len(clear) >= 3
+    server = Server.start(trained.directory, tmp_path / "log", ("--dtype", "float32", "--enforce-eager"))
+    try:
+        for choice, one in zip(await ask(server, clear, None, "digits"), clear, strict=True):
+            check(choice, one.answer)
+        assert server.stop() == 0, server.log_tail()
+    finally:
+        server.kill()

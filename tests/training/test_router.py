@@ -160,6 +160,18 @@ def test_done_until_what_it_depends_on_changes(prepared: TrainConfig, write_conf
         router_stage(load_config(write_config(), ["seed=1"]))
 
 
+def test_a_large_corpus_is_thinned_out(prepared: TrainConfig, write_config: WriteConfig) -> None:
+    """Memory follows the sample; every shard keeps its share."""
+    counts = [len(read_shard(prepared, name, "train")) for name in prepared.expert_names]
+    config = load_config(
+        write_config(), [f"router.sample={sum(counts) // 4}", "router.prefixes_per_document=2"]
+    )
+    report = train_router(config, router_stage(config))
+    step = -(-sum(counts) // config.router.sample)
+    assert step >= 4
+    assert report.train_prefixes == 2 * sum(-(-count // step) for count in counts)
+
+
 def test_a_seed_gives_one_router(prepared: TrainConfig) -> None:
     directory = prepared.work_dir / "router"
     files = []

@@ -7,6 +7,9 @@ DecarError                 anything a user can mend; `message` names the thing a
 └── TrainingError          a training configuration or data set that cannot be used
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class DecarError(Exception):
     """A problem the user can mend. Its text is shown as it is, without a traceback."""
@@ -35,3 +38,13 @@ class StartError(DecarError):
 
 class TrainingError(DecarError):
     """A training configuration or data set that cannot be used."""
+
+
+def did_you_mean(word: object, *known: Iterable[str]) -> str:
+    """``"; did you mean 'prior'?"`` for a ``word`` near one of ``known``, of which the first with a near one counts;
+    nothing for any other."""
+    for names in known:
+        near = difflib.get_close_matches(str(word), list(names), n=1)
+        if near:
+            return f"; did you mean {near[0]!r}?"
+    return ""

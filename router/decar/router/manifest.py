@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from decar.router.errors import EnsembleError
+from decar.router.errors import EnsembleError, did_you_mean
 from decar.router.files import router_problems
 
 MANIFEST_NAME = "ensemble.json"
@@ -275,20 +274,13 @@ def describe_validation_error(error: pydantic.ValidationError, model: type[BaseM
     where = ".".join(str(part) for part in first["loc"]) or model.__name__
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        message = "unknown field"
-        name = str(first["loc"][-1])
         # A field of the same section first: another section's near name would lead astray.
-        near = difflib.get_close_matches(name, _names_at(model, first["loc"][:-1]), n=1) or (
-            difflib.get_close_matches(name, _field_names(model), n=1)
-        )
-        if near:
-            message += f"; did you mean {near[0]!r}?"
+        known = _names_at(model, first["loc"][:-1]), _field_names(model)
+        message = "unknown field" + did_you_mean(first["loc"][-1], *known)
     elif first["type"] == "literal_error":
         message += f" (got {first['input']!r})"
         choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        near = difflib.get_close_matches(str(first["input"]), choices, n=1)
-        if near:
-            message += f"; did you mean {near[0]!r}?"
+        message += did_you_mean(first["input"], choices)
     elif "input" in first and isinstance(first["input"], str | int | float | bool):
         message += f" (got {first['input']!r})"
     return f"{where}: {message}"

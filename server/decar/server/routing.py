@@ -5,7 +5,6 @@ K experts, T tokens.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from contextvars import ContextVar
@@ -17,7 +16,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool
 
 from decar.router import Ensemble, active_experts, available_routers, log_prior
-from decar.router.errors import RequestError
+from decar.router.errors import RequestError, did_you_mean
 from decar.router.manifest import Route, Rule, Scope, Start, Trained, describe_validation_error
 
 Sampling = Literal["mixture", "draw"]
@@ -214,10 +213,9 @@ def _explicit(ensemble: Ensemble, weights: dict[str, float]) -> np.ndarray:
     names = ensemble.expert_names
     for name, weight in weights.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the experts are {', '.join(map(repr, names))}"
+            hint = did_you_mean(name, names) or f"; the experts are {', '.join(map(repr, names))}"
             raise RequestError(
-                f"decar.weights names {name!r}, which is no expert of {ensemble.name!r}; {hint}",
+                f"decar.weights names {name!r}, which is no expert of {ensemble.name!r}{hint}",
                 "decar.weights",
             )
         if not math.isfinite(weight) or weight < 0:

@@ -6,7 +6,6 @@ Knows YAML and `--set`, never what a stage does with a value.
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from decar.router.errors import TrainingError
+from decar.router.errors import TrainingError, did_you_mean
 from decar.router.files import Metric
 from decar.router.manifest import Mixing, RouterEntry, describe_validation_error
 
@@ -211,6 +210,9 @@ class RouterConfig(RouterEntry):
     image_side: int = Field(default=16, gt=0, le=256, description="pixels")
     num_features: int = Field(default=20_000, gt=0)
     num_components: int = Field(default=64, gt=0)
+    sample: int = Field(
+        default=20_000, gt=0, description="documents it is fitted to, all where there are no more"
+    )
     prefixes_per_document: int = Field(default=4, gt=0, description="lengths are drawn log-uniformly")
     centroid_metric: Metric = "cosine"
 
@@ -325,10 +327,9 @@ class TrainConfig(_Strict):
                     base.pop("checkpoint", None)
                 # A copy, as transformers writes into what it builds a nested configuration from.
                 return copy.deepcopy(base | expert.model)
-        near = difflib.get_close_matches(name, self.expert_names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TrainingError(
-            f"no expert is named {name!r}; the configuration has {', '.join(self.expert_names)}{hint}"
+            f"no expert is named {name!r}; the configuration has {', '.join(self.expert_names)}"
+            + did_you_mean(name, self.expert_names)
         )
 
 

@@ -6,7 +6,6 @@ A causal language model, or an image-text model, whose language model and vision
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from decar.router.errors import TrainingError
+from decar.router.errors import TrainingError, did_you_mean
 from decar.training.config import LoraConfig, TrainConfig
 from decar.training.processor import load_processor, reads_images
 
@@ -38,7 +37,7 @@ def check_model(config: TrainConfig, name: str) -> None:
     kind = model["model_type"]
     if kind not in CONFIG_MAPPING:
         raise TrainingError(
-            f"model.model_type: transformers has no {kind!r}{_did_you_mean(kind, CONFIG_MAPPING)}"
+            f"model.model_type: transformers has no {kind!r}{did_you_mean(kind, CONFIG_MAPPING)}"
         )
     _check_fields(model, CONFIG_MAPPING[kind](), "model")
     try:
@@ -69,7 +68,7 @@ def _check_fields(model: Mapping[str, Any], default: Any, where: str) -> None:
         # transformers keeps a field it does not know and then never reads it.
         if field not in known:
             raise TrainingError(
-                f"{where}.{field}: unknown field of {default.model_type}{_did_you_mean(field, known)}"
+                f"{where}.{field}: unknown field of {default.model_type}{did_you_mean(field, known)}"
             )
         part = getattr(default, field, None)
         if not isinstance(part, PreTrainedConfig):
@@ -79,18 +78,13 @@ def _check_fields(model: Mapping[str, Any], default: Any, where: str) -> None:
         kind = value.get("model_type", part.model_type)
         if kind not in CONFIG_MAPPING:
             raise TrainingError(
-                f"{where}.{field}.model_type: transformers has no {kind!r}{_did_you_mean(kind, CONFIG_MAPPING)}"
+                f"{where}.{field}.model_type: transformers has no {kind!r}{did_you_mean(kind, CONFIG_MAPPING)}"
             )
         _check_fields(value, CONFIG_MAPPING[kind](), f"{where}.{field}")
 
 
 def _cannot_be_built(name: str, error: Exception) -> TrainingError:
     return TrainingError(f"the model of {name!r} cannot be built ({' '.join(str(error).split())})")
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def model_config(config: TrainConfig, name: str, tokenizer: Any) -> Any:
@@ -181,7 +175,7 @@ def _freeze(model: Any, modules: Iterable[str]) -> None:
         if not mine:
             parts = {part for name, _ in model.named_parameters() for part in name.split(".")[:-1]}
             raise TrainingError(
-                f"training.freeze: the model has no module {module!r}{_did_you_mean(module, parts)}"
+                f"training.freeze: the model has no module {module!r}{did_you_mean(module, parts)}"
             )
         for parameter in mine:
             parameter.requires_grad = False

@@ -9,7 +9,7 @@ Shapes: N prefixes, K experts, D features.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,8 +40,8 @@ from decar.training.features import embedding_files, fit_features, fit_pixels
 from decar.training.partition import (
     check_marker,
     has_column,
+    iter_shard,
     partition_fingerprint,
-    read_shard,
     shard_file,
 )
 from decar.training.stages import Stage, digest, fingerprint
@@ -261,27 +261,30 @@ def _texts(config: TrainConfig) -> tuple[list[str], Labels, list[list[str]]]:
     """(training texts, their experts, each expert's held-out texts): those without images, if every expert has some.
 
     What is said of an image says little of whose it is, but in a corpus of images it is all that a text can go by.
+    Of a large corpus they are a sample: every n-th document of every shard.
     """
-    pairs = [
-        [_texts_without_images(config, name, split) for name in config.expert_names]
-        for split in ("train", "held_out")
-    ]
-    if not all(texts for shards in pairs for texts in shards):
-        pairs = [
-            [read_shard(config, name, split) for name in config.expert_names]
-            for split in ("train", "held_out")
-        ]
-    train, held_out = pairs
+    train, held_out = (_sampled(config, split, _texts_without_images) for split in ("train", "held_out"))
+    if not all([*train, *held_out]):
+        train, held_out = (_sampled(config, split, iter_shard) for split in ("train", "held_out"))
     labels = np.repeat(np.arange(len(train)), [len(texts) for texts in train])
     return [text for shard in train for text in shard], labels, held_out
 
 
-def _texts_without_images(config: TrainConfig, name: str, split: str) -> list[str]:
-    texts = read_shard(config, name, split)
+def _sampled(
+    config: TrainConfig, split: str, read: Callable[[TrainConfig, str, str], Iterator[str]]
+) -> list[list[str]]:
+    """Each expert's texts, thinned out alike, to ``router.sample`` in all."""
+    counts = [sum(1 for _ in read(config, name, split)) for name in config.expert_names]
+    step = max(-(-sum(counts) // config.router.sample), 1)
+    return [list(islice(read(config, name, split), None, None, step)) for name in config.expert_names]
+
+
+def _texts_without_images(config: TrainConfig, name: str, split: str) -> Iterator[str]:
+    texts = iter_shard(config, name, split)
     if not has_column(config, name, split, IMAGES_FIELD):
         return texts
-    groups = _encoded(config, name, split)
-    return [text for text, images in zip(texts, groups, strict=True) if not images]
+    pairs = zip(texts, _encoded(config, name, split), strict=True)
+    return (text for text, images in pairs if not images)
 
 
 def _fit_images(config: TrainConfig) -> tuple[Fitted[Sequence[Image]] | None, ImageReport | None]:
@@ -297,7 +300,7 @@ def _fit_images(config: TrainConfig) -> tuple[Fitted[Sequence[Image]] | None, Im
     if settings.image_embedding is not None:
         features = ImageEmbeddingFeatures(settings.image_embedding)
     else:
-        step = -(-sum(counts["train"]) // config.partition.sample)
+        step = -(-sum(counts["train"]) // config.router.sample)
         groups = (group for name in names for group in _encoded(config, name, "train") if group)
         images = ([decode_image(image) for image in group] for group in islice(groups, None, None, step))
         features = fit_pixels(images, settings.image_side, settings.num_components, config.seed)

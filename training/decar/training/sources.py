@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import glob
 import json
 import random
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from decar.router.errors import TrainingError
+from decar.router.errors import TrainingError, did_you_mean
 from decar.router.images import UnreadableImage, decode_image
 from decar.training.config import DataConfig, DocumentConfig
 
@@ -388,8 +387,8 @@ _ROW_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
 def _no_field(name: str, setting: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(map(str, names)) or 'none'}"
+    names = list(names)
+    hint = did_you_mean(name, names) or f"; it has {', '.join(map(str, names)) or 'none'}"
     return f"no field {name!r} ({setting}){hint}"
 
 
