@@ -9,6 +9,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.middleware import Middleware
+from starlette.types import Message, Receive, Scope, Send
 
 from decar.router import Ensemble
 from decar.server import api
@@ -83,6 +84,27 @@ async def test_a_stream_says_it_once_and_traces_each_chunk(ensemble: Ensemble, t
     assert [chunk.get("decar", {}).get("leader") for chunk in chunks] == ["prose", None]
     traced = [chunk["choices"][0].get("decar", {}).get("weights") for chunk in chunks]
     assert traced == ([[[0.0, 1.0]], [[0.1, 0.9], [0.1, 0.9]]] if trace else [None, None])
+
+
+async def test_a_stream_begins_before_its_first_event(ensemble: Ensemble) -> None:
+    sent: list[Message] = []
+
+    async def stream_later(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        assert [message["type"] for message in sent] == ["http.response.start"]
+        await send({"type": "http.response.body", "body": b'data: {"choices":[]}\n\n'})
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    await api.DecarMiddleware(stream_later, ensemble)(scope, receive, send)
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert b'"decar"' in sent[1]["body"]
 
 
 async def test_a_bad_decar_is_refused_before_the_app_sees_it(ensemble: Ensemble) -> None:

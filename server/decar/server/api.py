@@ -156,7 +156,7 @@ class _Annotated:
     def __init__(self, call: Call, send: Send):
         self._call = call
         self._send = send
-        self._start: Message | None = None  # held back until the first part of the body is there
+        self._start: Message | None = None  # of a JSON body, held back until its length is known
         self._stream = False
         self._summary_sent = False
 
@@ -164,21 +164,21 @@ class _Annotated:
         if message["type"] == "http.response.start" and message["status"] == 200:
             headers = dict(message["headers"])
             self._stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-            self._start = message
-            return
-        if message["type"] != "http.response.body" or (self._start is None and not self._stream):
-            return await self._send(message)
-        body = message.get("body", b"")
-        body = self._event(body) if self._stream else self._object(body)
-        if self._start is not None:
+            if not self._stream:  # a stream's client reads the headers while the engines compute
+                self._start = message
+                return
+        elif message["type"] == "http.response.body" and self._stream:
+            message = {**message, "body": self._event(message.get("body", b""))}
+        elif message["type"] == "http.response.body" and self._start is not None:
             start, self._start = self._start, None
-            if not self._stream:
-                start["headers"] = [
-                    (name, str(len(body)).encode() if name == b"content-length" else value)
-                    for name, value in start["headers"]
-                ]
+            body = self._object(message.get("body", b""))
+            message = {**message, "body": body}
+            start["headers"] = [
+                (name, str(len(body)).encode() if name == b"content-length" else value)
+                for name, value in start["headers"]
+            ]
             await self._send(start)
-        await self._send({**message, "body": body})
+        await self._send(message)
 
     def _object(self, body: bytes) -> bytes:
         if not body.startswith(b"{"):

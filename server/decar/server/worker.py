@@ -23,7 +23,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from decar.server.lockstep import Lockstep, Turn
 from decar.server.plane import DIRECTORY, Plane
-from decar.server.seat import Member, PromptRows, Seat
+from decar.server.seat import Member, PromptRows, Seat, take_long_slices
 from decar.server.transport import transport_of
 
 if current_platform.is_cpu():
@@ -58,6 +58,7 @@ class LockstepWorker(_Worker):
         if seat.cpus:
             torch.set_num_threads(len(seat.cpus))  # before the base class disables it
             os.sched_setaffinity(0, seat.cpus)
+            take_long_slices()
         super().init_device()
         plane = Plane.attach(seat.plane)
         self.lockstep = Lockstep(plane, seat.expert, transport_of(plane, seat.expert, self.device))
