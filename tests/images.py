@@ -239,7 +239,11 @@ class ImageReference:
         rendered = self.processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True
         )
-        return dict(self.processor(text=[rendered], images=list(images) or None, return_tensors="pt"))
+        # As for every chat: the template has put the special tokens that there are to be.
+        inputs = self.processor(
+            text=[rendered], images=list(images) or None, add_special_tokens=False, return_tensors="pt"
+        )
+        return dict(inputs)
 
     def is_text(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Which tokens [T] of a prompt were written by somebody."""
