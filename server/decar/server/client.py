@@ -145,6 +145,8 @@ class EnsembleClient(EngineClient):
         for router in self._routers.values():
             router.log_weights(["what loads on first use, loads before the first request"])
         self._image_routers = load_trained_images(ensemble)
+        for image_router in self._image_routers.values():
+            image_router.log_weights([[]])  # as above: no images are enough for the model to load
         if self._image_routers:
             keep_images(self.renderer)
         self._running: dict[
