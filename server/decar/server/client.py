@@ -410,9 +410,10 @@ class EnsembleClient(EngineClient):
         return weights
 
     def _leader(self, log_weights: np.ndarray, active: list[int]) -> int:
-        """The expert with the largest weight; among equals, the one that leads the fewest requests."""
+        """The expert with the largest weight; among equals, the one that leads most requests already: the gateway then
+        hears from one engine a step, and the others have nothing to sample."""
         leads = self.leads()
-        return max(active, key=lambda k: (round(float(log_weights[k]), 9), -leads[k]))
+        return max(active, key=lambda k: (round(float(log_weights[k]), 9), leads[k]))
 
     def _in_order(self, active: list[int], leader: int) -> list[int]:
         """Followers first: they have nothing to do for the leader that it could not do meanwhile. But last whoever

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from vllm.platforms import current_platform
 from vllm.v1.executor import uniproc_executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.outputs import SamplerOutput
 
 from decar.server.lockstep import Lockstep, Turn
 from decar.server.plane import DIRECTORY, Plane
@@ -129,10 +130,15 @@ class LockstepWorker(_Worker):
             batch.generators.update(spared)
 
     def _sample_in_lockstep(self, logits: torch.Tensor, spec_decode_metadata: Any) -> Any:
-        output = self._sample(logits, spec_decode_metadata)
+        lockstep = self.lockstep
+        if self._only_follows(len(logits)):
+            nothing = torch.zeros(len(logits), 1, dtype=torch.int32, device=logits.device)
+            output = SamplerOutput(nothing, logprobs_tensors=None)
+        else:
+            output = self._sample(logits, spec_decode_metadata)
         if not self._turns:
             return output
-        lockstep, tokens = self.lockstep, output.sampled_token_ids
+        tokens = output.sampled_token_ids
         if self._ready:
             lockstep.publish(self._ready, tokens[[turn.row for turn in self._ready], 0].tolist())
         followed = [
@@ -149,6 +155,12 @@ class LockstepWorker(_Worker):
             if id(turn) not in decided:
                 self.model_runner.discard_request_mask.np[turn.row] = True
         return output
+
+    def _only_follows(self, rows: int) -> bool:
+        """Whether others decide all of this step's ``rows``, and no sampler here has to keep up to lead them later."""
+        return rows == len(self._turns) and not any(
+            turn.leader == self.lockstep.expert or turn.member.may_release for turn in self._turns.values()
+        )
 
     def _take_turns(self, scheduler_output: SchedulerOutput) -> dict[str, Turn]:
         """Turns of this step: shared requests whose last known token is computed in it."""
