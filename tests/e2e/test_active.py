@@ -320,3 +320,11 @@ def test_options_that_do_not_go_together_are_refused(duo_server: Server, duo: Re
     ):
         body = {"model": duo.name, "prompt": [5], "max_tokens": 1, "decar": decar}
         assert_error(duo_server.http.post("/v1/completions", json=body), 400, word)
+
+
+async def test_one_of_equal_experts_leads_all(duo_server: Server, duo: Reference) -> None:
+    wait_until(duo_server.is_idle, 30, "nobody leads anything")
+    prompts = [duo.encode(text) for text in prompt_texts(6)]
+    equal = {"weights": dict.fromkeys(duo.experts, 0.5), "trace": True}
+    found = await complete_all(duo_server, duo.name, prompts, equal, max_tokens=8)
+    assert len({leader for answer, _ in found for leader in answer.leaders}) == 1

@@ -44,3 +44,16 @@ def test_counters_are_those_of_the_ensemble_and_vllms_are_still_there(duo_server
         assert duo_server.metric(f"decar:{name}_total") == [of[name] for of in lockstep]
     assert duo_server.metric("decar:expert_up") == [1, 1]
     assert len(duo_server.metric("vllm:generation_tokens_total")) == 2
+
+
+async def test_statistics_that_travel_now_and_then_lose_nothing(duo_server: Server, duo: Reference) -> None:
+    wait_until(duo_server.is_idle, 30, "nothing of other tests is counted below")
+    before = duo_server.metric("vllm:prefix_cache_queries_total")
+    prompts = [duo.encode(text) for text in prompt_texts(8)]
+    await complete_all(
+        duo_server, duo.name, prompts, {"weights": dict.fromkeys(duo.experts, 0.5)}, max_tokens=TOKENS
+    )
+    wait_until(duo_server.is_idle, 30, "the last step tells what is left")
+    after = duo_server.metric("vllm:prefix_cache_queries_total")
+    asked = sum(map(len, prompts))  # each engine looks for each prompt once
+    assert [new - old for new, old in zip(after, before, strict=True)] == [asked, asked]

@@ -153,26 +153,41 @@ def plot(result: dict[str, Any], path: Path) -> None:
         throughput.plot(
             at, [mean(run["output_throughput"] for run in mine[c]) for c in at], label=system, **style
         )
+        repeats = [(c, run["output_throughput"]) for c in at for run in mine[c]]
+        throughput.scatter(*zip(*repeats, strict=True), s=12, color=f"C{i}", alpha=0.4)
         for axis, name in ((token, "tpot"), (first, "ttft")):
             if f"p50_{name}_ms" in mine[at[0]][0]:
                 p50, p99 = (
                     [mean(run[f"{p}_{name}_ms"] for run in mine[c]) for c in at] for p in ("p50", "p99")
                 )
-                axis.plot(at, p50, label=f"{system} p50", **style)
-                axis.plot(at, p99, linestyle=":", fillstyle="none", label=f"{system} p99", **style)
+                axis.plot(at, p50, **style)
+                axis.plot(at, p99, linestyle=":", fillstyle="none", **style)
             elif name == "tpot":
-                axis.plot(at, [mine[c][0]["mean_tpot_ms"] for c in at], label=f"{system} mean", **style)
+                axis.plot(at, [mine[c][0]["mean_tpot_ms"] for c in at], **style)
     for axis, title, unit in (
         (throughput, "output throughput", "tokens/s"),
         (token, "time per output token", "ms"),
         (first, "time to first token", "ms"),
     ):
-        axis.set(title=title, xlabel="requests at once", ylabel=unit, yscale="log")
+        axis.set(title=title, xlabel="requests at once", ylabel=unit)
+        lowest, highest = axis.dataLim.intervaly
+        if highest > 10 * lowest:
+            axis.set_yscale("log")
+        elif axis.has_data():  # a difference looks as large as it is
+            axis.set_ylim(0, 1.1 * highest)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks := sorted({run["load"]["concurrency"] for run in closed}), map(str, ticks))
         axis.grid(alpha=0.3, which="both")
-        if axis.has_data():
-            axis.legend(fontsize="small")
+    handles, labels = throughput.get_legend_handles_labels()
+    token.legend(
+        handles,
+        labels,
+        title="circles: means of all repeats\ndots: each repeat\ntimes: p50, dotted p99;\nhttp, transformers: mean",
+        fontsize="small",
+        title_fontsize="small",
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+    )
     _plot_steps(steps, result)
     of = result["environment"]
     hardware = ", ".join(of["gpus"]) or f"{of['cores']} cores of {of['cpu']}"

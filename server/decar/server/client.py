@@ -152,6 +152,8 @@ class EnsembleClient(EngineClient):
         self._running: dict[
             int, tuple[Member, Any]
         ] = {}  # slot -> its member; its leader's output queue, once there
+        self._cores = self._keeps_to = os.sched_getaffinity(0)
+        self._own_cores = len(set().union(*cores)) == sum(map(len, cores))  # each engine has some
         self._last_arrival = 0.0
         self._stopped = False
         self._watches: list[asyncio.Task[None]] = []
@@ -341,6 +343,7 @@ class EnsembleClient(EngineClient):
             finished = False
             produced = 0
             self._running[slot] = (member, None)
+            self._keep_to_cores()
             route = Route(member, leader)
             if beginning is not None:
                 route.on_first = partial(self._learn, beginning, slot)
@@ -376,6 +379,7 @@ class EnsembleClient(EngineClient):
                     yield output
             finally:
                 self._running.pop(slot, None)
+                self._keep_to_cores()
                 self._relay.forget(route)
                 ended = {leader} if finished and not member.led_before else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
@@ -420,6 +424,18 @@ class EnsembleClient(EngineClient):
         shares the core that this process runs on: waking, that engine takes it, and the others would not be told."""
         here = current_core()
         return sorted(active, key=lambda k: (here in self.experts[k].cores, k == leader))
+
+    def _keep_to_cores(self) -> None:
+        """While requests run that their experts decode together to the end, keep this thread to the first one's cores.
+
+        What the gateway does slows an engine, and through it those that wait for its rows: better always the same.
+        Where experts are released, engines decode apart, and Linux finds the gateway the core that is least busy.
+        """
+        together = any(not member.may_release for member, _ in self._running.values())
+        cores = self.experts[0].cores if together and self._own_cores else self._cores
+        if cores != self._keeps_to:
+            os.sched_setaffinity(0, cores)
+            self._keeps_to = cores
 
     def leads(self) -> list[int]:
         """How many requests each expert leads now."""

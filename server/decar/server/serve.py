@@ -132,8 +132,6 @@ async def _running_ensemble(ensemble: Ensemble, args: Namespace, placement: str 
     started: list[Any] = []
     try:
         engines = await _start_engines(ensemble, configs, places, plane, started, args.disable_log_stats)
-        if not on_gpu:
-            _share_first_cores(len(engines))
         client = EnsembleClient(ensemble, engines, [_engine_pid(engine) for engine in engines], plane)
         client.watch_engines()
         await _warm_up(client)
@@ -410,18 +408,6 @@ def _share_cores(engines: int) -> list[tuple[int, ...]]:
         return [(cores[k % len(cores)],) for k in range(engines)]
     each = len(cores) // engines
     return [tuple(cores[k * each : (k + 1) * each]) for k in range(engines)]
-
-
-def _share_first_cores(engines: int) -> None:
-    """Where every engine has cores of its own, keep this process to the first engine's.
-
-    What the gateway does slows an engine, and through it the others, which wait for its rows: better always the same.
-    """
-    if len(os.sched_getaffinity(0)) >= engines > 1:
-        cores = _share_cores(engines)[0]
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.sched_setaffinity(int(thread), cores)
 
 
 def _engine_pid(engine: Any) -> int:
