@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import random
 from contextlib import suppress
 from typing import Any
@@ -328,3 +329,28 @@ async def test_one_of_equal_experts_leads_all(duo_server: Server, duo: Reference
     equal = {"weights": dict.fromkeys(duo.experts, 0.5), "trace": True}
     found = await complete_all(duo_server, duo.name, prompts, equal, max_tokens=8)
     assert len({leader for answer, _ in found for leader in answer.leaders}) == 1
+
+
+@pytest.mark.parametrize(("decar", "together"), [({"route": "prior"}, True), ({"prune": 0.1}, False)])
+async def test_the_gateway_keeps_to_one_engines_cores_while_experts_decode_together(
+    duo_server: Server, duo: Reference, decar: dict[str, Any], together: bool
+) -> None:
+    wait_until(duo_server.is_idle, 30, "no other request keeps it anywhere")
+    gateway = duo_server.process.pid
+    everywhere = os.sched_getaffinity(gateway)
+    of_first = os.sched_getaffinity(duo_server.ensemble()["experts"][0]["pid"])
+    if of_first == everywhere:
+        pytest.skip("engines share all cores")
+    async with duo_server.async_openai() as client:
+        stream = await client.completions.create(
+            model=duo.name,
+            prompt=duo.encode("def "),
+            max_tokens=TOKENS,
+            stream=True,
+            extra_body={"decar": decar},
+        )
+        async with stream:
+            await anext(aiter(stream))
+            assert os.sched_getaffinity(gateway) == (of_first if together else everywhere)
+    wait_until(duo_server.is_idle, 30, "the request is over")
+    assert os.sched_getaffinity(gateway) == everywhere
