@@ -18,8 +18,9 @@ import torch
 
 from decar.kernels import mix_rows
 from decar.router import active_experts, moved_on, prune, restricted
+from decar.server.cores import yield_core
 from decar.server.plane import NOTHING, Block, Plane, entry_of, read_seats_word, seats_word, stamp_of
-from decar.server.seat import Member, yield_core
+from decar.server.seat import Member
 from decar.server.transport import Transport
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
-import platform
 import select
-import struct
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,38 +152,3 @@ def _end_with(gateway_pid: int, plane_name: str) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="gateway-watch", daemon=True).start()
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def yield_core() -> None:
-    """Let another runnable thread have this core. Through ctypes, since Python's own call keeps the GIL."""
-    _libc.sched_yield()
-
-
-_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
-"""The system call's number by machine: the C library has no function for it yet."""
-_ATTRIBUTES = "IIQiIQQQ"  # size, policy, flags, nice, priority, runtime (of a slice, in ns), deadline, period
-_KEEP_POLICY = 0x08
-SLICE_MS = 5
-"""Longer than Linux lets a thread run by default, which is 0.7 to 2.8 ms."""
-
-
-def take_long_slices() -> None:
-    """Let this thread, and those that it will start, compute for `SLICE_MS` at a time.
-
-    Its share of the core stays what it is, but Linux, from 6.12 on, lets threads of shorter slices that wake have the
-    core at once: the gateway's, and a client's on the same machine. Elsewhere nothing changes.
-    """
-    number = _SCHED_SETATTR.get(platform.machine())
-    if number is not None:
-        nice = os.getpriority(os.PRIO_PROCESS, 0)
-        size = struct.calcsize(_ATTRIBUTES)
-        wanted = struct.pack(_ATTRIBUTES, size, 0, _KEEP_POLICY, nice, 0, SLICE_MS * 1_000_000, 0, 0)
-        _libc.syscall(number, 0, wanted, 0)
-
-
-def current_core() -> int:
-    """The core that this thread runs on just now."""
-    return int(_libc.sched_getcpu())

@@ -22,9 +22,10 @@ from vllm.v1.executor import uniproc_executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import SamplerOutput
 
+from decar.server.cores import take_long_slices
 from decar.server.lockstep import Lockstep, Turn
 from decar.server.plane import DIRECTORY, Plane
-from decar.server.seat import Member, PromptRows, Seat, take_long_slices
+from decar.server.seat import Member, PromptRows, Seat
 from decar.server.transport import transport_of
 
 if current_platform.is_cpu():
