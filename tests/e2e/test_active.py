@@ -332,25 +332,39 @@ async def test_one_of_equal_experts_leads_all(duo_server: Server, duo: Reference
 
 
 @pytest.mark.parametrize(("decar", "together"), [({"route": "prior"}, True), ({"prune": 0.1}, False)])
-async def test_the_gateway_keeps_to_one_engines_cores_while_experts_decode_together(
+async def test_the_gateway_keeps_beside_an_engine_that_follows_and_gives_way_while_experts_decode_together(
     duo_server: Server, duo: Reference, decar: dict[str, Any], together: bool
 ) -> None:
     wait_until(duo_server.is_idle, 30, "no other request keeps it anywhere")
     gateway = duo_server.process.pid
-    everywhere = os.sched_getaffinity(gateway)
-    of_first = os.sched_getaffinity(duo_server.ensemble()["experts"][0]["pid"])
-    if of_first == everywhere:
+
+    def place() -> tuple[set[int], int]:
+        return os.sched_getaffinity(gateway), os.sched_getscheduler(gateway)
+
+    usual = place()
+    of_experts = {e["name"]: os.sched_getaffinity(e["pid"]) for e in duo_server.ensemble()["experts"]}
+    if any(cores == usual[0] for cores in of_experts.values()):
         pytest.skip("engines share all cores")
+    seen, leaders = [], []
     async with duo_server.async_openai() as client:
         stream = await client.completions.create(
             model=duo.name,
             prompt=duo.encode("def "),
             max_tokens=TOKENS,
             stream=True,
-            extra_body={"decar": decar},
+            extra_body={"ignore_eos": True, "decar": decar | {"trace": True}},
         )
         async with stream:
-            await anext(aiter(stream))
-            assert os.sched_getaffinity(gateway) == (of_first if together else everywhere)
+            async for chunk in stream:
+                seen.append(place())
+                leaders += answer_of(chunk.choices[0]).leaders
+    if together:
+        (follower,) = of_experts.keys() - set(leaders)
+        beside = of_experts[follower]
+        assert (beside, os.SCHED_BATCH) in seen
+        others = [one for one in seen if one not in [(beside, os.SCHED_BATCH), (beside, os.SCHED_OTHER)]]
+        assert all(one == usual for one in others), "it is there before and after"
+    else:
+        assert all(one == usual for one in seen)
     wait_until(duo_server.is_idle, 30, "the request is over")
-    assert os.sched_getaffinity(gateway) == everywhere
+    assert place() == usual
