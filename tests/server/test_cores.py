@@ -1,10 +1,11 @@
 """What engines and the gateway ask of Linux."""
 
+import asyncio
 import ctypes
 import os
 import platform
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,46 +61,96 @@ def may_return() -> bool:
     return bool(int(status["CapEff"], 16) >> SYS_NICE & 1)
 
 
-@pytest.fixture
-def thread() -> Iterator[ThreadPoolExecutor]:
-    """One thread that may end anywhere."""
-    with ThreadPoolExecutor(1) as executor:
-        yield executor
+def in_its_own_thread(coroutine: Coroutine[None, None, None]) -> None:
+    """Run a test where what it does to its thread stays its own."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, coroutine).result()
+
+
+async def settled() -> tuple[set[int], int, int]:
+    """`place`, once the current loop has done what it has put off."""
+    await asyncio.sleep(0)
+    return place()
 
 
 @needs_two_cores
-def test_the_gateways_thread_goes_beside_an_engine_and_gives_way_and_returns(
-    thread: ThreadPoolExecutor,
-) -> None:
+def test_the_gateways_thread_goes_beside_an_engine_and_gives_way_and_returns() -> None:
+    usual = (_, policy, nice) = place()
     first, second = {CORES[0]}, set(CORES[1:])
-    usual = thread.submit(place).result()
-    _, policy, nice = usual
-    last = LAST_NICE if may_return() else nice
-    gateway = thread.submit(GatewayThread, [first, second]).result()
-    assert thread.submit(place).result() == usual
-    thread.submit(gateway.keep_beside, 1).result()
-    assert thread.submit(place).result() == (second, policy, nice)
-    thread.submit(gateway.give_way, True).result()
-    assert thread.submit(place).result() == (second, os.SCHED_BATCH, last)
-    thread.submit(gateway.keep_beside, 0).result()
-    assert thread.submit(place).result() == (first, os.SCHED_BATCH, last)
-    assert place() == usual  # other threads' places are theirs
+    way = (os.SCHED_BATCH, LAST_NICE if may_return() else nice)
 
-    def started_now(initializer: object) -> tuple[set[int], int, int]:
-        with ThreadPoolExecutor(1, initializer=initializer) as started:  # type: ignore[arg-type]
+    def place_of_a_thread_started_now(
+        initializer: Callable[[], None] | None = None,
+    ) -> tuple[set[int], int, int]:
+        with ThreadPoolExecutor(1, initializer=initializer) as started:
             return started.submit(place).result()
 
-    assert thread.submit(started_now, None).result() == (first, os.SCHED_BATCH, last)
-    assert thread.submit(started_now, gateway.be_usual).result() == usual
-    thread.submit(gateway.give_way, False).result()
-    thread.submit(gateway.keep_beside, None).result()
-    assert thread.submit(place).result() == usual
+    async def test() -> None:
+        gateway = GatewayThread([first, second])
+        assert await settled() == usual
+        gateway.keep_beside(1)
+        assert place() == (second, policy, nice), "what has come is sent before"
+        assert await settled() == (second, *way)
+        gateway.keep_beside(0)
+        assert await settled() == (first, *way)
+        assert place_of_a_thread_started_now() == (first, *way)
+        assert place_of_a_thread_started_now(gateway.be_usual) == usual
+        gateway.keep_beside(None)
+        assert place() == usual
+
+    in_its_own_thread(test())
+    assert place() == usual
 
 
 @needs_two_cores
-def test_a_thread_that_could_not_return_keeps_its_nice_value(
-    thread: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gateways_thread_gives_way_while_nothing_is_urgent() -> None:
+    async def test() -> None:
+        gateway = GatewayThread([{core} for core in CORES])
+        gateway.keep_beside(0)
+        assert (await settled())[1] == os.SCHED_BATCH
+        for key in ("one", "another", "one"):
+            gateway.hurry(key, True)
+            assert place()[1] == os.SCHED_OTHER
+        gateway.hurry("one", False)
+        assert (await settled())[1] == os.SCHED_OTHER
+        gateway.hurry("another", False)
+        gateway.hurry("one", True)  # before the loop came to it
+        assert (await settled())[1] == os.SCHED_OTHER
+        gateway.hurry("one", False)
+        assert (await settled())[1] == os.SCHED_BATCH
+
+    in_its_own_thread(test())
+
+
+@needs_two_cores
+def test_what_arrives_is_urgent_until_it_or_what_it_has_started_is_taken_over() -> None:
+    async def test() -> None:
+        gateway = GatewayThread([{core} for core in CORES])
+        gateway.keep_beside(0)
+
+        async def arrived() -> None:
+            gateway.arrived()
+
+        async def fails() -> None:
+            with gateway.arriving():
+                assert (await settled())[1] == os.SCHED_OTHER
+                raise ValueError("a bad request")
+
+        await arrived()  # with nothing that arrives
+        assert (await settled())[1] == os.SCHED_BATCH
+        with gateway.arriving():
+            assert (await settled())[1] == os.SCHED_OTHER
+            await asyncio.create_task(arrived())
+            assert (await settled())[1] == os.SCHED_BATCH
+        with pytest.raises(ValueError, match="a bad request"):
+            await fails()
+        assert (await settled())[1] == os.SCHED_BATCH
+
+    in_its_own_thread(test())
+
+
+@needs_two_cores
+def test_a_thread_that_could_not_return_keeps_its_nice_value(monkeypatch: pytest.MonkeyPatch) -> None:
     set_priority = os.setpriority
 
     def less_urgent_only(which: int, who: int, priority: int) -> None:
@@ -109,29 +160,36 @@ def test_a_thread_that_could_not_return_keeps_its_nice_value(
         set_priority(which, who, priority)
 
     monkeypatch.setattr(os, "setpriority", less_urgent_only)
-    usual = thread.submit(place).result()
-    gateway = thread.submit(GatewayThread, [{core} for core in CORES]).result()
-    thread.submit(gateway.give_way, True).result()
-    assert thread.submit(place).result() == (usual[0], os.SCHED_BATCH, usual[2])
-    thread.submit(gateway.give_way, False).result()
-    assert thread.submit(place).result() == usual
+    usual = (_, _, nice) = place()
+
+    async def test() -> None:
+        gateway = GatewayThread([{core} for core in CORES])
+        gateway.keep_beside(0)
+        assert await settled() == ({CORES[0]}, os.SCHED_BATCH, nice)
+        gateway.keep_beside(None)
+        assert place() == usual
+
+    in_its_own_thread(test())
 
 
-def test_beside_engines_that_share_cores_the_gateways_thread_stays_as_it_is(
-    thread: ThreadPoolExecutor,
-) -> None:
-    usual = thread.submit(place).result()
-    gateway = thread.submit(GatewayThread, [set(CORES), set(CORES)]).result()
-    thread.submit(gateway.keep_beside, 1).result()
-    thread.submit(gateway.give_way, True).result()
-    assert thread.submit(place).result() == usual
+def test_beside_engines_that_share_cores_the_gateways_thread_stays_as_it_is() -> None:
+    usual = place()
+
+    async def test() -> None:
+        GatewayThread([set(CORES), set(CORES)]).keep_beside(1)
+        assert await settled() == usual
+
+    in_its_own_thread(test())
 
 
 @needs_two_cores
-def test_a_policy_that_an_operator_chose_stays(thread: ThreadPoolExecutor) -> None:
-    thread.submit(os.sched_setscheduler, 0, os.SCHED_BATCH, os.sched_param(0)).result()
-    chosen = thread.submit(place).result()
-    gateway = thread.submit(GatewayThread, [{core} for core in CORES]).result()
-    for yes in (True, False):
-        thread.submit(gateway.give_way, yes).result()
-        assert thread.submit(place).result() == chosen
+def test_a_policy_that_an_operator_chose_stays() -> None:
+    async def test() -> None:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        everywhere, *chosen = place()
+        gateway = GatewayThread([{core} for core in CORES])
+        for engine, cores in ((0, {CORES[0]}), (None, everywhere)):
+            gateway.keep_beside(engine)
+            assert await settled() == (cores, *chosen)
+
+    in_its_own_thread(test())

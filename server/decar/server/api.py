@@ -6,6 +6,7 @@ Without a trace the object is spliced in front of the first brace, so that nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Awaitable
 from typing import Any
@@ -21,6 +22,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from decar.router import Ensemble
 from decar.router.errors import RequestError
 from decar.server.client import EnsembleClient
+from decar.server.cores import GatewayThread
 from decar.server.routing import Call, current_call, model_ids, offered_routers, parse_call
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
@@ -36,6 +38,7 @@ def extend(app: FastAPI, client: EnsembleClient, keys: list[str]) -> None:
     app.user_middleware.append(Middleware(DecarMiddleware, ensemble=client.ensemble))
     if keys:
         app.user_middleware.insert(0, Middleware(KeyMiddleware, tokens=keys))
+    app.user_middleware.insert(0, Middleware(ArrivalMiddleware, thread=client.thread))
     app.middleware_stack = app.build_middleware_stack()  # vLLM's app has already built its own
 
 
@@ -113,6 +116,18 @@ class KeyMiddleware(AuthenticationMiddleware):
         return error_response(
             "give a valid API key: Authorization: Bearer KEY", 401, None, "AuthenticationError"
         )(scope, receive, send)
+
+
+class ArrivalMiddleware:
+    """Has every HTTP request looked at without delay, while the gateway gives way to engines."""
+
+    def __init__(self, app: ASGIApp, thread: GatewayThread):
+        self.app = app
+        self.thread = thread
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.thread.arriving() if scope["type"] == "http" else contextlib.nullcontext():
+            await self.app(scope, receive, send)
 
 
 class DecarMiddleware:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Hashable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, replace
@@ -157,11 +157,10 @@ class EnsembleClient(EngineClient):
         self._running: dict[
             int, tuple[Member, Any]
         ] = {}  # slot -> its member; its leader's output queue, once there
-        self._thread = GatewayThread(cores)
+        self.thread = GatewayThread(cores)
         # Others, started while this one keeps to some core or gives way, would go on like that for good.
-        others = ThreadPoolExecutor(thread_name_prefix="decar", initializer=self._thread.be_usual)
+        others = ThreadPoolExecutor(thread_name_prefix="decar", initializer=self.thread.be_usual)
         asyncio.get_running_loop().set_default_executor(others)
-        self._urgent: set[Hashable] = set()  # what should not wait for an engine to have time to spare
         self._last_arrival = 0.0
         self._stopped = False
         self._watches: list[asyncio.Task[None]] = []
@@ -303,7 +302,7 @@ class EnsembleClient(EngineClient):
         outputs = self.experts[expert].engine.generate(
             asked.prompt, asked.params, asked.request_id, **asked.kwargs
         )
-        self._hurry(asked.request_id, True)
+        self.thread.hurry(asked.request_id, True)
         produced = 0
         try:
             async for output in outputs:
@@ -314,7 +313,7 @@ class EnsembleClient(EngineClient):
                         traces[completion.index].leaders += [name] * len(completion.token_ids)
                 yield output
         finally:
-            self._hurry(asked.request_id, False)
+            self.thread.hurry(asked.request_id, False)
             self._metrics.observe_alone(produced)
             await outputs.aclose()
 
@@ -353,8 +352,8 @@ class EnsembleClient(EngineClient):
             finished = False
             produced = 0
             self._running[slot] = (member, None)
-            self._urgent.add(slot)
             self._share_cores()
+            self.thread.hurry(slot, True)
             route = Route(member, leader)
             if beginning is not None:
                 route.on_first = partial(self._learn, beginning, slot)
@@ -375,14 +374,15 @@ class EnsembleClient(EngineClient):
                 if not all(self.experts[k].up for k in active):
                     raise EngineDeadError()
                 streams = asked.params.output_kind != RequestOutputKind.FINAL_ONLY
-                self._hurry(slot, streams or member.may_release)
+                self.thread.hurry(slot, streams or member.may_release)
+                self.thread.arrived()
                 while not finished:
                     output = queue.get_nowait() or await queue.get()
                     finished = output.finished
                     start = produced
                     produced += sum(len(completion.token_ids) for completion in output.outputs)
                     behind = self.plane.blocks[leader].decided(slot, generation) - produced
-                    self._hurry(slot, member.may_release or not produced or behind > LATE_TOKENS)
+                    self.thread.hurry(slot, member.may_release or not produced or behind > LATE_TOKENS)
                     if produced and not start and beginning is not None:
                         self._begin(trace, member)
                     if call.trace:
@@ -394,8 +394,8 @@ class EnsembleClient(EngineClient):
                     yield output
             finally:
                 self._running.pop(slot, None)
-                self._urgent.discard(slot)
                 self._share_cores()
+                self.thread.hurry(slot, False)
                 self._relay.forget(route)
                 ended = {leader} if finished and not member.led_before else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
@@ -441,23 +441,15 @@ class EnsembleClient(EngineClient):
         here = current_core()
         return sorted(active, key=lambda k: (here in self.experts[k].cores, k == leader))
 
-    def _hurry(self, key: Hashable, urgent: bool) -> None:
-        """Note whether what ``key`` stands for is urgent."""
-        if urgent != (key in self._urgent):
-            (self._urgent.add if urgent else self._urgent.discard)(key)
-            self._share_cores()
-
     def _share_cores(self) -> None:
         """Find this thread its place among engines that compute on all cores.
 
-        While requests run that their experts decode together to the end, it is beside the engine that leads least, and
-        gives way unless something is urgent: a request that waits for its first token or runs alone, a stream that has
-        fallen behind. Where experts are released, engines decode apart, and Linux finds it the core that is least busy.
+        While requests run that their experts decode together to the end, it is beside the engine that leads least.
+        Where experts are released, engines decode apart, and Linux finds it the core that is least busy.
         """
         together = any(not member.may_release for member, _ in self._running.values())
         leads = self.leads()
-        self._thread.keep_beside(min(range(len(leads)), key=lambda k: (leads[k], -k)) if together else None)
-        self._thread.give_way(together and not self._urgent)
+        self.thread.keep_beside(min(range(len(leads)), key=lambda k: (leads[k], -k)) if together else None)
 
     def leads(self) -> list[int]:
         """How many requests each expert leads now."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
 import platform
 import struct
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextvars import ContextVar
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -48,6 +50,9 @@ LAST_NICE = 19
 """The least urgent that a thread can be."""
 
 
+_arrival: ContextVar[object | None] = ContextVar("arrival", default=None)
+
+
 class GatewayThread:
     """The thread that all requests share, where engines compute on all cores. To be made on that thread.
 
@@ -65,38 +70,69 @@ class GatewayThread:
         self._nice = os.getpriority(os.PRIO_PROCESS, 0)
         self._apart = len(set().union(*engines)) == sum(map(len, engines))
         self._is_usual = os.sched_getscheduler(0) == os.SCHED_OTHER
-        self._gives_way = False
         self._may_be_nice = self._is_usual and self._may_return()
+        self._beside: int | None = None
+        self._urgent: set[Hashable] = set()
+        self._gives_way = False
 
     def keep_beside(self, engine: int | None) -> None:
-        """Compute on the cores of ``engine`` only; None: on all that Linux lets it."""
+        """Compute on the cores of ``engine`` only, and give way to it while nothing is urgent; None: as others do."""
+        self._beside = engine
         cores = self._engines[engine] if engine is not None and self._apart else self._everywhere
         if cores != self._keeps_to:
             os.sched_setaffinity(0, cores)
             self._keeps_to = cores
+        self._decide()
 
-    def give_way(self, yes: bool) -> None:
-        """Take a core from an engine only when it waits, or has computed for much longer; or as others do, again.
+    def hurry(self, key: Hashable, urgent: bool) -> None:
+        """Note whether what ``key`` stands for should not wait for an engine to have time to spare."""
+        if urgent != (key in self._urgent):
+            (self._urgent.add if urgent else self._urgent.discard)(key)
+            self._decide()
 
-        It does so by its nice value if it may take that back (CAP_SYS_NICE). If not, it just does not interrupt an
-        engine as it wakes.
-        """
-        if yes == self._gives_way or not self._apart or not self._is_usual:
-            return
-        self._gives_way = yes
-        with contextlib.suppress(OSError):  # some sandboxes have no policies
-            os.sched_setscheduler(0, os.SCHED_BATCH if yes else os.SCHED_OTHER, os.sched_param(0))
-        if self._may_be_nice:
-            os.setpriority(os.PRIO_PROCESS, 0, LAST_NICE if yes else self._nice)
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[None]:
+        """What the current task does inside is urgent until it, or one that it has started, says `arrived`."""
+        token = _arrival.set(object())
+        self.hurry(_arrival.get(), True)
+        try:
+            yield
+        finally:
+            self.arrived()
+            _arrival.reset(token)
+
+    def arrived(self) -> None:
+        """The current task is no more urgent than it will say by `hurry`."""
+        self.hurry(_arrival.get(), False)
 
     def be_usual(self) -> None:
         """Undo, on a thread that this one has started, what it has inherited."""
         os.sched_setaffinity(0, self._everywhere)
         if self._is_usual:
-            with contextlib.suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            self._set(os.SCHED_OTHER, self._nice)
+
+    def _decide(self) -> None:
+        if not self._may_wait():
+            self._give_way(False)
+        elif not self._gives_way:  # once what the current task has waited for has been sent
+            asyncio.get_running_loop().call_soon(lambda: self._give_way(self._may_wait()))
+
+    def _may_wait(self) -> bool:
+        return self._beside is not None and not self._urgent and self._apart and self._is_usual
+
+    def _give_way(self, yes: bool) -> None:
+        """Take a core from an engine only when it waits, or has computed for much longer; or as others do, again."""
+        if yes != self._gives_way:
+            self._gives_way = yes
+            self._set(*((os.SCHED_BATCH, LAST_NICE) if yes else (os.SCHED_OTHER, self._nice)))
+
+    def _set(self, policy: int, nice: int) -> None:
+        """Without CAP_SYS_NICE there is no way back from a nice value: then the policy alone, by which a thread that
+        wakes does not interrupt another."""
+        with contextlib.suppress(OSError):  # some sandboxes have no policies
+            os.sched_setscheduler(0, policy, os.sched_param(0))
         if self._may_be_nice:
-            os.setpriority(os.PRIO_PROCESS, 0, self._nice)
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
 
     def _may_return(self) -> bool:
         """Whether this thread could be as urgent again as it is, once it were less so."""
