@@ -5,13 +5,13 @@ import ctypes
 import os
 import platform
 import struct
+import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from decar.server.cores import LAST_NICE, SLICE_MS, GatewayThread, take_long_slices
+from decar.server.cores import LAST_NICE, SLICE_MS, GatewayThread, start_threads, take_long_slices
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 
@@ -46,7 +46,6 @@ def test_a_thread_and_those_it_starts_take_long_slices() -> None:
 
 
 CORES = sorted(os.sched_getaffinity(0))
-SYS_NICE = 23  # the capability's bit
 needs_two_cores = pytest.mark.skipif(len(CORES) < 2, reason="engines have cores of their own on two")
 
 
@@ -56,9 +55,19 @@ def place() -> tuple[set[int], int, int]:
 
 
 def may_return() -> bool:
-    """Whether Linux lets this process's threads be more urgent again, by what it says itself."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return bool(int(status["CapEff"], 16) >> SYS_NICE & 1)
+    """Whether Linux lets a thread be more urgent again."""
+
+    def tried() -> bool:
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, LAST_NICE)
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+        except PermissionError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(tried).result()
 
 
 def in_its_own_thread(coroutine: Coroutine[None, None, None]) -> None:
@@ -172,12 +181,53 @@ def test_a_thread_that_could_not_return_keeps_its_nice_value(monkeypatch: pytest
     in_its_own_thread(test())
 
 
-def test_beside_engines_that_share_cores_the_gateways_thread_stays_as_it_is() -> None:
+@pytest.mark.parametrize(
+    "engines", [[set(CORES), set(CORES)], [{CORES[0]}], []], ids=["shared", "free", "gpus"]
+)
+def test_unless_engines_have_all_cores_and_each_its_own_the_gateways_thread_stays(
+    engines: list[set[int]],
+) -> None:
+    if engines == [set(CORES)]:
+        pytest.skip("one core: none is free")
     usual = place()
 
     async def test() -> None:
-        GatewayThread([set(CORES), set(CORES)]).keep_beside(1)
+        GatewayThread(engines).keep_beside(0)
         assert await settled() == usual
+
+    in_its_own_thread(test())
+
+
+@needs_two_cores
+def test_cores_that_are_taken_away_end_no_request() -> None:
+    async def test() -> None:
+        gateway = GatewayThread([set(CORES), {max(CORES) + 10_000}])
+        usual = place()
+        gateway.keep_beside(1)
+        assert (await settled())[0] == usual[0]
+        gateway.keep_beside(None)
+        assert place() == usual
+
+    in_its_own_thread(test())
+
+
+@needs_two_cores
+def test_threads_that_were_started_early_are_usual() -> None:
+    usual = place()
+
+    async def test() -> None:
+        gateway = GatewayThread([{core} for core in CORES])
+        with ThreadPoolExecutor(3) as pool:
+            start_threads(pool)
+            gateway.keep_beside(0)
+            await settled()
+            together = threading.Barrier(3)
+
+            def meet() -> tuple[set[int], int, int]:
+                together.wait()
+                return place()
+
+            assert [met.result() for met in [pool.submit(meet) for _ in range(3)]] == [usual] * 3
 
     in_its_own_thread(test())
 

@@ -162,23 +162,6 @@ def test_an_older_tenant_of_a_slot_is_silent(engines: tuple[Lockstep, Lockstep])
     assert leader.blocks[1].running[0] == stamp_of(2, 0)
 
 
-def test_the_gateway_sees_how_many_tokens_an_engine_has_decided_for_a_tenant(
-    plane: Plane, engines: tuple[Lockstep, Lockstep]
-) -> None:
-    leader, follower = engines
-    seen = [plane.blocks[0].decided(0, 1)]
-    for position in range(3):
-        led, followed = (Turn(member(posterior=True), position, row=0) for _ in range(2))
-        decide_token(leader, follower, torch.zeros(2, 1, VOCABULARY), 3, led, followed)
-        follower.adopt([followed])
-        for engine, turn in ((leader, led), (follower, followed)):
-            engine.finish([turn])
-        seen.append(plane.blocks[0].decided(0, 1))
-    assert seen == [0, 1, 2, 3]
-    assert plane.blocks[1].decided(0, 1) == 0, "the follower decided none of them"
-    assert plane.blocks[0].decided(0, 2) == 0, "nor has the slot's next tenant any"
-
-
 def test_ids_beyond_the_shared_vocabulary_are_not_posted(engines: tuple[Lockstep, Lockstep]) -> None:
     _, follower = engines
     turn = Turn(member(), 0, row=0)
@@ -254,10 +237,10 @@ def pruning_member(budget: float, log_weights: list[float], leader: int = 0) -> 
     return Member(0, 1, leader, (0, 1), "velocity", log_weights, True, prune=budget)
 
 
-def decide_token(
+def decide_first_token(
     leader: Lockstep, follower: Lockstep, rows: torch.Tensor, token: int, led: Turn, followed: Turn
 ) -> None:
-    """Both post their turns' position, and the leader decides ``token``."""
+    """Both post position 0 of their turns, and the leader decides ``token``."""
     for engine, turn, row in ((leader, led, rows[0]), (follower, followed, rows[1])):
         engine.join(turn.member)
         engine.announce([turn])
@@ -298,7 +281,7 @@ def test_a_prompt_that_is_scored_as_it_is_computed_sets_the_weights_of_the_first
     leader.mine.prompt_sum[0] = math.log(0.25) - 3.0  # with the -2.0 that was known: a quarter of the other's
     follower.mine.prompt_sum[0] = math.log(0.75) - 5.0
     led, followed = (Turn(scoring_member(**options), 0, row=0) for _ in range(2))
-    decide_token(leader, follower, torch.zeros(2, 1, VOCABULARY), 3, led, followed)
+    decide_first_token(leader, follower, torch.zeros(2, 1, VOCABULARY), 3, led, followed)
     np.testing.assert_allclose(np.exp(plane.blocks[0].log_weights[0, 0]), first, atol=1e-6)
     assert follower.adopt([followed]) == [3]
     follower.takes_part(followed.member)
@@ -312,7 +295,7 @@ def test_a_leader_that_loses_its_weight_hands_over(engines: tuple[Lockstep, Lock
     rows[0, 0, 3] = -9.0  # the leader would hardly have said token 3
     start = np.log([0.6, 0.4]).tolist()
     led, followed = (Turn(pruning_member(0.05, list(start)), 0, row=0) for _ in range(2))
-    decide_token(leader, follower, rows, 3, led, followed)
+    decide_first_token(leader, follower, rows, 3, led, followed)
     assert not leader.takes_part(led.member)
     assert (led.member.leader, led.member.active) == (1, (1,))
     # The follower, one position behind, still gets token 0 from whom it was decided by.
@@ -333,7 +316,7 @@ def test_a_released_follower_knows_once_it_knows_the_token(engines: tuple[Lockst
     rows[1, 0, 3] = -9.0
     led, followed = (Turn(pruning_member(0.05, np.log([0.6, 0.4]).tolist()), 0, row=0) for _ in range(2))
     assert follower.takes_part(followed.member)
-    decide_token(leader, follower, rows, 3, led, followed)
+    decide_first_token(leader, follower, rows, 3, led, followed)
     assert not follower.takes_part(followed.member)
     assert leader.takes_part(led.member)
     assert led.member.followers == ()
@@ -347,7 +330,7 @@ def test_a_later_tenant_of_a_slot_is_not_bound_by_an_earlier_ones_pruning(
     rows = torch.zeros(2, 1, VOCABULARY)
     rows[1, 0, 3] = -9.0
     led, followed = (Turn(pruning_member(0.05, np.log([0.6, 0.4]).tolist()), 0, row=0) for _ in range(2))
-    decide_token(leader, follower, rows, 3, led, followed)
+    decide_first_token(leader, follower, rows, 3, led, followed)
     new = member(generation=2, posterior=True)
     assert follower.takes_part(new)
     assert new.active == (0, 1)

@@ -1,5 +1,6 @@
 """A stream that several engines speak, over vLLM's own output processors; sockets deliver in any order."""
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +9,10 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
+from decar.server.cores import GatewayThread
 from decar.server.lockstep import Lockstep
 from decar.server.plane import Plane
-from decar.server.relay import Relay, Route
+from decar.server.relay import LATE_S, Relay, Route
 from decar.server.seat import Member
 
 OLD, NEW = 0, 1
@@ -24,7 +26,8 @@ class Ensemble:
         self.plane.unlink()
         self.processors = [OutputProcessor(None, log_stats=False) for _ in range(2)]
         engines: Any = [SimpleNamespace(output_processor=processor) for processor in self.processors]
-        self.relay = Relay(engines, self.plane.blocks)
+        self.thread = GatewayThread([])
+        self.relay = Relay(engines, self.plane.blocks, self.thread)
         self.member = self.new_member()
         self.route = Route(self.member, OLD)
         params = SamplingParams(detokenize=False, output_kind=kind)
@@ -42,9 +45,11 @@ class Ensemble:
     def new_member() -> Member:
         return Member(0, 1, OLD, (0, 1), "velocity", [-0.1, -2.4], True, prune=0.5)
 
-    def says(self, expert: int, tokens: list[int], finish: FinishReason | None = None) -> None:
+    def says(
+        self, expert: int, tokens: list[int], finish: FinishReason | None = None, seconds_ago: float = 0.0
+    ) -> None:
         output = EngineCoreOutput(f"r-{expert}", tokens, finish_reason=finish)
-        self.processors[expert].process_outputs([output])
+        self.processors[expert].process_outputs([output], time.monotonic() - seconds_ago)
 
     def hand_over(self, position: int) -> None:
         """What the old leader writes when it releases itself before ``position``."""
@@ -97,6 +102,17 @@ def test_what_an_expert_that_was_left_behind_gets_is_not_the_users(ensemble: Ens
     ensemble.processors[OLD].propagate_error(RuntimeError("dead"))
     ensemble.says(NEW, [11], FinishReason.LENGTH)
     assert ensemble.heard() == [10, 11]
+
+
+def test_tokens_that_have_waited_for_long_are_urgent_until_newer_ones_come(
+    ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(ensemble.thread, "hurry", lambda _, urgent: told.append(urgent))
+    ensemble.relay.forget(ensemble.route)
+    ensemble.says(OLD, [10], seconds_ago=LATE_S)
+    ensemble.says(OLD, [11], seconds_ago=-60.0)  # however long this test takes
+    assert told == [True, False]
 
 
 def test_requests_that_nobody_hands_over_pass_through(ensemble: Ensemble) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -36,7 +37,7 @@ from decar.router import (
     restricted,
 )
 from decar.router.manifest import Trained
-from decar.server.cores import GatewayThread, current_core
+from decar.server.cores import GatewayThread, current_core, start_threads
 from decar.server.images import images_of, is_text, keep_images
 from decar.server.lockstep import follow_seats
 from decar.server.metrics import EnsembleMetrics
@@ -45,9 +46,6 @@ from decar.server.prompt import Beginning, PromptLogprobs, PromptScorer, tokens_
 from decar.server.relay import Relay, Route
 from decar.server.routing import Call, ChoiceTrace, current_call, offered_routers, parse_call
 from decar.server.seat import REQUEST_KEY, ROWS_KEY, Member
-
-LATE_TOKENS = 2
-"""A stream that is further behind what its leader has decided is urgent."""
 
 
 class Slots:
@@ -144,7 +142,13 @@ class EnsembleClient(EngineClient):
         self.renderer = first.renderer
         self.input_processor = first.input_processor
         self._scorer = PromptScorer(engines, ensemble.vocab_size)
-        self._relay = Relay(engines, plane.blocks)
+        self.thread = GatewayThread(cores if current_platform.is_cpu() else [])
+        for engine in engines:
+            for pool in (engine.renderer._executor, engine.renderer._mm_executor):
+                start_threads(pool)
+        others = ThreadPoolExecutor(thread_name_prefix="decar", initializer=self.thread.be_usual)
+        asyncio.get_running_loop().set_default_executor(others)
+        self._relay = Relay(engines, plane.blocks, self.thread)
         self._metrics = EnsembleMetrics(ensemble.expert_names, plane)
         self._routers = load_trained(ensemble) if "classifier" in offered_routers(ensemble) else {}
         for router in self._routers.values():
@@ -157,10 +161,6 @@ class EnsembleClient(EngineClient):
         self._running: dict[
             int, tuple[Member, Any]
         ] = {}  # slot -> its member; its leader's output queue, once there
-        self.thread = GatewayThread(cores)
-        # Others, started while this one keeps to some core or gives way, would go on like that for good.
-        others = ThreadPoolExecutor(thread_name_prefix="decar", initializer=self.thread.be_usual)
-        asyncio.get_running_loop().set_default_executor(others)
         self._last_arrival = 0.0
         self._stopped = False
         self._watches: list[asyncio.Task[None]] = []
@@ -302,7 +302,8 @@ class EnsembleClient(EngineClient):
         outputs = self.experts[expert].engine.generate(
             asked.prompt, asked.params, asked.request_id, **asked.kwargs
         )
-        self.thread.hurry(asked.request_id, True)
+        key = object()
+        self.thread.hurry(key, True)
         produced = 0
         try:
             async for output in outputs:
@@ -313,7 +314,7 @@ class EnsembleClient(EngineClient):
                         traces[completion.index].leaders += [name] * len(completion.token_ids)
                 yield output
         finally:
-            self.thread.hurry(asked.request_id, False)
+            self.thread.hurry(key, False)
             self._metrics.observe_alone(produced)
             await outputs.aclose()
 
@@ -333,6 +334,7 @@ class EnsembleClient(EngineClient):
             uniform: draws one of them by the weights after the prompt.
         """
         call, active = asked.call, active_experts(log_weights)
+        self.thread.arrived()
         async with self.slots.take() as (slot, generation):
             leader = self._leader(log_weights if beginning is None else np.zeros(len(log_weights)), active)
             member = Member(
@@ -351,13 +353,13 @@ class EnsembleClient(EngineClient):
             queues: dict[int, Any] = {}
             finished = False
             produced = 0
-            self._running[slot] = (member, None)
-            self._share_cores()
-            self.thread.hurry(slot, True)
             route = Route(member, leader)
             if beginning is not None:
                 route.on_first = partial(self._learn, beginning, slot)
             try:
+                self._running[slot] = (member, None)
+                self.thread.hurry(slot, True)
+                self._share_cores()
                 arrival = self._next_arrival()
                 for k in self._in_order(active, leader):
                     queues[k] = await self.experts[k].engine.add_request(
@@ -375,14 +377,12 @@ class EnsembleClient(EngineClient):
                     raise EngineDeadError()
                 streams = asked.params.output_kind != RequestOutputKind.FINAL_ONLY
                 self.thread.hurry(slot, streams or member.may_release)
-                self.thread.arrived()
                 while not finished:
                     output = queue.get_nowait() or await queue.get()
                     finished = output.finished
                     start = produced
                     produced += sum(len(completion.token_ids) for completion in output.outputs)
-                    behind = self.plane.blocks[leader].decided(slot, generation) - produced
-                    self.thread.hurry(slot, member.may_release or not produced or behind > LATE_TOKENS)
+                    self.thread.hurry(slot, member.may_release or not produced)
                     if produced and not start and beginning is not None:
                         self._begin(trace, member)
                     if call.trace:
@@ -394,8 +394,8 @@ class EnsembleClient(EngineClient):
                     yield output
             finally:
                 self._running.pop(slot, None)
-                self._share_cores()
                 self.thread.hurry(slot, False)
+                self._share_cores()
                 self._relay.forget(route)
                 ended = {leader} if finished and not member.led_before else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))

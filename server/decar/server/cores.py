@@ -8,8 +8,11 @@ import ctypes
 import os
 import platform
 import struct
-from collections.abc import Hashable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from functools import partial
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -50,6 +53,13 @@ LAST_NICE = 19
 """The least urgent that a thread can be."""
 
 
+def start_threads(pool: ThreadPoolExecutor) -> None:
+    """Start all threads of ``pool`` now: later they would inherit where this thread computes then."""
+    together = threading.Barrier(pool._max_workers)
+    for _ in range(pool._max_workers):
+        pool.submit(together.wait)
+
+
 _arrival: ContextVar[object | None] = ContextVar("arrival", default=None)
 
 
@@ -58,31 +68,34 @@ class GatewayThread:
 
     What it does slows the engine on its core, and through it those that wait for that one's rows. An engine that
     follows has time to spare at every step, while its leader mixes and samples: beside it, a thread that gives way
-    does most of its work then. Unless every engine has cores of its own, all of this does nothing.
+    does most of its work then. Unless engines have all cores, and each its own, all of this does nothing.
 
     Args:
-        engines: the cores of each engine.
+        engines: the cores of each engine; empty where they do not compute on cores.
     """
 
     def __init__(self, engines: Sequence[set[int]]):
         self._engines = engines
         self._everywhere = self._keeps_to = os.sched_getaffinity(0)
         self._nice = os.getpriority(os.PRIO_PROCESS, 0)
-        self._apart = len(set().union(*engines)) == sum(map(len, engines))
-        self._is_usual = os.sched_getscheduler(0) == os.SCHED_OTHER
-        self._may_be_nice = self._is_usual and self._may_return()
+        cores = set().union(*engines)
+        self._crowded = cores >= self._everywhere and len(cores) == sum(map(len, engines))
+        self._may_be_batch = self._could(
+            partial(_set_policy, os.SCHED_BATCH), partial(_set_policy, os.SCHED_OTHER)
+        )
+        self._may_be_nice = self._could(partial(_set_nice, LAST_NICE), partial(_set_nice, self._nice))
         self._beside: int | None = None
         self._urgent: set[Hashable] = set()
         self._gives_way = False
 
     def keep_beside(self, engine: int | None) -> None:
         """Compute on the cores of ``engine`` only, and give way to it while nothing is urgent; None: as others do."""
-        self._beside = engine
-        cores = self._engines[engine] if engine is not None and self._apart else self._everywhere
+        self._beside = engine if self._crowded else None
+        self._decide()  # first: a thread that gives way may be long in getting to the rest
+        cores = self._everywhere if self._beside is None else self._engines[self._beside]
         if cores != self._keeps_to:
-            os.sched_setaffinity(0, cores)
+            _set_cores(cores)
             self._keeps_to = cores
-        self._decide()
 
     def hurry(self, key: Hashable, urgent: bool) -> None:
         """Note whether what ``key`` stands for should not wait for an engine to have time to spare."""
@@ -107,18 +120,19 @@ class GatewayThread:
 
     def be_usual(self) -> None:
         """Undo, on a thread that this one has started, what it has inherited."""
-        os.sched_setaffinity(0, self._everywhere)
-        if self._is_usual:
-            self._set(os.SCHED_OTHER, self._nice)
+        _set_cores(self._everywhere)
+        self._set(os.SCHED_OTHER, self._nice)
 
     def _decide(self) -> None:
         if not self._may_wait():
             self._give_way(False)
-        elif not self._gives_way:  # once what the current task has waited for has been sent
+        elif (
+            not self._gives_way
+        ):  # after what is ready now: the first token that was urgent has still to be sent
             asyncio.get_running_loop().call_soon(lambda: self._give_way(self._may_wait()))
 
     def _may_wait(self) -> bool:
-        return self._beside is not None and not self._urgent and self._apart and self._is_usual
+        return self._beside is not None and not self._urgent
 
     def _give_way(self, yes: bool) -> None:
         """Take a core from an engine only when it waits, or has computed for much longer; or as others do, again."""
@@ -128,17 +142,38 @@ class GatewayThread:
 
     def _set(self, policy: int, nice: int) -> None:
         """Without CAP_SYS_NICE there is no way back from a nice value: then the policy alone, by which a thread that
-        wakes does not interrupt another."""
-        with contextlib.suppress(OSError):  # some sandboxes have no policies
-            os.sched_setscheduler(0, policy, os.sched_param(0))
+        wakes does not interrupt another. Where not even that is to be had, nothing."""
+        if self._may_be_batch:
+            _set_policy(policy)
         if self._may_be_nice:
-            os.setpriority(os.PRIO_PROCESS, 0, nice)
+            _set_nice(nice)
 
-    def _may_return(self) -> bool:
-        """Whether this thread could be as urgent again as it is, once it were less so."""
-        try:
-            os.setpriority(os.PRIO_PROCESS, 0, self._nice - 1)
-        except PermissionError:
-            return False
-        os.setpriority(os.PRIO_PROCESS, 0, self._nice)
-        return True
+    @staticmethod
+    def _could(leave: Callable[[], None], come_back: Callable[[], None]) -> bool:
+        """Whether a thread like this one could do both. Not where an operator has chosen another policy."""
+
+        def tried() -> bool:
+            try:
+                if os.sched_getscheduler(0) != os.SCHED_OTHER:
+                    return False
+                leave()
+                come_back()
+            except OSError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(tried).result()
+
+
+def _set_policy(policy: int) -> None:
+    os.sched_setscheduler(0, policy, os.sched_param(0))
+
+
+def _set_nice(nice: int) -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, nice)
+
+
+def _set_cores(cores: set[int]) -> None:
+    with contextlib.suppress(OSError):  # an operator has taken them away meanwhile
+        os.sched_setaffinity(0, cores)

@@ -201,11 +201,6 @@ class Block:
         entry = entry_of(slot, stamp)
         return self.token[entry] if self.token_stamp[entry] == stamp else None
 
-    def decided(self, slot: int, generation: int) -> int:
-        """How many tokens a slot's tenant has, if this engine decided the last one; else 0."""
-        newest = max(self.token_stamp[2 * slot], self.token_stamp[2 * slot + 1])
-        return newest & 0xFFFFFFFF if newest >> 32 == generation else 0
-
 
 class Plane:
     """The shared memory of one ensemble. The gateway creates it; every engine attaches."""

@@ -6,6 +6,7 @@ and stop strings; what it has of a request so far moves to the next leader's.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from decar.server.cores import GatewayThread
 from decar.server.lockstep import follow_seats
 from decar.server.plane import Block
 from decar.server.seat import Member
@@ -37,11 +39,16 @@ class Route:
     on_first: Callable[[], None] | None = None
 
 
-class Relay:
-    """Stands in front of the output processors of ``engines``; ``blocks`` say who leads."""
+LATE_S = 0.02
+"""Tokens that have waited for longer are urgent: this is 1 to 4 steps of a small model."""
 
-    def __init__(self, engines: Sequence[AsyncLLM], blocks: Sequence[Block]):
+
+class Relay:
+    """Stands in front of the output processors of ``engines``; ``blocks`` say who leads, ``thread`` does the work."""
+
+    def __init__(self, engines: Sequence[AsyncLLM], blocks: Sequence[Block], thread: GatewayThread):
         self._blocks = blocks
+        self._thread = thread
         self._routes: dict[tuple[int, str], Route] = {}
         self._processors = [engine.output_processor for engine in engines]
         self._process = [processor.process_outputs for processor in self._processors]
@@ -57,7 +64,13 @@ class Relay:
         for of in route.ids.items():
             self._routes.pop(of, None)
 
-    def _process_outputs(self, expert: int, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+    def _process_outputs(
+        self, expert: int, outputs: list[Any], sent_s: float, *args: Any, **kwargs: Any
+    ) -> Any:
+        self._thread.hurry(self, time.monotonic() - sent_s > LATE_S)
+        return self._in_order(expert, outputs, sent_s, *args, **kwargs)
+
+    def _in_order(self, expert: int, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         if not self._routes:
             return self._process[expert](outputs, *args, **kwargs)
         now, touched = [], []
