@@ -119,7 +119,7 @@ class KeyMiddleware(AuthenticationMiddleware):
 
 
 class ArrivalMiddleware:
-    """Has every HTTP request looked at without delay, while the gateway gives way to engines."""
+    """While the gateway gives way to engines: has it see to an HTTP request at once, when its headers are read."""
 
     def __init__(self, app: ASGIApp, thread: GatewayThread):
         self.app = app
