@@ -32,10 +32,19 @@ def server(duo: Reference, tmp_path: Path) -> Iterator[Server]:
         started.kill()
 
 
-def read_stream(server: Server, model: str, underway: threading.Barrier, decar: dict[str, Any] | None) -> int:
+def connected(server: Server) -> openai.OpenAI:
+    """A client that can send at once: making one takes longer than some answers."""
+    client = server.openai()
+    client.models.list()
+    return client
+
+
+def read_stream(
+    client: openai.OpenAI, model: str, underway: threading.Barrier, decar: dict[str, Any] | None
+) -> int:
     """Tokens of a long stream, read to its end; meets ``underway`` after the first ones."""
     extra = {**COMPLETION_EXTRAS, "decar": decar}
-    stream = server.openai().completions.create(model=model, stream=True, extra_body=extra, **LONG)
+    stream = client.completions.create(model=model, stream=True, extra_body=extra, **LONG)
     tokens = 0
     for index, chunk in enumerate(stream):
         tokens += len(answer_of(chunk.choices[0]).tokens)
@@ -44,8 +53,8 @@ def read_stream(server: Server, model: str, underway: threading.Barrier, decar: 
     return tokens
 
 
-def read_whole(server: Server, model: str) -> Any:
-    return server.openai().completions.create(model=model, extra_body={"ignore_eos": True}, **LONG)
+def read_whole(client: openai.OpenAI, model: str) -> Any:
+    return client.completions.create(model=model, extra_body={"ignore_eos": True}, **LONG)
 
 
 def test_an_engine_dies(server: Server, duo: Reference) -> None:
@@ -57,11 +66,12 @@ def test_an_engine_dies(server: Server, duo: Reference) -> None:
     ]
     victim = server.ensemble()["experts"][1]
     underway = threading.Barrier(len(routes) + 3)
+    clients = [connected(server) for _ in range(len(routes) + 3)]
     with ThreadPoolExecutor(len(routes) + 3) as pool:
-        mixed = [pool.submit(read_stream, server, duo.name, underway, route) for route in routes]
-        alone = pool.submit(read_stream, server, f"{duo.name}/prose", underway, None)
-        other = pool.submit(read_stream, server, f"{duo.name}/code", underway, None)
-        whole = pool.submit(read_whole, server, duo.name)
+        whole = pool.submit(read_whole, clients.pop(), duo.name)
+        alone = pool.submit(read_stream, clients.pop(), f"{duo.name}/prose", underway, None)
+        other = pool.submit(read_stream, clients.pop(), f"{duo.name}/code", underway, None)
+        mixed = [pool.submit(read_stream, clients.pop(), duo.name, underway, route) for route in routes]
         underway.wait(timeout=60)
         os.kill(victim["pid"], signal.SIGKILL)
         # Every request that the dead engine takes part in ends, with an error that the client sees.
@@ -90,7 +100,7 @@ def test_an_engine_dies(server: Server, duo: Reference) -> None:
 def test_the_gateway_is_killed(server: Server, duo: Reference) -> None:
     underway = threading.Barrier(2)
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(read_stream, server, duo.name, underway, None)
+        stream = pool.submit(read_stream, connected(server), duo.name, underway, None)
         underway.wait(timeout=60)
         assert len(server.processes()) > len(duo.experts)
         assert server.shared_memory
