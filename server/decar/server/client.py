@@ -143,11 +143,11 @@ class EnsembleClient(EngineClient):
         self.input_processor = first.input_processor
         self._scorer = PromptScorer(engines, ensemble.vocab_size)
         self.thread = GatewayThread(cores if current_platform.is_cpu() else [])
-        for engine in engines:
-            for pool in (engine.renderer._executor, engine.renderer._mm_executor):
-                start_threads(pool)
-        others = ThreadPoolExecutor(thread_name_prefix="decar", initializer=self.thread.be_usual)
+        others = ThreadPoolExecutor(thread_name_prefix="decar")
         asyncio.get_running_loop().set_default_executor(others)
+        renderers = [engine.renderer for engine in engines]
+        for pool in (others, *(pool for of in renderers for pool in (of._executor, of._mm_executor))):
+            start_threads(pool)
         self._relay = Relay(engines, plane.blocks, self.thread)
         self._metrics = EnsembleMetrics(ensemble.expert_names, plane)
         self._routers = load_trained(ensemble) if "classifier" in offered_routers(ensemble) else {}

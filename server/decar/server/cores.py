@@ -54,7 +54,7 @@ LAST_NICE = 19
 
 
 def start_threads(pool: ThreadPoolExecutor) -> None:
-    """Start all threads of ``pool`` now: later they would inherit where this thread computes then."""
+    """Start all threads of ``pool`` now: later they would inherit where and how this thread computes then."""
     together = threading.Barrier(pool._max_workers)
     for _ in range(pool._max_workers):
         pool.submit(together.wait)
@@ -118,17 +118,11 @@ class GatewayThread:
         """The current task is no more urgent than it will say by `hurry`."""
         self.hurry(_arrival.get(), False)
 
-    def be_usual(self) -> None:
-        """Undo, on a thread that this one has started, what it has inherited."""
-        _set_cores(self._everywhere)
-        self._set(os.SCHED_OTHER, self._nice)
-
     def _decide(self) -> None:
         if not self._may_wait():
             self._give_way(False)
-        elif (
-            not self._gives_way
-        ):  # after what is ready now: the first token that was urgent has still to be sent
+        elif not self._gives_way:
+            # After what is ready now: the first token that was urgent has still to be sent.
             asyncio.get_running_loop().call_soon(lambda: self._give_way(self._may_wait()))
 
     def _may_wait(self) -> bool:
