@@ -12,8 +12,8 @@ from starlette.middleware import Middleware
 from starlette.types import Message, Receive, Scope, Send
 
 from decar.router import Ensemble
-from decar.server import api
-from decar.server.routing import ChoiceTrace, current_call
+from decar.server.gateway import api
+from decar.server.gateway.request import ChoiceTrace, current_call
 
 from .test_routing import ensemble
 

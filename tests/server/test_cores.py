@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from decar.server.cores import LAST_NICE, SLICE_MS, GatewayThread, start_threads, take_long_slices
+from decar.server.protocol.cores import LAST_NICE, SLICE_MS, GatewayThread, start_threads, take_long_slices
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 

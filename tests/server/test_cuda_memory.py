@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from decar.kernels import Rows, mix, mix_rows
-from decar.server.transport import CudaMemory
+from decar.server.vllm_adapter.cuda_memory import CudaMemory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

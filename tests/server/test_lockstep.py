@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from decar.router.errors import StartError
-from decar.server import plane as plane_module
-from decar.server.lockstep import Lockstep, Turn
-from decar.server.plane import DIRECTORY, Plane, remove_stale, stamp_of
-from decar.server.seat import Member
-from decar.server.transport import DeviceTransport, HostTransport
+from decar.server.protocol import plane as plane_module
+from decar.server.protocol.lockstep import Lockstep, Turn
+from decar.server.protocol.member import Member
+from decar.server.protocol.plane import DIRECTORY, Plane, remove_stale, stamp_of
+from decar.server.protocol.transport import DeviceTransport, HostTransport
 
 VOCABULARY = 12
 

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from decar.server.metrics import EnsembleMetrics
-from decar.server.plane import Plane
+from decar.server.protocol.plane import Plane
 
 
 @pytest.fixture

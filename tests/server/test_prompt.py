@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from decar.server.prompt import PromptScorer
+from decar.server.gateway.prompt import PromptScorer
 
 PROMPT = {"prompt_token_ids": [5, 6, 7, 8]}
 SAID = [np.array([np.nan, -1.0, -2.0, -3.0]), np.array([np.nan, -0.5, -0.5, -0.5])]

@@ -9,11 +9,11 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-from decar.server.cores import GatewayThread
-from decar.server.lockstep import Lockstep
-from decar.server.plane import Plane
-from decar.server.relay import LATE_S, Relay, Route
-from decar.server.seat import Member
+from decar.server.protocol.cores import GatewayThread
+from decar.server.protocol.lockstep import Lockstep
+from decar.server.protocol.member import Member
+from decar.server.protocol.plane import Plane
+from decar.server.vllm_adapter.relay import LATE_S, Relay, RelayedRequest
 
 OLD, NEW = 0, 1
 
@@ -29,7 +29,7 @@ class Ensemble:
         self.thread = GatewayThread([])
         self.relay = Relay(engines, self.plane.blocks, self.thread)
         self.member = self.new_member()
-        self.route = Route(self.member, OLD)
+        self.relayed = RelayedRequest(self.member, OLD)
         params = SamplingParams(detokenize=False, output_kind=kind)
         self.queues = []
         for expert, processor in enumerate(self.processors):
@@ -38,7 +38,7 @@ class Ensemble:
             fields |= {"request_id": f"r-{expert}", "prompt_token_ids": [1], "sampling_params": params}
             request = EngineCoreRequest(**{**fields, "arrival_time": 0.0}, external_req_id="r")
             processor.add_request(request, None, queue=queue)
-            self.relay.follow(self.route, expert, f"r-{expert}")
+            self.relay.follow(self.relayed, expert, f"r-{expert}")
             self.queues.append(queue)
 
     @staticmethod
@@ -83,7 +83,7 @@ def test_the_user_hears_every_token_once_and_in_order(ensemble: Ensemble, early:
         ensemble.says(NEW, [13])
     ensemble.says(NEW, [14], FinishReason.LENGTH)
     assert ensemble.heard() == [10, 11, 12, 13, 14]
-    assert ensemble.route.speaker == NEW
+    assert ensemble.relayed.speaker == NEW
     assert "r-1" not in ensemble.processors[NEW].request_states
 
 
@@ -109,23 +109,23 @@ def test_tokens_that_have_waited_for_long_are_urgent_until_newer_ones_come(
 ) -> None:
     told = []
     monkeypatch.setattr(ensemble.thread, "hurry", lambda _, urgent: told.append(urgent))
-    ensemble.relay.forget(ensemble.route)
+    ensemble.relay.forget(ensemble.relayed)
     ensemble.says(OLD, [10], seconds_ago=LATE_S)
     ensemble.says(OLD, [11], seconds_ago=-60.0)  # however long this test takes
     assert told == [True, False]
 
 
 def test_requests_that_nobody_hands_over_pass_through(ensemble: Ensemble) -> None:
-    ensemble.relay.forget(ensemble.route)
+    ensemble.relay.forget(ensemble.relayed)
     ensemble.hand_over(1)
     ensemble.says(OLD, [10], FinishReason.LENGTH)
     assert ensemble.heard() == [10]
-    assert ensemble.route.speaker == OLD
+    assert ensemble.relayed.speaker == OLD
 
 
 def test_the_first_token_is_told_once_and_not_an_end_without_one(ensemble: Ensemble) -> None:
     told: list[int] = []
-    ensemble.route.on_first = lambda: told.append(1)
+    ensemble.relayed.on_first = lambda: told.append(1)
     ensemble.says(NEW, [])
     assert told == []
     ensemble.says(OLD, [10])

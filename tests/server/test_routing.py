@@ -11,7 +11,7 @@ import pytest
 from decar.router import Ensemble
 from decar.router.errors import RequestError
 from decar.router.manifest import ExpertEntry, Manifest, Mixing, RouterEntry
-from decar.server.routing import Call, ChoiceTrace, DecarOptions, model_ids, parse_call
+from decar.server.gateway.request import Call, ChoiceTrace, DecarOptions, model_ids, parse_call
 
 
 @pytest.fixture

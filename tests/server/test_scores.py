@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from decar.server.scores import PrefixScores
+from decar.server.gateway.scores import PrefixScores
 
 BLOCK = 4
 

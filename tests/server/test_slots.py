@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from decar.server.client import Slots
+from decar.server.gateway.slots import Slots
 
 
 async def test_slots_are_given_in_the_order_of_asking_with_new_generations() -> None:

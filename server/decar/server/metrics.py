@@ -1,21 +1,18 @@
-"""Prometheus metrics: vLLM's for K engines in one process, and decar's own. Knows vLLM's stat loggers and the plane.
+"""The `decar:*` Prometheus metrics. Knows the plane, and nothing about vLLM.
 
 Shapes: K experts, T tokens.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from decar.server.plane import Plane
+from decar.server.protocol.plane import Plane
 
 COUNTED = {
     "holds": (("leader_holds", "follower_holds"), "Steps in which a request's row was not decided yet."),
@@ -27,48 +24,6 @@ COUNTED = {
 """Name of a metric -> the plane's counters it adds up, and its description."""
 ENTROPY_BOUNDS = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0)
 """In nats. One expert alone has 0, two equal ones ln 2 = 0.69."""
-
-
-class SharedMetrics:
-    """One set of `vllm:*` metrics, labelled by engine: engine 0 is the manifest's first expert.
-
-    vLLM's own logger would unregister every metric of an engine built earlier in the same process.
-    """
-
-    def __init__(self, experts: int):
-        self._experts = experts
-        self._logger: PrometheusStatLogger | None = None
-        self._lock = threading.Lock()  # engines are built in threads of their own
-
-    def logger(self, vllm_config: Any) -> PrometheusStatLogger:
-        with self._lock:
-            if self._logger is None:
-                self._logger = PrometheusStatLogger(vllm_config, list(range(self._experts)))
-            return self._logger
-
-    def factory_for(self, expert: int) -> type[PrometheusStatLogger]:
-        """A stat logger class, as `AsyncLLM` asks for one, that records as engine ``expert``."""
-        shared = self
-
-        class ExpertMetrics(PrometheusStatLogger):
-            def __init__(self, vllm_config: Any, engine_indexes: Any = None):
-                self._logger = shared.logger(vllm_config)
-
-            def record(self, *args: Any, **kwargs: Any) -> None:
-                kwargs["engine_idx"] = expert
-                self._logger.record(*args, **kwargs)
-
-            def log_engine_initialized(self) -> None:
-                if expert == 0:
-                    self._logger.log_engine_initialized()
-
-            def record_admission_rejection(self, *args: Any, **kwargs: Any) -> None:
-                self._logger.record_admission_rejection(*args, **kwargs)
-
-            def record_sleep_state(self, *args: Any, **kwargs: Any) -> None:
-                self._logger.record_sleep_state(*args, **kwargs)
-
-        return ExpertMetrics
 
 
 class Tally:

@@ -23,10 +23,10 @@ import psutil
 
 from decar.router import Ensemble
 from decar.router.errors import StartError
+from decar.server.gateway.request import Call, current_call, model_ids
 from decar.server.placement import CPU_KV_BYTES, Place, gib, place, visible_gpus
-from decar.server.plane import Plane, remove_stale
-from decar.server.routing import Call, current_call, model_ids
-from decar.server.seat import Seat
+from decar.server.protocol.member import LockstepConfig
+from decar.server.protocol.plane import Plane, remove_stale
 
 logger = logging.getLogger("decar")
 
@@ -81,8 +81,8 @@ async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket, place
     from vllm.entrypoints.launchers.launcher import serve_http
     from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 
-    from decar.server import media  # noqa: F401 - vLLM finds it by name
-    from decar.server.api import extend
+    from decar.server.gateway.api import extend
+    from decar.server.vllm_adapter import media  # noqa: F401 - vLLM finds it by name
 
     async with _running_ensemble(ensemble, args, placement) as client:
         tasks = await client.get_supported_tasks()
@@ -115,7 +115,7 @@ async def _running_ensemble(ensemble: Ensemble, args: Namespace, placement: str 
     """Engines started and warm; stopped, with their memory given back, on the way out."""
     from vllm.envs import enable_envs_cache
 
-    from decar.server.client import EnsembleClient
+    from decar.server.gateway.ensemble import EnsembleClient
 
     configs = [_vllm_config(ensemble, expert, args) for expert in range(len(ensemble.experts))]
     places = _placed(ensemble, configs, placement)
@@ -156,13 +156,13 @@ async def _start_engines(
     """Build one `AsyncLLM` per expert, side by side; ``started`` has those that came up, also on failure."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from decar.server.metrics import SharedMetrics
+    from decar.server.vllm_adapter.metrics import SharedMetrics
 
     metrics = SharedMetrics(len(configs))
     cpus = _share_cores(len(configs))
 
     def start(expert: int) -> Any:
-        configs[expert].additional_config = Seat(
+        configs[expert].additional_config = LockstepConfig(
             expert, plane.spec, cpus[expert], places[expert].devices, os.getpid()
         )
         engine = AsyncLLM.from_vllm_config(
@@ -332,8 +332,8 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
     if engine.generation_config == "auto":
         engine.generation_config = first
     engine.served_model_name = [ensemble.name]
-    engine.worker_cls = "decar.server.worker.LockstepWorker"
-    engine.scheduler_cls = "decar.server.scheduler.LockstepScheduler"
+    engine.worker_cls = "decar.server.vllm_adapter.worker.LockstepWorker"
+    engine.scheduler_cls = "decar.server.vllm_adapter.scheduler.LockstepScheduler"
     engine.async_scheduling = False
     # The cache is one engine's: it would keep the images that this one has from those that have yet to see them.
     engine.mm_processor_cache_gb = 0
@@ -341,7 +341,7 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
     if engine.max_model_len is None:
         engine.max_model_len = ensemble.max_positions
     if current_platform.is_cpu():
-        engine.distributed_executor_backend = "decar.server.worker.InProcessExecutor"
+        engine.distributed_executor_backend = "decar.server.vllm_adapter.worker.InProcessExecutor"
         if engine.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             engine.kv_cache_memory_bytes = CPU_KV_BYTES
     return engine
@@ -355,7 +355,7 @@ def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -
     """
     from vllm.platforms import current_platform
 
-    from decar.server.transport import buffer_bytes
+    from decar.server.protocol.transport import buffer_bytes
 
     cache = configs[0].cache_config
     gpus = [] if current_platform.is_cpu() else visible_gpus()

@@ -21,9 +21,9 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 
 from decar.router import Ensemble
 from decar.router.errors import RequestError
-from decar.server.client import EnsembleClient
-from decar.server.cores import GatewayThread
-from decar.server.routing import Call, current_call, model_ids, offered_routers, parse_call
+from decar.server.gateway.ensemble import EnsembleClient
+from decar.server.gateway.request import Call, current_call, model_ids, offered_routers, parse_call
+from decar.server.protocol.cores import GatewayThread
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decar.router.manifest import Rule
-from decar.server.plane import PlaneSpec, unlink
+from decar.server.protocol.plane import PlaneSpec, unlink
 
 REQUEST_KEY = "decar"
 """Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""
@@ -19,7 +19,7 @@ ROWS_KEY = "decar_rows"
 
 
 @dataclass(frozen=True)
-class Seat:
+class LockstepConfig:
     """Given to an engine's worker and scheduler as vLLM's ``additional_config``.
 
     Attributes:

@@ -13,9 +13,9 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from decar.server.lockstep import Lockstep
-from decar.server.plane import Plane
-from decar.server.seat import Member, PromptRows, Seat
+from decar.server.protocol.lockstep import Lockstep
+from decar.server.protocol.member import LockstepConfig, Member, PromptRows
+from decar.server.protocol.plane import Plane
 
 _STATS_INTERVAL_S = 0.1
 
@@ -25,8 +25,8 @@ class LockstepScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        seat: Seat = self.vllm_config.additional_config
-        self.lockstep = Lockstep(Plane.attach(seat.plane), seat.expert)
+        config: LockstepConfig = self.vllm_config.additional_config
+        self.lockstep = Lockstep(Plane.attach(config.plane), config.expert)
         self._members: dict[str, Member] = {}  # of requests in lockstep
         self._held: dict[str, Request] = {}
         self._stats_due = 0.0

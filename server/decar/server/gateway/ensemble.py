@@ -11,8 +11,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, replace
@@ -37,62 +36,20 @@ from decar.router import (
     restricted,
 )
 from decar.router.manifest import Trained
-from decar.server.cores import GatewayThread, current_core, start_threads
-from decar.server.images import images_of, is_text, keep_images
-from decar.server.lockstep import follow_seats
+from decar.server.gateway.prompt import Beginning, PromptLogprobs, PromptScorer, tokens_of
+from decar.server.gateway.request import Call, ChoiceTrace, current_call, offered_routers, parse_call
+from decar.server.gateway.slots import Slots
 from decar.server.metrics import EnsembleMetrics
-from decar.server.plane import Plane
-from decar.server.prompt import Beginning, PromptLogprobs, PromptScorer, tokens_of
-from decar.server.relay import Relay, Route
-from decar.server.routing import Call, ChoiceTrace, current_call, offered_routers, parse_call
-from decar.server.seat import REQUEST_KEY, ROWS_KEY, Member
-
-
-class Slots:
-    """Places in the plane, handed out in the order of asking."""
-
-    def __init__(self, total: int):
-        self.total = total
-        self._free = list(range(total - 1, -1, -1))  # last freed, first reused: its memory is warm
-        self._generation = 0
-        self._waiters: deque[asyncio.Future[int]] = deque()
-
-    @property
-    def in_use(self) -> int:
-        return self.total - len(self._free)
-
-    @contextlib.asynccontextmanager
-    async def take(self) -> AsyncIterator[tuple[int, int]]:
-        """A slot and its tenant's generation number, for as long as the context lasts."""
-        if self._free:
-            slot = self._free.pop()
-        else:
-            waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            self._waiters.append(waiter)
-            try:
-                slot = await waiter
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self._pass_on(waiter.result())
-                raise
-        self._generation += 1
-        try:
-            yield slot, self._generation
-        finally:
-            self._pass_on(slot)
-
-    def _pass_on(self, slot: int) -> None:
-        """Give ``slot`` to whoever has waited longest and still does."""
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(slot)
-                return
-        self._free.append(slot)
+from decar.server.protocol.cores import GatewayThread, current_core, start_threads
+from decar.server.protocol.lockstep import follow_membership
+from decar.server.protocol.member import REQUEST_KEY, ROWS_KEY, Member
+from decar.server.protocol.plane import Plane
+from decar.server.vllm_adapter.images import images_of, is_text, keep_images
+from decar.server.vllm_adapter.relay import Relay, RelayedRequest
 
 
 @dataclass
-class Expert:
+class ExpertEngine:
     """One expert as the gateway sees it."""
 
     name: str
@@ -133,7 +90,9 @@ class EnsembleClient(EngineClient):
         self.ensemble = ensemble
         self.plane = plane
         cores = [os.sched_getaffinity(pid) for pid in pids]
-        self.experts = [Expert(*of) for of in zip(ensemble.expert_names, engines, pids, cores, strict=True)]
+        self.experts = [
+            ExpertEngine(*fields) for fields in zip(ensemble.expert_names, engines, pids, cores, strict=True)
+        ]
         self.slots = Slots(plane.spec.slots)
         # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only.
         first = engines[0]
@@ -353,9 +312,9 @@ class EnsembleClient(EngineClient):
             queues: dict[int, Any] = {}
             finished = False
             produced = 0
-            route = Route(member, leader)
+            relayed = RelayedRequest(member, leader)
             if beginning is not None:
-                route.on_first = partial(self._learn, beginning, slot)
+                relayed.on_first = partial(self._learn, beginning, slot)
             try:
                 self._running[slot] = (member, None)
                 self.thread.hurry(slot, True)
@@ -370,7 +329,7 @@ class EnsembleClient(EngineClient):
                         **asked.kwargs,
                     )
                     if member.may_release or (k == leader and beginning is not None):
-                        self._relay.follow(route, k, queues[k].request_id)
+                        self._relay.follow(relayed, k, queues[k].request_id)
                 queue = queues[leader]
                 self._running[slot] = (member, queue)
                 if not all(self.experts[k].up for k in active):
@@ -396,7 +355,7 @@ class EnsembleClient(EngineClient):
                 self._running.pop(slot, None)
                 self.thread.hurry(slot, False)
                 self._share_cores()
-                self._relay.forget(route)
+                self._relay.forget(relayed)
                 ended = {leader} if finished and not member.led_before else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
                 self._metrics.observe(self._weights(member, 0, produced))
@@ -418,7 +377,7 @@ class EnsembleClient(EngineClient):
 
     def _weights(self, member: Member, start: int, end: int) -> np.ndarray:
         """Weights [T, K] that mixed the tokens from ``start`` to ``end``."""
-        follow_seats(self.plane.blocks, member)
+        follow_membership(self.plane.blocks, member)
         weights = np.empty((end - start, len(self.experts)))
         begin = start
         for until, leader in [*member.led_before, (end, member.leader)]:
@@ -503,7 +462,7 @@ class EnsembleClient(EngineClient):
         self.experts[expert].up = False
         self.plane.alive[expert] = 0
         for member, queue in list(self._running.values()):
-            follow_seats(self.plane.blocks, member)  # those that had released it go on
+            follow_membership(self.plane.blocks, member)  # those that had released it go on
             if expert in member.active and queue is not None:
                 queue.put(EngineDeadError())
 

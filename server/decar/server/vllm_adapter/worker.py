@@ -22,11 +22,12 @@ from vllm.v1.executor import uniproc_executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import SamplerOutput
 
-from decar.server.cores import take_long_slices
-from decar.server.lockstep import Lockstep, Turn
-from decar.server.plane import DIRECTORY, Plane
-from decar.server.seat import Member, PromptRows, Seat
-from decar.server.transport import transport_of
+from decar.server.protocol.cores import take_long_slices
+from decar.server.protocol.lockstep import Lockstep, Turn
+from decar.server.protocol.member import LockstepConfig, Member, PromptRows
+from decar.server.protocol.plane import DIRECTORY, Plane
+from decar.server.protocol.transport import transport_of
+from decar.server.vllm_adapter.cuda_memory import CudaMemory
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -56,14 +57,15 @@ class LockstepWorker(_Worker):
     """A vLLM worker whose requests may be shared with other engines."""
 
     def init_device(self) -> None:
-        seat: Seat = self.vllm_config.additional_config
-        if seat.cpus:
-            torch.set_num_threads(len(seat.cpus))  # before the base class disables it
-            os.sched_setaffinity(0, seat.cpus)
+        config: LockstepConfig = self.vllm_config.additional_config
+        if config.cpus:
+            torch.set_num_threads(len(config.cpus))  # before the base class disables it
+            os.sched_setaffinity(0, config.cpus)
             take_long_slices()
         super().init_device()
-        plane = Plane.attach(seat.plane)
-        self.lockstep = Lockstep(plane, seat.expert, transport_of(plane, seat.expert, self.device))
+        plane = Plane.attach(config.plane)
+        memory = CudaMemory(self.device) if plane.spec.on_device else None
+        self.lockstep = Lockstep(plane, config.expert, transport_of(plane, config.expert, memory))
         self._members: dict[str, Member] = {}
         self._turns: dict[str, Turn] = {}  # this step's, by request
         self._ready: list[Turn] = []

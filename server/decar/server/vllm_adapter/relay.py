@@ -14,14 +14,14 @@ from typing import Any
 
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from decar.server.cores import GatewayThread
-from decar.server.lockstep import follow_seats
-from decar.server.plane import Block
-from decar.server.seat import Member
+from decar.server.protocol.cores import GatewayThread
+from decar.server.protocol.lockstep import follow_membership
+from decar.server.protocol.member import Member
+from decar.server.protocol.plane import Block
 
 
 @dataclass
-class Route:
+class RelayedRequest:
     """A request whose leader may change, or whose first token is news.
 
     Attributes:
@@ -49,20 +49,20 @@ class Relay:
     def __init__(self, engines: Sequence[AsyncLLM], blocks: Sequence[Block], thread: GatewayThread):
         self._blocks = blocks
         self._thread = thread
-        self._routes: dict[tuple[int, str], Route] = {}
+        self._relayed: dict[tuple[int, str], RelayedRequest] = {}
         self._processors = [engine.output_processor for engine in engines]
         self._process = [processor.process_outputs for processor in self._processors]
         for expert, processor in enumerate(self._processors):
             processor.process_outputs = partial(self._process_outputs, expert)
 
-    def follow(self, route: Route, expert: int, request_id: str) -> None:
+    def follow(self, relayed: RelayedRequest, expert: int, request_id: str) -> None:
         """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
-        route.ids[expert] = request_id
-        self._routes[expert, request_id] = route
+        relayed.ids[expert] = request_id
+        self._relayed[expert, request_id] = relayed
 
-    def forget(self, route: Route) -> None:
-        for of in route.ids.items():
-            self._routes.pop(of, None)
+    def forget(self, relayed: RelayedRequest) -> None:
+        for of in relayed.ids.items():
+            self._relayed.pop(of, None)
 
     def _process_outputs(
         self, expert: int, outputs: list[Any], sent_s: float, *args: Any, **kwargs: Any
@@ -71,48 +71,48 @@ class Relay:
         return self._in_order(expert, outputs, sent_s, *args, **kwargs)
 
     def _in_order(self, expert: int, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
-        if not self._routes:
+        if not self._relayed:
             return self._process[expert](outputs, *args, **kwargs)
         now, touched = [], []
         for output in outputs:
-            route = self._routes.get((expert, output.request_id))
-            if route is None or route.speaker == expert:
+            relayed = self._relayed.get((expert, output.request_id))
+            if relayed is None or relayed.speaker == expert:
                 now.append(output)
             else:
-                route.early.setdefault(expert, []).append(output)
-            if route is not None:
-                touched.append(route)
+                relayed.early.setdefault(expert, []).append(output)
+            if relayed is not None:
+                touched.append(relayed)
                 if output.new_token_ids:
-                    self._first(route)
+                    self._first(relayed)
         processed = self._process[expert](now, *args, **kwargs)
-        for route in touched:
-            self._hand_over(route, *args, **kwargs)
+        for relayed in touched:
+            self._hand_over(relayed, *args, **kwargs)
         return processed
 
-    def _first(self, route: Route) -> None:
-        if route.on_first is not None:
-            route.on_first()
-            route.on_first = None
-            if not route.member.may_release:
-                self.forget(route)  # its leader stays
+    def _first(self, relayed: RelayedRequest) -> None:
+        if relayed.on_first is not None:
+            relayed.on_first()
+            relayed.on_first = None
+            if not relayed.member.may_release:
+                self.forget(relayed)  # its leader stays
 
-    def _hand_over(self, route: Route, *args: Any, **kwargs: Any) -> None:
+    def _hand_over(self, relayed: RelayedRequest, *args: Any, **kwargs: Any) -> None:
         """Move the user's state to whoever decides the next token, and give it what has come early.
 
-        A stop string in there ends the request here, not in the engine: whoever follows the route aborts it.
+        A stop string in there ends the request here, not in the engine: whoever follows the relayed aborts it.
         """
         while True:
-            old = self._processors[route.speaker].request_states
-            state = old.get(route.ids.get(route.speaker, ""))
+            old = self._processors[relayed.speaker].request_states
+            state = old.get(relayed.ids.get(relayed.speaker, ""))
             if state is None:
                 return  # it has ended, or not begun
-            follow_seats(self._blocks, route.member)
-            speaker = route.member.leader_at(state.detokenizer.num_output_tokens())
-            if speaker == route.speaker:
+            follow_membership(self._blocks, relayed.member)
+            speaker = relayed.member.leader_at(state.detokenizer.num_output_tokens())
+            if speaker == relayed.speaker:
                 return
             new = self._processors[speaker].request_states
-            old_id, new_id = route.ids[route.speaker], route.ids[speaker]
+            old_id, new_id = relayed.ids[relayed.speaker], relayed.ids[speaker]
             old[old_id], new[new_id] = new[new_id], state
             old[old_id].request_id, state.request_id = old_id, new_id
-            route.speaker = speaker
-            self._process[speaker](route.early.pop(speaker, []), *args, **kwargs)
+            relayed.speaker = speaker
+            self._process[speaker](relayed.early.pop(speaker, []), *args, **kwargs)

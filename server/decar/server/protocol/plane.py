@@ -60,13 +60,13 @@ def stamp_of(generation: int, position: int) -> int:
     return generation << 32 | (position + 1)
 
 
-def seats_word(generation: int, leader: int, active: Iterable[int]) -> int:
+def membership_word(generation: int, leader: int, active: Iterable[int]) -> int:
     """Who takes part in a slot's tenant, in one word, so that nobody reads half of it. K is at most 16."""
     return generation << 32 | leader << 16 | sum(1 << expert for expert in active)
 
 
-def read_seats_word(word: int) -> tuple[int, tuple[int, ...]]:
-    """(leader, active) of a `seats_word`."""
+def read_membership_word(word: int) -> tuple[int, tuple[int, ...]]:
+    """(leader, active) of a `membership_word`."""
     return word >> 16 & 0xFFFF, tuple(k for k in range(16) if word >> k & 1)
 
 
@@ -110,12 +110,12 @@ class PlaneSpec:
             "token": ((s, 2), np.int64),
             "counters": ((len(COUNTERS),), np.int64),
             "log_weights": ((s, t, k), np.float32),  # weights that mixed each position; leaders write it
-            "seats": (
+            "membership": (
                 (s,),
                 np.int64,
-            ),  # who takes part from a position on, see `seats_word`; leaders write it
-            "seats_from": ((s,), np.int64),
-            "seats_weights": ((s, k + 1), np.float64),  # log weights there, and what may still be pruned
+            ),  # who takes part from a position on, see `membership_word`; leaders write it
+            "membership_from": ((s,), np.int64),
+            "membership_weights": ((s, k + 1), np.float64),  # log weights there, and what may still be pruned
             "prompt": ((s, t), np.float32),  # log p of each prompt token, as far as it had to be computed
             "prompt_sum": ((s,), np.float64),  # their sum; there before the row of position 0
             **(handle if self.on_device else rows),
@@ -156,9 +156,9 @@ class Block:
         self.token_stamp = self.view("token_stamp").reshape(-1).data
         self.token = self.view("token").reshape(-1).data
         self.log_weights = self.view("log_weights")
-        self.seats = self.view("seats").data
-        self.seats_from = self.view("seats_from").data
-        self.seats_weights = self.view("seats_weights")
+        self.membership = self.view("membership").data
+        self.membership_from = self.view("membership_from").data
+        self.membership_weights = self.view("membership_weights")
         self.prompt = self.view("prompt")
         self.prompt_sum = self.view("prompt_sum").data
         self._counters = self.view("counters")
@@ -192,7 +192,7 @@ class Block:
         """What this engine has counted since it started."""
         return dict(zip(COUNTERS, self._counters.tolist(), strict=True))
 
-    def row(self, slot: int, stamp: int) -> bool:
+    def has_row(self, slot: int, stamp: int) -> bool:
         """Whether this engine's row for ``stamp`` is there."""
         return self.row_stamp[entry_of(slot, stamp)] == stamp
 

@@ -25,10 +25,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from decar.kernels import mix
 from decar.router import log_weights_after
 from decar.router.manifest import Rule
-from decar.server.images import is_text
-from decar.server.plane import DIRECTORY, create_segment, new_name, unlink
-from decar.server.scores import PrefixScores
-from decar.server.seat import ROWS_KEY, PromptRows
+from decar.server.gateway.scores import PrefixScores
+from decar.server.protocol.member import ROWS_KEY, PromptRows
+from decar.server.protocol.plane import DIRECTORY, create_segment, new_name, unlink
+from decar.server.vllm_adapter.images import is_text
 
 WINDOW_BYTES = 64 * 2**20  # of all experts' rows of one prompt at a time, at most
 PROMPTS_AT_ONCE = 4  # whose rows are held

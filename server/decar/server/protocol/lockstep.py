@@ -18,10 +18,18 @@ import torch
 
 from decar.kernels import mix_rows
 from decar.router import active_experts, moved_on, prune, restricted
-from decar.server.cores import yield_core
-from decar.server.plane import NOTHING, Block, Plane, entry_of, read_seats_word, seats_word, stamp_of
-from decar.server.seat import Member
-from decar.server.transport import Transport
+from decar.server.protocol.cores import yield_core
+from decar.server.protocol.member import Member
+from decar.server.protocol.plane import (
+    NOTHING,
+    Block,
+    Plane,
+    entry_of,
+    membership_word,
+    read_membership_word,
+    stamp_of,
+)
+from decar.server.protocol.transport import Transport
 
 
 @dataclass
@@ -38,21 +46,21 @@ class Turn:
         self.leader = self.member.leader_at(self.position)
 
 
-def follow_seats(blocks: Sequence[Block], member: Member) -> None:
+def follow_membership(blocks: Sequence[Block], member: Member) -> None:
     """Bring ``member`` up to date with what its leaders have written of who takes part from which position on."""
     while True:
         block, slot = blocks[member.leader], member.slot
-        word = block.seats[slot]
+        word = block.membership[slot]
         if word >> 32 != member.generation:
             return  # an earlier tenant's: this one's leader has released nobody
-        leader, active = read_seats_word(word)
+        leader, active = read_membership_word(word)
         member.active = active
         if len(active) == 1:
-            member.alone_from = block.seats_from[slot]
+            member.alone_from = block.membership_from[slot]
         if leader == member.leader:
             return
-        *member.log_weights, member.prune = block.seats_weights[slot].tolist()
-        member.led_before.append((block.seats_from[slot], member.leader))
+        *member.log_weights, member.prune = block.membership_weights[slot].tolist()
+        member.led_before.append((block.membership_from[slot], member.leader))
         member.leader = leader
 
 
@@ -100,7 +108,7 @@ class Lockstep:
 
     def post(self, turns: Sequence[Turn], logits: torch.Tensor) -> None:
         """Write rows of ``logits`` [B, V'] (V' >= V) that are not there yet, then stamp them."""
-        new = [turn for turn in turns if not self.mine.row(turn.member.slot, turn.stamp)]
+        new = [turn for turn in turns if not self.mine.has_row(turn.member.slot, turn.stamp)]
         if not new:
             return
         rows, of = logits[:, : self.vocab_size], [turn.row for turn in new]
@@ -188,10 +196,10 @@ class Lockstep:
         self.mine.count("pruned", len(member.active) - len(active))
         self.mine.count("handed_over", int(leader != member.leader))
         member.log_weights, member.prune = log_weights.tolist(), left
-        self.mine.seats_weights[member.slot] = [*member.log_weights, left]
-        self.mine.seats_from[member.slot] = position
-        self.mine.seats[member.slot] = seats_word(member.generation, leader, active)
-        follow_seats(self.blocks, member)
+        self.mine.membership_weights[member.slot] = [*member.log_weights, left]
+        self.mine.membership_from[member.slot] = position
+        self.mine.membership[member.slot] = membership_word(member.generation, leader, active)
+        follow_membership(self.blocks, member)
 
     def adopt(self, turns: Sequence[Turn]) -> list[int | None]:
         """The leaders' tokens for turns this engine follows; None is a hold."""
@@ -204,13 +212,13 @@ class Lockstep:
         """Whether every follower has given its row, or is about to: time to run a held turn again."""
         stamp = stamp_of(member.generation, position)
         return all(
-            self.blocks[f].row(member.slot, stamp) or self.blocks[f].running[member.slot] == stamp
+            self.blocks[f].has_row(member.slot, stamp) or self.blocks[f].running[member.slot] == stamp
             for f in member.followers
         )
 
     def takes_part(self, member: Member) -> bool:
         """Whether this engine still does, as far as leaders have decided; brings ``member`` up to date."""
-        follow_seats(self.blocks, member)
+        follow_membership(self.blocks, member)
         return self.expert in member.active
 
     def decided(self, member: Member, position: int) -> int | None:
@@ -220,8 +228,8 @@ class Lockstep:
 
     def _row_comes(self, follower: int, turn: Turn) -> bool:
         block, slot, stamp = self.blocks[follower], turn.member.slot, turn.stamp
-        self._wait(lambda: block.row(slot, stamp), follower, slot, stamp)
-        return block.row(slot, stamp)
+        self._wait(lambda: block.has_row(slot, stamp), follower, slot, stamp)
+        return block.has_row(slot, stamp)
 
     def _token_comes(self, turn: Turn) -> int | None:
         block, slot, stamp = self.blocks[turn.leader], turn.member.slot, turn.stamp

@@ -8,14 +8,13 @@ Shapes: K experts, S slots, V vocabulary, n rows of one call.
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from decar.kernels import Rows
-from decar.server.plane import Block, Plane
+from decar.server.protocol.plane import Block, Plane
 
 ROW_ALIGNMENT = 64  # elements: rows of any vocabulary start where a GPU's widest loads may
 
@@ -36,10 +35,11 @@ class Transport(Protocol):
         """log p_k(token) [n, K] float64; not finite where a row allows no such token, or is broken."""
 
 
-def transport_of(plane: Plane, expert: int, device: torch.device) -> Transport:
-    """The transport that ``plane`` was made for, for an engine that computes on ``device``."""
+def transport_of(plane: Plane, expert: int, memory: DeviceMemory | None) -> Transport:
+    """The transport that ``plane`` was made for; where rows lie on a device, ``memory`` is that device's."""
     if plane.spec.on_device:
-        return DeviceTransport(plane, expert, CudaMemory(device))
+        assert memory is not None, "rows on a device need its memory"
+        return DeviceTransport(plane, expert, memory)
     return HostTransport(plane, expert)
 
 
@@ -157,42 +157,3 @@ class DeviceTransport:
         end = self._entries * self._stride * self._dtype.itemsize
         rows = buffer[:end].view(self._dtype).view(self._entries, self._stride)
         return rows[:, : self._vocab_size], buffer[end:].view(torch.float32)
-
-
-class CudaMemory:
-    """A GPU's memory, by vLLM's binding of the CUDA runtime. Not torch's allocator: CUDA maps whole allocations."""
-
-    def __init__(self, device: torch.device):
-        from vllm.distributed.device_communicators.cuda_wrapper import CudaRTLibrary, cudaIpcMemHandle_t
-
-        self.device = device
-        self._library = CudaRTLibrary()
-        self._handle_type = cudaIpcMemHandle_t
-
-    def allocate(self, size_bytes: int) -> tuple[torch.Tensor, bytes]:
-        address = self._library.cudaMalloc(size_bytes)
-        self._library.cudaMemset(address, 0, size_bytes)
-        return self._tensor(address, size_bytes), bytes(self._library.cudaIpcGetMemHandle(address))
-
-    def open(self, handle: bytes, size_bytes: int) -> torch.Tensor:
-        # Also maps memory of another GPU, where the two have peer access.
-        address = self._library.cudaIpcOpenMemHandle(self._handle_type.from_buffer_copy(handle))
-        return self._tensor(address, size_bytes)
-
-    def settle(self) -> None:
-        torch.cuda.current_stream(self.device).synchronize()
-
-    def _tensor(self, address: ctypes.c_void_p, size_bytes: int) -> torch.Tensor:
-        return torch.as_tensor(_CudaBytes(address, size_bytes), device=self.device)
-
-
-class _CudaBytes:
-    """What torch asks of memory that it did not allocate."""
-
-    def __init__(self, address: ctypes.c_void_p, size_bytes: int):
-        self.__cuda_array_interface__: dict[str, Any] = {
-            "shape": (size_bytes,),
-            "typestr": "|u1",
-            "data": (address.value, False),
-            "version": 3,
-        }

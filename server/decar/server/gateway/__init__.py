@@ -1,0 +1,1 @@
+"""The gateway's process: requests, weights, leaders, slots, HTTP. Knows vLLM's public types only."""

@@ -1,0 +1,47 @@
+"""A GPU's memory, mapped between processes by CUDA IPC, as the transport wants it. Knows vLLM's binding of CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+
+class CudaMemory:
+    """A GPU's memory, by vLLM's binding of the CUDA runtime. Not torch's allocator: CUDA maps whole allocations."""
+
+    def __init__(self, device: torch.device):
+        from vllm.distributed.device_communicators.cuda_wrapper import CudaRTLibrary, cudaIpcMemHandle_t
+
+        self.device = device
+        self._library = CudaRTLibrary()
+        self._handle_type = cudaIpcMemHandle_t
+
+    def allocate(self, size_bytes: int) -> tuple[torch.Tensor, bytes]:
+        address = self._library.cudaMalloc(size_bytes)
+        self._library.cudaMemset(address, 0, size_bytes)
+        return self._tensor(address, size_bytes), bytes(self._library.cudaIpcGetMemHandle(address))
+
+    def open(self, handle: bytes, size_bytes: int) -> torch.Tensor:
+        # Also maps memory of another GPU, where the two have peer access.
+        address = self._library.cudaIpcOpenMemHandle(self._handle_type.from_buffer_copy(handle))
+        return self._tensor(address, size_bytes)
+
+    def settle(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def _tensor(self, address: ctypes.c_void_p, size_bytes: int) -> torch.Tensor:
+        return torch.as_tensor(_CudaBytes(address, size_bytes), device=self.device)
+
+
+class _CudaBytes:
+    """What torch asks of memory that it did not allocate."""
+
+    def __init__(self, address: ctypes.c_void_p, size_bytes: int):
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "data": (address.value, False),
+            "version": 3,
+        }
