@@ -66,10 +66,10 @@ def test_the_router_knows_neither_http_nor_vllm() -> None:
     assert not external("router") & {"fastapi", "starlette", "uvicorn", "vllm"}
 
 
-def test_the_kernels_know_only_torch_and_triton() -> None:
+def test_the_kernels_know_only_numpy_torch_and_triton() -> None:
     libraries = external("kernels") - set(sys.stdlib_module_names)
     assert libraries
-    assert libraries <= {"torch", "triton"}
+    assert libraries <= {"numpy", "torch", "triton"}
 
 
 def test_clients_and_benchmarks_reach_a_server_only_over_http() -> None:

@@ -26,7 +26,7 @@ from decar.router.errors import StartError
 from decar.server.gateway.request import Call, current_call, model_ids
 from decar.server.placement import CPU_KV_BYTES, Place, gib, place, visible_gpus
 from decar.server.protocol.member import LockstepConfig
-from decar.server.protocol.plane import Plane, remove_stale
+from decar.server.protocol.plane import Plane, prompt_unit, remove_stale
 
 logger = logging.getLogger("decar")
 
@@ -127,7 +127,10 @@ async def _running_ensemble(ensemble: Ensemble, args: Namespace, placement: str 
         configs[0].scheduler_config.max_num_seqs,
         ensemble.vocab_size,
         configs[0].model_config.max_model_len,
-        _row_dtype(configs) if on_gpu else None,
+        prompt_unit=prompt_unit(
+            configs[0].model_config.max_model_len, [config.cache_config.block_size for config in configs]
+        ),
+        device_dtype=_row_dtype(configs) if on_gpu else None,
     )
     started: list[Any] = []
     try:

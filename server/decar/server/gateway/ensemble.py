@@ -39,6 +39,7 @@ from decar.router.manifest import Trained
 from decar.server.gateway.prompt import Beginning, PromptLogprobs, PromptScorer, tokens_of
 from decar.server.gateway.request import Call, ChoiceTrace, current_call, offered_routers, parse_call
 from decar.server.gateway.slots import Slots
+from decar.server.gateway.weights import WeightsReader
 from decar.server.metrics import EnsembleMetrics
 from decar.server.protocol.cores import GatewayThread, current_core, start_threads
 from decar.server.protocol.lockstep import follow_membership
@@ -100,7 +101,7 @@ class EnsembleClient(EngineClient):
         self.model_config = first.model_config
         self.renderer = first.renderer
         self.input_processor = first.input_processor
-        self._scorer = PromptScorer(engines, ensemble.vocab_size)
+        self._scorer = PromptScorer(engines, ensemble.vocab_size, plane.spec.prompt_unit)
         self.thread = GatewayThread(cores if current_platform.is_cpu() else [])
         others = ThreadPoolExecutor(thread_name_prefix="decar")
         asyncio.get_running_loop().set_default_executor(others)
@@ -297,24 +298,27 @@ class EnsembleClient(EngineClient):
         async with self.slots.take() as (slot, generation):
             leader = self._leader(log_weights if beginning is None else np.zeros(len(log_weights)), active)
             member = Member(
-                slot,
-                generation,
-                leader,
-                tuple(active),
-                call.rule,
-                log_weights.tolist(),
-                call.posterior,
-                budget,  # weights that do not move have been pruned already
-                *(() if beginning is None else (beginning.scored, call.top_k, uniform)),
+                slot=slot,
+                generation=generation,
+                leader=leader,
+                active=tuple(active),
+                rule=call.rule,
+                log_weights=log_weights.tolist(),
+                posterior=call.posterior,
+                prune=budget,  # weights that do not move have been pruned already
+                scored=None if beginning is None else beginning.scored,
+                top_k=None if beginning is None else call.top_k,
+                uniform=uniform,
             )
+            reader = WeightsReader(self.plane, member)
             trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
             call.choices[asked.first_choice] = trace
             queues: dict[int, Any] = {}
             finished = False
             produced = 0
-            relayed = RelayedRequest(member, leader)
-            if beginning is not None:
-                relayed.on_first = partial(self._learn, beginning, slot)
+            relayed = RelayedRequest(
+                member, leader, on_tokens=partial(self._keep_up, reader, beginning, slot)
+            )
             try:
                 self._running[slot] = (member, None)
                 self.thread.hurry(slot, True)
@@ -328,7 +332,7 @@ class EnsembleClient(EngineClient):
                         arrival_time=arrival,
                         **asked.kwargs,
                     )
-                    if member.may_release or (k == leader and beginning is not None):
+                    if member.may_release or k == leader:
                         self._relay.follow(relayed, k, queues[k].request_id)
                 queue = queues[leader]
                 self._running[slot] = (member, queue)
@@ -343,9 +347,9 @@ class EnsembleClient(EngineClient):
                     produced += sum(len(completion.token_ids) for completion in output.outputs)
                     self.thread.hurry(slot, member.may_release or not produced)
                     if produced and not start and beginning is not None:
-                        self._begin(trace, member)
+                        self._begin(trace, member, reader)
                     if call.trace:
-                        weights = self._weights(member, start, produced)
+                        weights = reader.between(start, produced)
                         trace.weights += weights.tolist()
                         trace.leaders += [
                             self._leader_of(member, t, of) for t, of in enumerate(weights, start)
@@ -358,14 +362,18 @@ class EnsembleClient(EngineClient):
                 self._relay.forget(relayed)
                 ended = {leader} if finished and not member.led_before else set()
                 await asyncio.shield(self._abort({k: q for k, q in queues.items() if k not in ended}))
-                self._metrics.observe(self._weights(member, 0, produced))
+                self._metrics.observe(reader.between(0, produced))
 
-    def _learn(self, beginning: Beginning, slot: int) -> None:
-        beginning.learn([block.prompt[slot] for block in self.plane.blocks])
+    def _keep_up(self, reader: WeightsReader, beginning: Beginning | None, slot: int, produced: int) -> None:
+        """Tokens have come, ``produced`` by now: the first one says what experts have found of a new prompt."""
+        if beginning is not None and not beginning.learned.is_set():
+            fields = self.plane.fields
+            beginning.learn(fields["prompt_sums"][:, slot], fields["prompt_sum"][:, slot])
+        reader.keep_up(produced)
 
-    def _begin(self, trace: ChoiceTrace, member: Member) -> None:
+    def _begin(self, trace: ChoiceTrace, member: Member, reader: WeightsReader) -> None:
         """A prompt has been scored as it was computed: only now is it known who takes part."""
-        [weights] = self._weights(member, 0, 1)
+        [weights] = reader.between(0, 1)
         trace.experts = [self.experts[k].name for k in np.flatnonzero(weights)]
         trace.leader = self._leader_of(member, 0, weights)
 
@@ -374,19 +382,6 @@ class EnsembleClient(EngineClient):
         the first token; it does so for the next one."""
         leader = member.leader_at(position)
         return self.experts[leader if weights[leader] else member.leader_at(position + 1)].name
-
-    def _weights(self, member: Member, start: int, end: int) -> np.ndarray:
-        """Weights [T, K] that mixed the tokens from ``start`` to ``end``."""
-        follow_membership(self.plane.blocks, member)
-        weights = np.empty((end - start, len(self.experts)))
-        begin = start
-        for until, leader in [*member.led_before, (end, member.leader)]:
-            rows = self.plane.blocks[leader].log_weights[member.slot, begin : min(until, end)]
-            weights[begin - start :][: len(rows)] = np.exp(rows.astype(np.float64))
-            begin += len(rows)
-        if member.alone_from is not None:
-            weights[max(member.alone_from - start, 0) :] = np.eye(len(self.experts))[member.leader]
-        return weights
 
     def _leader(self, log_weights: np.ndarray, active: list[int]) -> int:
         """The expert with the largest weight; among equals, the one that leads most requests already: the gateway then

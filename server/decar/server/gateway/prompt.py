@@ -48,7 +48,7 @@ class Beginning:
 
     def __init__(self, scores: Sequence[PrefixScores], ids: list[int], salt: bytes):
         self._scores, self._ids, self._salt = scores, ids, salt
-        self.scored = [of.known(ids, salt) for of in scores]
+        self.scored = [of_expert.known(ids, salt) for of_expert in scores]
         self.whole = all(known == len(ids) for known, _ in self.scored)
         self.learned = asyncio.Event()
 
@@ -57,10 +57,13 @@ class Beginning:
         """log p_k of the known part [K], the first token given."""
         return [total for _, total in self.scored]
 
-    def learn(self, said: Sequence[np.ndarray]) -> None:
-        """Take in what the experts said of the prompt's tokens: K x [T], of which the known part is not read."""
-        for of, (known, total), log_probs in zip(self._scores, self.scored, said, strict=True):
-            of.learn(self._ids, known, total, log_probs[known:].tolist(), self._salt)
+    def learn(self, sums: np.ndarray, wholes: np.ndarray) -> None:
+        """Take in what the experts said of the prompt beyond what was known: log p up to each unit's end [K, U], of
+        which those in the known part are not read, and in all [K]."""
+        for scores, (known, total), of_units, whole in zip(
+            self._scores, self.scored, sums.tolist(), wholes.tolist(), strict=True
+        ):
+            scores.learn(self._ids, known, total, of_units, whole, self._salt)
         self.learned.set()
 
 
@@ -70,12 +73,13 @@ class PromptScorer:
     Args:
         engines: in manifest order.
         vocab_size: V, the ids that all experts share.
+        unit: tokens between the places of a prompt up to which its log-likelihood is kept.
     """
 
-    def __init__(self, engines: Sequence[AsyncLLM], vocab_size: int):
+    def __init__(self, engines: Sequence[AsyncLLM], vocab_size: int, unit: int):
         self._engines = engines
         self._vocab_size = vocab_size
-        self._scores = [PrefixScores(engine.vllm_config.cache_config.block_size) for engine in engines]
+        self._scores = [PrefixScores(unit) for _ in engines]
         self._under_way: dict[_Key, Beginning] = {}
         memory = os.statvfs(DIRECTORY)
         share = memory.f_bavail * memory.f_frsize // (2 * PROMPTS_AT_ONCE)

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from decar.server.protocol.lockstep import Lockstep
+from decar.server.protocol.lockstep import Observer
 from decar.server.protocol.member import LockstepConfig, Member, PromptRows
 from decar.server.protocol.plane import Plane
 
@@ -26,7 +26,7 @@ class LockstepScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config: LockstepConfig = self.vllm_config.additional_config
-        self.lockstep = Lockstep(Plane.attach(config.plane), config.expert)
+        self.lockstep = Observer(Plane.attach(config.plane), config.expert)
         self._members: dict[str, Member] = {}  # of requests in lockstep
         self._held: dict[str, Request] = {}
         self._stats_due = 0.0

@@ -1,0 +1,58 @@
+"""The weights that mixed a request's tokens, read along as the tokens come. Knows the plane, no engines.
+
+Shapes: K experts, T tokens of an answer, R positions of the plane's ring.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from decar.server.protocol.lockstep import follow_membership
+from decar.server.protocol.member import Member
+from decar.server.protocol.plane import Plane
+
+
+class WeightsReader:
+    """Reads what a request's leaders write into rings of R positions, and lets them go on.
+
+    Args:
+        plane: whose ``weights_read`` is the caller's to write.
+        member: the request's part in the lockstep, brought up to date here.
+    """
+
+    def __init__(self, plane: Plane, member: Member):
+        self._plane, self._member = plane, member
+        self._ring = plane.spec.ring
+        self._weights = np.empty((self._ring, plane.spec.experts))
+        self._end = 0  # positions that have been read
+        self._let_go_on()
+
+    def keep_up(self, produced: int) -> None:
+        """Note that ``produced`` tokens are there: no leader waits as long as this is called often enough."""
+        if produced - self._end >= self._ring // 2:
+            self._read(produced)
+
+    def between(self, start: int, end: int) -> np.ndarray:
+        """Weights [end - start, K] that mixed the tokens from ``start`` to ``end``, which are there."""
+        if end > self._end:
+            self._read(end)
+        return self._weights[start:end]
+
+    def _read(self, end: int) -> None:
+        member, blocks = self._member, self._plane.blocks
+        follow_membership(blocks, member)
+        if end > len(self._weights):
+            grown = np.empty((max(end, 2 * len(self._weights)), len(blocks)))
+            grown[: self._end] = self._weights[: self._end]
+            self._weights = grown
+        for until, leader in [*member.led_before, (end, member.leader)]:
+            positions = np.arange(self._end, min(until, end))
+            said = blocks[leader].log_weights[member.slot, positions % self._ring]
+            self._weights[positions] = np.exp(said.astype(np.float64))
+            self._end = max(self._end, min(until, end))
+        if member.alone_from is not None:
+            self._weights[member.alone_from : end] = np.eye(len(blocks))[member.leader]
+        self._let_go_on()
+
+    def _let_go_on(self) -> None:
+        self._plane.weights_read[self._member.slot] = self._member.generation << 32 | self._end
