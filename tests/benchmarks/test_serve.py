@@ -43,12 +43,12 @@ def test_what_the_ensemble_does_is_compared_with_its_experts_plain_servers() -> 
         run("http", 15),
     ]
     runs += [run("single", 100, 1), run("pruned", 120, 1)]  # whatever of this repeat is missing is left out
-    of = {(entry["system"], entry["repeat"]): entry for entry in report.ratios(runs)}
-    assert of["pruned", 0]["over_independent"] == pytest.approx(150 / 180)
-    assert of["pruned", 0]["over_split"] == pytest.approx(150 / 160)
-    assert of["pruned", 0]["ratio"] == 1.5
+    by_run = {(entry["system"], entry["repeat"]): entry for entry in report.ratios(runs)}
+    assert by_run["pruned", 0]["over_independent"] == pytest.approx(150 / 180)
+    assert by_run["pruned", 0]["over_split"] == pytest.approx(150 / 160)
+    assert by_run["pruned", 0]["ratio"] == 1.5
     for system, repeat in (("independent", 0), ("split", 0), ("http", 0), ("pruned", 1)):
-        assert set(of[system, repeat]) == {"system", "load", "repeat", "ratio"}
+        assert set(by_run[system, repeat]) == {"system", "load", "repeat", "ratio"}
 
 
 def test_a_load_is_dealt_out_evenly_or_not_at_all() -> None:

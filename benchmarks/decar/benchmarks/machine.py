@@ -37,9 +37,11 @@ def environment() -> dict[str, Any]:
 
 def slug() -> str:
     """Date and hardware, for a file's name: ``2026-11-23-amd-epyc-2-cores``."""
-    of = environment()
-    hardware = f"{len(of['gpus'])} {of['gpus'][0]}" if of["gpus"] else f"{of['cpu']} {of['cores']} cores"
-    return f"{of['date'][:10]}-" + re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+    here = environment()
+    hardware = (
+        f"{len(here['gpus'])} {here['gpus'][0]}" if here["gpus"] else f"{here['cpu']} {here['cores']} cores"
+    )
+    return f"{here['date'][:10]}-" + re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
 
 
 def _cpu() -> str:

@@ -37,7 +37,7 @@ def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         key, system, repeat, rate = _key(run), run["system"], run["repeat"], run["output_throughput"]
-        singles = [value for (of, name, _), value in rates.items() if (of, name) == (key, "single")]
+        singles = [value for (other, name, _), value in rates.items() if (other, name) == (key, "single")]
         if system == "single" or not singles:
             continue
         once = system in ("http", "transformers")
@@ -67,8 +67,8 @@ def write(
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print one line for each system under each load, repeats folded."""
-    of = result["environment"]
-    hardware = ", ".join(of["gpus"]) or f"{of['cores']} cores of {of['cpu']}"
+    environment = result["environment"]
+    hardware = ", ".join(environment["gpus"]) or f"{environment['cores']} cores of {environment['cpu']}"
     checked = result["checked"]
     console.print(
         f"[bold]{result['ensemble']['name']}[/bold], {result['ensemble']['experts']} experts, "
@@ -189,11 +189,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         bbox_to_anchor=(1, 1),
     )
     _plot_steps(steps, result)
-    of = result["environment"]
-    hardware = ", ".join(of["gpus"]) or f"{of['cores']} cores of {of['cpu']}"
-    ensemble = result["ensemble"]
+    environment = result["environment"]
+    hardware = ", ".join(environment["gpus"]) or f"{environment['cores']} cores of {environment['cpu']}"
+    ensemble, day = result["ensemble"], environment["date"][:10]
     figure.suptitle(
-        f"{ensemble['name']}: {ensemble['experts']} experts, {ensemble['dtype']}, {hardware}, {of['date'][:10]}"
+        f"{ensemble['name']}: {ensemble['experts']} experts, {ensemble['dtype']}, {hardware}, {day}"
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -205,7 +205,7 @@ def _plot_steps(axis: Any, result: dict[str, Any]) -> None:
         groups.setdefault(_key(step), []).append(step["ms"])
     bottoms = [0.0] * len(groups)
     for (phase, meaning), colour in zip(PHASES.items(), COLOURS, strict=True):
-        heights = [mean(ms[phase] for ms in of) for of in groups.values()]
+        heights = [mean(ms[phase] for ms in steps) for steps in groups.values()]
         axis.bar(list(groups), heights, bottom=bottoms, label=meaning, color=colour, width=0.6)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for i, key in enumerate(groups):

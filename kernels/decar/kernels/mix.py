@@ -94,9 +94,9 @@ def decide(
         ValueError: as `mix`.
     """
     _check(rows, entries, log_weights, rule)
-    for name, of in (("temperatures", temperatures), ("seeds", seeds), ("positions", positions)):
-        if of.shape != entries.shape:
-            raise ValueError(f"{name} must be [B={len(entries)}], not {tuple(of.shape)}")
+    for name, tensor in (("temperatures", temperatures), ("seeds", seeds), ("positions", positions)):
+        if tensor.shape != entries.shape:
+            raise ValueError(f"{name} must be [B={len(entries)}], not {tuple(tensor.shape)}")
     return _implementation(rows).decide(rows, entries, log_weights, rule, temperatures, seeds, positions)
 
 

@@ -21,23 +21,25 @@ def mix_rows(
 ) -> torch.Tensor:
     """See `decar.kernels.mix_rows`; ``anchored=False`` gives normalised log-probabilities."""
     normalisers, effective = _effective(rows, entries, log_weights)
-    part = [k for k in range(rows.experts) if any(of[k] > -math.inf for of in effective)]
+    part = [k for k in range(rows.experts) if any(log_w[k] > -math.inf for log_w in effective)]
     if not part:
         return torch.full((len(entries), rows.vocab_size), -torch.inf, device=rows.device)
     if rule == "logit":
         # At least the smallest normal number: a weight that underflows still lets its expert forbid a token.
-        factors = [[[max(math.exp(of[k]), _TINY)] for of in effective] for k in part]
+        factors = [[[max(math.exp(log_w[k]), _TINY)] for log_w in effective] for k in part]
         scale = torch.tensor(factors, device=rows.device)  # [K, B, 1]
         terms = [_row(rows, k, entries).mul_(scale[i]) for i, k in enumerate(part)]
     else:
         shifts = []
-        for log_z, of in zip(normalisers, effective, strict=True):
-            anchor = sum(math.exp(of[k]) * log_z[k] for k in part) if anchored else 0.0
-            shifts.append([of[k] - log_z[k] + anchor for k in part])
+        for log_z, log_w in zip(normalisers, effective, strict=True):
+            anchor = sum(math.exp(log_w[k]) * log_z[k] for k in part) if anchored else 0.0
+            shifts.append([log_w[k] - log_z[k] + anchor for k in part])
         offset = torch.tensor(shifts, device=rows.device).T[:, :, None]  # [K, B, 1]
         terms = [_row(rows, k, entries).add_(offset[i]) for i, k in enumerate(part)]
-    if any(of[k] == -math.inf for of in effective for k in part):
-        active = torch.tensor([[of[k] > -math.inf for of in effective] for k in part], device=rows.device)
+    if any(log_w[k] == -math.inf for log_w in effective for k in part):
+        active = torch.tensor(
+            [[log_w[k] > -math.inf for log_w in effective] for k in part], device=rows.device
+        )
         nothing = 0.0 if rule == "logit" else -math.inf
         terms = [term.where(active[i, :, None], nothing) for i, term in enumerate(terms)]
         if rule == "logit":
@@ -116,7 +118,7 @@ def _effective(
     Python's floats: the few numbers of a small batch cost 0.3 ms as a chain of torch operations, measured in
     an engine, and 0.03 ms so.
     """
-    columns = [of.index_select(0, entries).tolist() for of in rows.log_normalisers]
+    columns = [buffer.index_select(0, entries).tolist() for buffer in rows.log_normalisers]
     normalisers, effective = [], []
     for *log_z, given in zip(*columns, log_weights.tolist(), strict=True):
         active = [
