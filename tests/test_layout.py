@@ -7,8 +7,13 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from decar.kernels import rows
+from decar.router import manifest
+from decar.training import config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -82,6 +87,18 @@ def test_clients_and_benchmarks_reach_a_server_only_over_http() -> None:
 def test_only_tests_know_the_reference() -> None:
     for path in (ROOT / "tests/reference.py", ROOT / "tests/helpers.py"):
         assert not any(name.split(".")[0] == "decar" for name in imported(path))
+
+
+def test_what_two_parts_have_to_define_is_the_same() -> None:
+    """The kernels are used without the router, so each of them names the rules and the most experts."""
+    assert get_args(rows.Rule) == get_args(manifest.Rule)
+    assert rows.MAX_EXPERTS == manifest.MAX_EXPERTS
+
+
+def test_training_takes_what_the_manifest_takes() -> None:
+    assert config.NAME_PATTERN == manifest.NAME_PATTERN
+    experts = config.TrainConfig.model_fields["experts"].metadata
+    assert [limit.max_length for limit in experts if hasattr(limit, "max_length")] == [manifest.MAX_EXPERTS]
 
 
 # ---------------------------------------------------------------------------------------------- documents

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decar.kernels import Rows, mix, mix_rows, reference
+from decar.kernels import MAX_EXPERTS, Rows, mix, mix_rows, reference
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS, name_of
 
 RULES = ("velocity", "logit")
@@ -25,7 +25,7 @@ SHAPES = [
     (5, 1, 2048),  # V exactly one block
     (2, 2, 2049),  # one token alone in the last block
     (4, 3, 8193),  # one token alone in the last chunk
-    (16, 2, 1000),  # the most experts
+    (MAX_EXPERTS, 2, 1000),  # the most experts
     (2, 2, 50257),  # GPT-2's vocabulary: rows that no vector load can align
 ]
 

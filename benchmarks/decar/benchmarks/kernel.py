@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import psutil
 import torch
@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from decar.benchmarks.machine import environment, slug
-from decar.kernels import Rows, Rule, decide, mix_rows
+from decar.kernels import MAX_EXPERTS, Rows, Rule, decide, mix_rows
 
 Operation = Literal["mix", "decide"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -41,8 +41,8 @@ DTYPES: dict[Dtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-OPERATIONS: tuple[Operation, ...] = ("mix", "decide")
-RULES: tuple[Rule, ...] = ("velocity", "logit")
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+RULES: tuple[Rule, ...] = get_args(Rule)
 COPY_BYTES = {"cuda": 1 << 28, "cpu": 1 << 26}
 """One buffer of the copy: far more than any cache holds."""
 CPU_SECONDS, CPU_REPEATS = 0.2, 9
@@ -453,7 +453,7 @@ def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
 def kernel(
     rows: Annotated[list[int] | None, typer.Option(min=1, help="B, rows of a batch; repeatable.")] = None,
     vocabulary: Annotated[list[int] | None, typer.Option(min=1, help="V, tokens; repeatable.")] = None,
-    experts: Annotated[list[int] | None, typer.Option(min=1, max=16, help="K; repeatable.")] = None,
+    experts: Annotated[list[int] | None, typer.Option(min=1, max=MAX_EXPERTS, help="K; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DTYPES)}; repeatable.")] = None,
     rule: Annotated[Rule | None, typer.Option(help="Default: both.")] = None,
     operation: Annotated[Operation | None, typer.Option(help="Default: both.")] = None,

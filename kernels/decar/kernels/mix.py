@@ -6,6 +6,7 @@ Shapes: K experts, B rows, V vocabulary, E entries of a buffer.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import get_args
 
 import torch
 
@@ -105,7 +106,7 @@ def _check(rows: Rows, entries: torch.Tensor, log_weights: torch.Tensor, rule: R
         raise ValueError(
             f"log_weights must be [B={len(entries)}, K={rows.experts}], not {tuple(log_weights.shape)}"
         )
-    if rule not in ("velocity", "logit"):
+    if rule not in get_args(Rule):
         raise ValueError(f"rule must be 'velocity' or 'logit', not {rule!r}")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +19,10 @@ from decar.router.errors import EnsembleError, did_you_mean
 from decar.router.files import router_problems
 
 MANIFEST_NAME = "ensemble.json"
+MAX_EXPERTS = 16
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+"""What an ensemble or an expert may be called."""
 Rule = Literal["velocity", "logit"]
 RouterKind = Literal["posterior", "prior", "classifier", "centroid"]
 Scope = Literal["full", "output"]
@@ -54,7 +58,7 @@ class _Strict(BaseModel):
 class ExpertEntry(_Strict):
     """One expert: a Hugging Face checkpoint inside the ensemble directory and its prior mass."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    name: Name
     path: str
     prior: float = Field(
         gt=0, allow_inf_nan=False, description="share of the training data; normalised on use"
@@ -95,8 +99,8 @@ class Manifest(_Strict):
     """``ensemble.json``."""
 
     format_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
-    experts: tuple[ExpertEntry, ...] = Field(min_length=1, max_length=16)
+    name: Name
+    experts: tuple[ExpertEntry, ...] = Field(min_length=1, max_length=MAX_EXPERTS)
     router: RouterEntry = RouterEntry()
     mixing: Mixing = Mixing()
 
