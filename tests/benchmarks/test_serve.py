@@ -81,6 +81,31 @@ def test_a_report_is_readable_and_never_overwritten(tmp_path: Path) -> None:
     assert "128 greedy tokens" in text
 
 
+def test_json_has_a_line_for_each_record() -> None:
+    rows = [{"n": 1, "ms": {"p50": 0.5}, "each": [1, 2]}, {"n": 2, "ε": []}]
+    result = {"date": "today", "flags": ["a", "b"], "runs": [*rows, {"seed": 0, "rows": rows[:1]}]}
+    text = report.lines_of(result)
+    assert json.loads(text) == result
+    assert (
+        text
+        == """{
+ "date": "today",
+ "flags": ["a", "b"],
+ "runs": [
+  {"n": 1, "ms": {"p50": 0.5}, "each": [1, 2]},
+  {"n": 2, "ε": []},
+  {
+   "seed": 0,
+   "rows": [
+    {"n": 1, "ms": {"p50": 0.5}, "each": [1, 2]}
+   ]
+  }
+ ]
+}
+"""
+    )
+
+
 def test_what_people_do_today_decodes_the_mixture(duo: Reference) -> None:
     prompts = [duo.encode("import os, sys")[:4], duo.encode("The value of it is")[:4]]
     experts = [duo.directory / "experts" / name for name in ("code", "prose")]

@@ -13,7 +13,6 @@ u((K + 8)M + sqrt(V)). Inputs in bfloat16 and float16 are exact in float32.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -32,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from decar.benchmarks.machine import environment, slug
+from decar.benchmarks.report import lines_of
 from decar.kernels import MAX_EXPERTS, Rows, Rule, decide, mix_rows
 
 Operation = Literal["mix", "decide"]
@@ -522,7 +522,7 @@ def kernel(
     }
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{slug()}-kernel.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(lines_of(report))
     console.print(f"Wrote {path}", soft_wrap=True)
     hardware = where["gpus"][0] if device == "cuda" else f"{where['cpu']}, {where['cores']} cores, no Triton"
     try:

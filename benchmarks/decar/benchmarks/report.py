@@ -59,10 +59,35 @@ def write(
     while free.with_name(f"{free.name}.json").exists():
         number += 1
         free = path.with_name(f"{path.name}-{number}")
-    free.with_name(f"{free.name}.json").write_text(json.dumps(result, indent=1))
+    free.with_name(f"{free.name}.json").write_text(lines_of(result))
     if plot is not None:
         plot(result, free.with_name(f"{free.name}.png"))
     return free
+
+
+def lines_of(result: Any) -> str:
+    """``result`` as JSON with each record on a line of its own: what holds no list of records is one."""
+    return _lines_of(result, "") + "\n"
+
+
+def _lines_of(value: Any, indent: str) -> str:
+    if not _holds_records(value):
+        return json.dumps(value, ensure_ascii=False)
+    deeper = indent + " "
+    if isinstance(value, dict):
+        first, last = "{}"
+        items = [f"{json.dumps(key)}: {_lines_of(item, deeper)}" for key, item in value.items()]
+    else:
+        first, last = "[]"
+        items = [_lines_of(item, deeper) for item in value]
+    body = f",\n{deeper}".join(items)
+    return f"{first}\n{deeper}{body}\n{indent}{last}"
+
+
+def _holds_records(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_records, value.values()))
+    return isinstance(value, list) and any(isinstance(item, dict) or _holds_records(item) for item in value)
 
 
 def show(result: dict[str, Any], console: Console) -> None:
