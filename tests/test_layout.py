@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import get_args
 
 import pytest
 
+from decar.benchmarks.report import lines_of
 from decar.kernels import rows
 from decar.router import manifest
 from decar.training import config
@@ -115,6 +117,9 @@ def test_training_takes_what_the_manifest_takes() -> None:
 PATH = re.compile(r"`([\w./-]+/[\w./-]*\.(?:py|md|toml|yaml|json|sh))`")
 NAMED_IN = re.compile(r"((?:`[A-Za-z_][\w.]*`(?:,| and|, and)? )+)in `([\w./-]+\.py)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+RESULTS = [ROOT / folder for folder in ("benchmarks/results", "docs/evaluation", "docs/routing")]
+"""Folders of nothing but what programs wrote."""
+RESULT = re.compile(r"`([^`\s]+/[^`\s]+)`")
 
 
 def text_of(document: Path) -> str:
@@ -168,6 +173,33 @@ def test_paths_and_links_in_documents_exist(document: Path) -> None:
     missing = [path for path in inside if not (ROOT / path).exists()]
     missing += [link for link in LINK.findall(text) if not (document.parent / link).exists()]
     assert not missing
+
+
+def results_named() -> set[Path]:
+    """Files of `RESULTS` that a document gives by a path from its own folder or the repository's."""
+    named = set()
+    for document in (ROOT / "README.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").glob("*.md")):
+        text = document.read_text()
+        for reference in {*RESULT.findall(text), *LINK.findall(text)}:
+            paths = [(folder / reference).resolve() for folder in (document.parent, ROOT)]
+            named |= {path for path in paths if not {*RESULTS}.isdisjoint(path.parents)}
+    return named
+
+
+def test_a_result_is_kept_where_and_only_where_a_document_names_it() -> None:
+    kept = {path for folder in RESULTS for path in folder.rglob("*") if path.is_file()}
+    assert kept
+    missing = [str(path.relative_to(ROOT)) for path in results_named() - kept]
+    assert not missing, "named and not kept"
+    idle = [str(path.relative_to(ROOT)) for path in kept - results_named()]
+    assert not idle, "kept and not named: name them beside the claim that they are behind, or delete them"
+
+
+def test_results_have_a_line_for_each_record() -> None:
+    for folder in RESULTS:
+        for path in folder.rglob("*.json"):
+            text = path.read_text()
+            assert text == lines_of(json.loads(text)), f"run python tools/keep_report.py {path} {path}"
 
 
 def test_the_readme_names_only_targets_and_commands_that_exist() -> None:
