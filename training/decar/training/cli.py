@@ -25,6 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+import decar
 from decar.router.errors import DecarError, TrainingError
 from decar.training.config import TrainConfig, load_config, load_seeds
 
@@ -52,6 +53,21 @@ Overrides = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what training would take and show a batch; write nothing")
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"decar-train {decar.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Nothing to do: typer wants a function to hang the options on that come before a command."""
 
 
 @app.command()

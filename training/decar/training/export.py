@@ -16,7 +16,7 @@ from decar.router.files import router_folder
 from decar.router.manifest import (
     MANIFEST_NAME,
     Ensemble,
-    Expert,
+    ExpertCheckpoint,
     ExpertEntry,
     Manifest,
     read_experts,
@@ -148,7 +148,7 @@ def _check_target(target: Path, sign: str, what: str) -> None:
         raise TrainingError(f"{target} exists and is not {what}; move it away or change ensemble_dir")
 
 
-def _read_fitting(config: TrainConfig, entries: Sequence[ExpertEntry]) -> tuple[Expert, ...]:
+def _read_fitting(config: TrainConfig, entries: Sequence[ExpertEntry]) -> tuple[ExpertCheckpoint, ...]:
     experts, problems = read_experts(config.work_dir, entries)
     if problems:
         raise EnsembleError(problems[0])
@@ -164,7 +164,7 @@ def _read_fitting(config: TrainConfig, entries: Sequence[ExpertEntry]) -> tuple[
     return experts
 
 
-def _rendering(expert: Expert) -> dict[str, Any]:
+def _rendering(expert: ExpertCheckpoint) -> dict[str, Any]:
     file = expert.path / "tokenizer_config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
