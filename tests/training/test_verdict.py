@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from decar.training.evaluate import CENTRALIZED, RANDOM
+from decar.training.scores import CENTRALIZED, RANDOM
 from decar.training.systems import DENSE
 from decar.training.verdict import Comparison, Estimate, Gap, Verdict, estimate, in_words, verdict
 

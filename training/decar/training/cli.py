@@ -125,7 +125,7 @@ def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
         _run(seed_run)
         _centralized(seed_run)
         _random_split(seed_run)
-        _score(seed_run)
+        _scores(seed_run)
     _evaluate(settings, runs)
 
 
@@ -334,17 +334,16 @@ def _export(config: TrainConfig) -> None:
     console.print(f"export: {verb}, {ensemble.directory} (priors: {priors})", soft_wrap=True)
 
 
-def _score(config: TrainConfig) -> None:
-    from decar.training.evaluate import evaluate as compare
-    from decar.training.evaluate import evaluation_stage
+def _scores(config: TrainConfig) -> None:
+    from decar.training.scores import make_scores, scores_stage
 
-    stage = evaluation_stage(config)
+    stage = scores_stage(config)
     if stage.is_done:
         console.print("scores: done before")
         return
     with Progress(*_columns("scores:"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=None, note="")
-        compare(
+        make_scores(
             config, stage, lambda done, total: bar.update(task, completed=done, total=total, note="texts")
         )
     console.print("scores: done")

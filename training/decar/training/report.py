@@ -12,11 +12,11 @@ from pydantic import BaseModel
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, seed_overrides
 from decar.training.environment import command, environment
-from decar.training.evaluate import CENTRALIZED, SeedReport, evaluation_stage, read_evaluation
 from decar.training.evaluate_plot import plot_comparisons, plot_gaps, plot_pruning, plot_systems
 from decar.training.measures import Row, perplexity
 from decar.training.report_html import render
 from decar.training.sampled import SampledRow
+from decar.training.scores import CENTRALIZED, SeedReport, read_scores, scores_stage
 from decar.training.stages import Stage, fingerprint, read_marker
 from decar.training.verdict import Comparison, Gap, comparisons, gaps, in_words
 
@@ -63,7 +63,7 @@ def report_stage(config: TrainConfig, runs: Sequence[TrainConfig]) -> Stage:
     Raises:
         TrainingError: something of them is missing, or was made with another configuration.
     """
-    stages = [evaluation_stage(run) for run in runs]
+    stages = [scores_stage(run) for run in runs]
     for run, stage in zip(runs, stages, strict=True):
         if not stage.is_done:
             raise TrainingError(f"seed {run.seed} is not evaluated; run `decar-train evaluate CONFIG.yaml`")
@@ -94,7 +94,7 @@ def make_report(config: TrainConfig, runs: Sequence[TrainConfig], stage: Stage) 
         TrainingError: an evaluation is missing or damaged.
     """
     settings = config.evaluate
-    seeds = [read_evaluation(evaluation_stage(run)) for run in runs]
+    seeds = [read_scores(scores_stage(run)) for run in runs]
     first = seeds[0]
     compared, parts = comparisons(seeds, settings.margin), gaps(seeds)
     undefined = {name: why for seed in reversed(seeds) for name, why in seed.undefined.items()}

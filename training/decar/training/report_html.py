@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from decar.training.evaluate import AVERAGE, CENTRALIZED, RANDOM, TOP_1
 from decar.training.measures import Row
+from decar.training.scores import AVERAGE, CENTRALIZED, RANDOM, TOP_1
 from decar.training.verdict import CONFIDENCE, Estimate
 
 if TYPE_CHECKING:

@@ -87,7 +87,7 @@ class SeedReport(BaseModel):
     environment: dict[str, Any]
 
 
-def evaluation_stage(config: TrainConfig) -> Stage:
+def scores_stage(config: TrainConfig) -> Stage:
     """The stage as ``config``, the exported ensemble and the models that it is compared with are now.
 
     Raises:
@@ -113,7 +113,7 @@ def evaluation_stage(config: TrainConfig) -> Stage:
     )
 
 
-def read_evaluation(stage: Stage) -> SeedReport:
+def read_scores(stage: Stage) -> SeedReport:
     """The report of a finished evaluation of one run.
 
     Raises:
@@ -126,7 +126,9 @@ def read_evaluation(stage: Stage) -> SeedReport:
         raise TrainingError(f"{file} cannot be read; delete {stage.directory} and run again") from None
 
 
-def evaluate(config: TrainConfig, stage: Stage, progress: Progress = lambda done, total: None) -> SeedReport:
+def make_scores(
+    config: TrainConfig, stage: Stage, progress: Progress = lambda done, total: None
+) -> SeedReport:
     """Score the held-out texts of one run and derive what every system makes of them.
 
     Args:

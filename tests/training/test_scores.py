@@ -17,21 +17,21 @@ from decar.router.errors import TrainingError
 from decar.training.centralized import centralized_stage, train_centralized
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
-from decar.training.evaluate import (
-    AVERAGE,
-    BEST,
-    CENTRALIZED,
-    RANDOM,
-    TOP_1,
-    evaluate,
-    evaluation_stage,
-)
 from decar.training.expert import read_expert_report
 from decar.training.held_out import Text, load_model, scored
 from decar.training.partition import read_shard
 from decar.training.random_split import random_config
 from decar.training.report import EvaluationReport
 from decar.training.sampled import compare_pruned, sample_continuations
+from decar.training.scores import (
+    AVERAGE,
+    BEST,
+    CENTRALIZED,
+    RANDOM,
+    TOP_1,
+    make_scores,
+    scores_stage,
+)
 from decar.training.systems import DENSE, Outcome
 from decar.training.tokenizer import load_tokenizer
 from tests.training.conftest import WriteConfig, config_writer
@@ -192,7 +192,7 @@ def test_a_finished_evaluation_is_shown_again(
     assert (directory / "report.json").stat().st_mtime_ns == before
     assert json.loads((directory / "report.json").read_text())["seed"] == 0
     changed = load_config(config.work_dir.parent / "config.yaml", ["evaluate.prompt_tokens=9"])
-    assert not evaluation_stage(changed).is_done
+    assert not scores_stage(changed).is_done
 
 
 @torch.inference_mode()
@@ -327,7 +327,7 @@ def test_a_prompt_longer_than_every_text(evaluated: tuple[TrainConfig, Evaluatio
     with pytest.raises(
         TrainingError, match=r"no held-out text of 'code' is longer than evaluate\.prompt_tokens, 40"
     ):
-        evaluate(config, evaluation_stage(config))
+        make_scores(config, scores_stage(config))
 
 
 def test_experts_of_different_models_have_no_twin(write_config: WriteConfig) -> None:
@@ -342,7 +342,7 @@ def test_an_interrupted_twin_leaves_nothing_behind(evaluated: tuple[TrainConfig,
     assert stage.is_done
     (stage.directory / "DONE").unlink()
     with pytest.raises(TrainingError, match="centralized model is not trained; run `decar-train evaluate"):
-        evaluation_stage(config)
+        scores_stage(config)
     train_centralized(config, stage)
     assert stage.is_done
     assert not list((config.work_dir / "checkpoints").rglob("checkpoint-*"))
