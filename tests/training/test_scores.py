@@ -17,11 +17,11 @@ from decar.router.errors import TrainingError
 from decar.training.centralized import centralized_stage, train_centralized
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
+from decar.training.evaluate import EvaluationReport
 from decar.training.expert import read_expert_report
 from decar.training.held_out import Text, load_model, scored
 from decar.training.partition import read_shard
 from decar.training.random_split import random_config
-from decar.training.report import EvaluationReport
 from decar.training.sampled import compare_pruned, sample_continuations
 from decar.training.scores import (
     AVERAGE,

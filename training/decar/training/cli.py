@@ -350,13 +350,13 @@ def _scores(config: TrainConfig) -> None:
 
 
 def _evaluate(config: TrainConfig, runs: list[TrainConfig]) -> None:
-    from decar.training.report import PAGE_FILE, make_report, read_report, report_stage
+    from decar.training.evaluate import PAGE_FILE, evaluate_stage, make_evaluation, read_evaluation
 
-    stage = report_stage(config, runs)
+    stage = evaluate_stage(config, runs)
     if stage.is_done:
-        report, verb = read_report(stage), "done before"
+        report, verb = read_evaluation(stage), "done before"
     else:
-        report, verb = make_report(config, runs, stage), "done"
+        report, verb = make_evaluation(config, runs, stage), "done"
     columns = (
         "system",
         "perple-\nxity",

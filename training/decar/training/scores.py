@@ -1,6 +1,6 @@
 """The evaluation of one run: every way to use its ensemble, and what it has to beat, on the same held-out texts.
 
-Knows which systems are compared with which. What all seeds together say is `report.py`'s.
+Knows which systems are compared with which. What all seeds together say is `evaluate.py`'s.
 
 Shapes: K experts, N texts.
 """

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, seed_overrides
 from decar.training.environment import command, environment
+from decar.training.evaluate_html import render
 from decar.training.evaluate_plot import plot_comparisons, plot_gaps, plot_pruning, plot_systems
 from decar.training.measures import Row, perplexity
-from decar.training.report_html import render
 from decar.training.sampled import SampledRow
 from decar.training.scores import CENTRALIZED, SeedReport, read_scores, scores_stage
 from decar.training.stages import Stage, fingerprint, read_marker
@@ -57,7 +57,7 @@ class EvaluationReport(BaseModel):
     environment: dict[str, Any]
 
 
-def report_stage(config: TrainConfig, runs: Sequence[TrainConfig]) -> Stage:
+def evaluate_stage(config: TrainConfig, runs: Sequence[TrainConfig]) -> Stage:
     """The stage as ``config`` and the evaluations of ``runs``, one for each seed, are now.
 
     Raises:
@@ -74,7 +74,7 @@ def report_stage(config: TrainConfig, runs: Sequence[TrainConfig]) -> Stage:
     )
 
 
-def read_report(stage: Stage) -> EvaluationReport:
+def read_evaluation(stage: Stage) -> EvaluationReport:
     """A finished report.
 
     Raises:
@@ -87,7 +87,7 @@ def read_report(stage: Stage) -> EvaluationReport:
         raise TrainingError(f"{file} cannot be read; delete {stage.directory} and run again") from None
 
 
-def make_report(config: TrainConfig, runs: Sequence[TrainConfig], stage: Stage) -> EvaluationReport:
+def make_evaluation(config: TrainConfig, runs: Sequence[TrainConfig], stage: Stage) -> EvaluationReport:
     """Sum up the finished evaluations of ``runs``, and write json, plots and page.
 
     Raises:

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from decar.router import Ensemble
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, load_config, load_seeds
+from decar.training.evaluate import EvaluationReport
 from decar.training.held_out import read_texts
 from decar.training.partition import make_partition, partition_stage, read_examples
-from decar.training.report import EvaluationReport
 from decar.training.scores import AVERAGE, CENTRALIZED, RANDOM
 from decar.training.systems import DENSE
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage

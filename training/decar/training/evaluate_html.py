@@ -15,7 +15,7 @@ from decar.training.scores import AVERAGE, CENTRALIZED, RANDOM, TOP_1
 from decar.training.verdict import CONFIDENCE, Estimate
 
 if TYPE_CHECKING:
-    from decar.training.report import EvaluationReport
+    from decar.training.evaluate import EvaluationReport
 
 _TEMPLATE = "report.html.jinja"
 
