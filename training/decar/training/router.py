@@ -294,7 +294,7 @@ def _fit_images(config: TrainConfig) -> tuple[Fitted[Sequence[Image]] | None, Im
         split: [sum(map(bool, _encoded(config, name, split))) for name in names]
         for split in ("train", "held_out")
     }
-    if not all(count for of in counts.values() for count in of):
+    if not all(count for per_expert in counts.values() for count in per_expert):
         return None, None
     features: Features[Sequence[Image]]
     if settings.image_embedding is not None:

@@ -188,7 +188,8 @@ def make_scores(
                 config.seed,
             )
             own = [
-                Text(texts[i].domain, of, settings.prompt_tokens) for i, of in zip(plain, ids, strict=True)
+                Text(texts[i].domain, written, settings.prompt_tokens)
+                for i, written in zip(plain, ids, strict=True)
             ]
             prior: dict[Start, Float64s] = {"prior": starts["prior"][plain]}
             sampled = _pruned(forward(experts, own, prior), [s for s in compared if s.family == DENSE])
@@ -306,7 +307,7 @@ def _pruned(scores: Iterable[Scores], compared: Sequence[System]) -> list[Sample
     for of_text in scores:
         for system in compared:
             outcomes[system.prune].append(system.outcome(of_text))
-    return [compare_pruned(budget, outcomes[0.0], of) for budget, of in outcomes.items() if budget]
+    return [compare_pruned(budget, outcomes[0.0], pruned) for budget, pruned in outcomes.items() if budget]
 
 
 def _rows(pool: Pool, totals: Mapping[str, Totals], compared: Sequence[System]) -> list[Row]:
