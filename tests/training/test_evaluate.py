@@ -216,7 +216,7 @@ def test_answers_are_right_where_greedy_decoding_gives_them(
 ) -> None:
     config, report = chats
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    ensemble = Ensemble.load(config.ensemble_path)
+    ensemble = Ensemble.load(config.run.ensemble)
     rows = {row.system: row for row in report.rows}
     for k, path in enumerate(
         [*(expert.path for expert in ensemble.experts), config.work_dir / "centralized"]

@@ -75,7 +75,7 @@ def log_likelihoods(directory: Path, texts: list[list[int]]) -> np.ndarray:
 def test_perplexities_are_those_of_the_chain_rule(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
     config, report = evaluated
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    ensemble = Ensemble.load(config.ensemble_path)
+    ensemble = Ensemble.load(config.run.ensemble)
     priors = np.array([expert.prior for expert in ensemble.experts])
     nll = {row.system: row.nll for row in report.rows}
     per_system: dict[str, list[float]] = {}
@@ -127,7 +127,7 @@ def test_what_the_ensemble_writes_changes_less_than_the_budget(
 def test_continuations_are_drawn_from_the_mixture(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
     """First tokens after one prompt, against the mixture's probabilities: chi-square over bins of equal mass."""
     config, _ = evaluated
-    models = [load_model(expert.path) for expert in Ensemble.load(config.ensemble_path).experts]
+    models = [load_model(expert.path) for expert in Ensemble.load(config.run.ensemble).experts]
     prompt, weights = [5, 9, 7], np.array([0.3, 0.7])
     with torch.inference_mode():
         rows = [model(torch.tensor([prompt])).logits[0, -1].softmax(-1).double().numpy() for model in models]
@@ -211,7 +211,7 @@ def test_accuracy_is_that_of_the_mixtures_most_probable_tokens(
     evaluated: tuple[TrainConfig, EvaluationReport],
 ) -> None:
     config, report = evaluated
-    ensemble = Ensemble.load(config.ensemble_path)
+    ensemble = Ensemble.load(config.run.ensemble)
     paths = [expert.path for expert in ensemble.experts]
     priors = np.array([expert.prior for expert in ensemble.experts])
     right: dict[str, list[float]] = {}
@@ -252,9 +252,9 @@ def test_the_random_split_is_scored_on_the_same_texts(
     assert shards["clusters"] != shards["chance"]
     tokenizers = [(one.work_dir / "tokenizer" / "tokenizer.json").read_text() for one in (config, split)]
     assert tokenizers[0] == tokenizers[1]
-    of_chance = Ensemble.load(split.ensemble_path)
+    of_chance = Ensemble.load(split.run.ensemble)
     chances = np.array([expert.prior for expert in of_chance.experts])
-    priors = np.array([expert.prior for expert in Ensemble.load(config.ensemble_path).experts])
+    priors = np.array([expert.prior for expert in Ensemble.load(config.run.ensemble).experts])
     by_domain = []
     for name in config.expert_names:
         texts = held_out_ids(config, name)
@@ -271,7 +271,7 @@ def test_the_average_is_that_of_the_weights(
     evaluated: tuple[TrainConfig, EvaluationReport], tmp_path: Path
 ) -> None:
     config, report = evaluated
-    experts = Ensemble.load(config.ensemble_path).experts
+    experts = Ensemble.load(config.run.ensemble).experts
     models = [AutoModelForCausalLM.from_pretrained(expert.path, dtype=torch.float64) for expert in experts]
     states = [model.state_dict() for model in models]
     models[0].load_state_dict({key: sum(state[key] for state in states) / 2 for key in states[0]})
@@ -287,7 +287,7 @@ def test_the_average_is_that_of_the_weights(
 
 def test_a_model_that_says_nan_is_named(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
     config, _ = evaluated
-    path = Ensemble.load(config.ensemble_path).experts[0].path
+    path = Ensemble.load(config.run.ensemble).experts[0].path
     models = [load_model(path), load_model(path)]
     models[1].lm_head.weight.data[7] = float("nan")
     with pytest.raises(

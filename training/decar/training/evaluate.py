@@ -1,4 +1,4 @@
-"""The report of an evaluation: what all seeds together say, as json, plots and a page. Knows measures, never models."""
+"""The evaluation: what the scores of all seeds say together, as json, plots and a page. Knows measures, no models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pydantic
 from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
@@ -15,22 +14,22 @@ from decar.training.environment import command, environment
 from decar.training.evaluate_html import render
 from decar.training.evaluate_plot import plot_comparisons, plot_gaps, plot_pruning, plot_systems
 from decar.training.measures import Row, perplexity
+from decar.training.run import page_file, plot_file, read_report, report_file
 from decar.training.sampled import SampledRow
 from decar.training.scores import CENTRALIZED, SeedReport, read_scores, scores_stage
 from decar.training.stages import Stage, fingerprint, read_marker
 from decar.training.verdict import Comparison, Gap, comparisons, gaps, in_words
 
-REPORT_FILE = "report.json"
-PAGE_FILE = "report.html"
 # Of a row, the fields whose spread over seeds is shown.
 _SPREAD = ("perplexity", "nll", "above_dense", "accuracy", "exact")
 
 
 class EvaluationReport(BaseModel):
-    """``report.json``. ``rows`` and ``sampled`` are means over ``seeds``, which hold what each of them says.
+    """``report.json`` of an evaluation.
 
-    ``texts`` and ``tokens`` count those of all seeds. ``commands``: what gives the numbers of each seed alone, in the
-    order of ``seeds``; ``environment`` has the command of all. ``config`` is the configuration's own seed's.
+    ``rows`` and ``sampled`` are means over ``seeds``, which hold what each of them says. ``texts`` and ``tokens`` count
+    those of all seeds. ``commands``: what gives the numbers of each seed alone, in the order of ``seeds``;
+    ``environment`` has the command of all. ``config`` is the configuration's own seed's.
     """
 
     ensemble: str
@@ -57,44 +56,40 @@ class EvaluationReport(BaseModel):
     environment: dict[str, Any]
 
 
-def evaluate_stage(config: TrainConfig, runs: Sequence[TrainConfig]) -> Stage:
-    """The stage as ``config`` and the evaluations of ``runs``, one for each seed, are now.
+def evaluate_stage(config: TrainConfig, configs: Sequence[TrainConfig]) -> Stage:
+    """The stage as ``config`` and the scores of ``configs``, one for each seed, are now.
 
     Raises:
         TrainingError: something of them is missing, or was made with another configuration.
     """
-    stages = [scores_stage(run) for run in runs]
-    for run, stage in zip(runs, stages, strict=True):
+    stages = [scores_stage(one) for one in configs]
+    for one, stage in zip(configs, stages, strict=True):
         if not stage.is_done:
-            raise TrainingError(f"seed {run.seed} is not evaluated; run `decar-train evaluate CONFIG.yaml`")
+            raise TrainingError(f"seed {one.seed} is not evaluated; run `decar-train evaluate CONFIG.yaml`")
     return Stage(
-        config.work_dir / "evaluate",
+        config.run.evaluate,
         fingerprint(config.evaluate, config.seed),
         fingerprint([read_marker(stage.directory) for stage in stages]),
     )
 
 
 def read_evaluation(stage: Stage) -> EvaluationReport:
-    """A finished report.
+    """The report of a finished evaluation.
 
     Raises:
         TrainingError: its file is missing or damaged.
     """
-    file = stage.directory / REPORT_FILE
-    try:
-        return EvaluationReport.model_validate_json(file.read_text())
-    except (OSError, pydantic.ValidationError):
-        raise TrainingError(f"{file} cannot be read; delete {stage.directory} and run again") from None
+    return read_report(stage.directory, EvaluationReport)
 
 
-def make_evaluation(config: TrainConfig, runs: Sequence[TrainConfig], stage: Stage) -> EvaluationReport:
-    """Sum up the finished evaluations of ``runs``, and write json, plots and page.
+def make_evaluation(config: TrainConfig, configs: Sequence[TrainConfig], stage: Stage) -> EvaluationReport:
+    """Sum up the finished scores of ``configs``, and write json, plots and page.
 
     Raises:
-        TrainingError: an evaluation is missing or damaged.
+        TrainingError: scores are missing or damaged.
     """
     settings = config.evaluate
-    seeds = [read_scores(scores_stage(run)) for run in runs]
+    seeds = [read_scores(scores_stage(one)) for one in configs]
     first = seeds[0]
     compared, parts = comparisons(seeds, settings.margin), gaps(seeds)
     undefined = {name: why for seed in reversed(seeds) for name, why in seed.undefined.items()}
@@ -118,33 +113,33 @@ def make_evaluation(config: TrainConfig, runs: Sequence[TrainConfig], stage: Sta
         sampled=_mean_sampled([seed.sampled for seed in seeds]),
         undefined=undefined,
         seeds=seeds,
-        commands=[_command(config, run) for run in runs],
+        commands=[_command(config, one.seed) for one in configs],
         config=config.model_dump(mode="json"),
         environment=environment(),
     )
     with stage.writing() as directory:
-        (directory / REPORT_FILE).write_text(report.model_dump_json(indent=1) + "\n")
+        report_file(directory).write_text(report.model_dump_json(indent=1) + "\n")
         title = f"{report.ensemble}: {len(report.experts)} experts, {report.model}"
         shown = [row for row in report.rows if row.prune in (0.0, *settings.prune)]
         points = [(row.system, row.active_experts, row.perplexity, row.prompt_passes) for row in shown]
-        plot_systems(points, title, directory / "systems.png")
-        plot_comparisons(report.comparisons, report.margin, title, directory / "comparisons.png")
+        plot_systems(points, title, plot_file(directory, "systems"))
+        plot_comparisons(report.comparisons, report.margin, title, plot_file(directory, "comparisons"))
         if report.gaps:
-            plot_gaps(report.gaps, title, directory / "gaps.png")
+            plot_gaps(report.gaps, title, plot_file(directory, "gaps"))
         if report.sampled:
             curves: dict[str, list[tuple[float, float, float]]] = {}
             for row in report.rows:
                 if row.prune:
                     curves.setdefault(row.family, []).append((row.prune, row.active_experts, row.dropped_max))
             measured = [(row.prune, row.total_variation, row.standard_error) for row in report.sampled]
-            plot_pruning(curves, measured, title, directory / "pruning.png")
-        (directory / PAGE_FILE).write_text(render(report, directory), encoding="utf-8")
+            plot_pruning(curves, measured, title, plot_file(directory, "pruning"))
+        page_file(directory).write_text(render(report, directory), encoding="utf-8")
     return report
 
 
-def _command(config: TrainConfig, run: TrainConfig) -> str:
-    others = seed_overrides(config, run.seed) if run.seed != config.seed else []
-    return command([*others, f"evaluate.seeds=[{run.seed}]"])
+def _command(config: TrainConfig, seed: int) -> str:
+    others = seed_overrides(config, seed) if seed != config.seed else []
+    return command([*others, f"evaluate.seeds=[{seed}]"])
 
 
 def _how_compute_is_matched(config: TrainConfig, seeds: Sequence[SeedReport]) -> str:

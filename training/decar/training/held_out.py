@@ -26,7 +26,7 @@ from decar.training.blocks import IGNORED, render_chat
 from decar.training.config import TrainConfig
 from decar.training.corpus import IMAGES_FIELD
 from decar.training.image_blocks import ImageRenderer, ShardImages, image_inputs, image_sizes
-from decar.training.partition import has_column, read_examples, shard_file
+from decar.training.partition import has_column, read_examples
 from decar.training.processor import reads_images
 from decar.training.systems import Scores
 
@@ -81,7 +81,7 @@ def read_texts(config: TrainConfig, tokenizer: Any, max_tokens: int, processor: 
             for messages in chats.values():
                 answers += _answers(domain, *render_chat(messages, tokenizer))
         else:
-            render, file = ImageRenderer(processor), shard_file(config, name, "held_out")
+            render, file = ImageRenderer(processor), config.run.shard(name, "held_out")
             any_images = has_column(config, name, "held_out", IMAGES_FIELD)
             sizes = list(image_sizes(file)) if any_images else [[] for _ in examples]
             of_shard = ShardImages(file)

@@ -1,4 +1,4 @@
-"""The evaluation of one run: every way to use its ensemble, and what it has to beat, on the same held-out texts.
+"""The scores of one run: every way to use its ensemble, and what it has to beat, on the same held-out texts.
 
 Knows which systems are compared with which. What all seeds together say is `evaluate.py`'s.
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 from pydantic import BaseModel
 
 from decar.router import Ensemble, load_router, load_trained_images, log_weights_after
@@ -26,11 +25,12 @@ from decar.training.average import average
 from decar.training.centralized import centralized_stage, why_no_twin
 from decar.training.config import TrainConfig
 from decar.training.environment import environment
-from decar.training.expert import expert_directory, expert_processor, read_expert_report
+from decar.training.expert import expert_processor, read_expert_report
 from decar.training.export import export_stage
 from decar.training.held_out import Text, load_model, read_texts, scored, scores_of
 from decar.training.measures import Difference, Pool, Row, Totals, summed
 from decar.training.random_split import random_config, why_no_random_split
+from decar.training.run import average_folder, read_report, report_file
 from decar.training.sampled import SampledRow, compare_pruned, sample_continuations
 from decar.training.stages import Stage, fingerprint, read_marker
 from decar.training.systems import DENSE, ROUTERS, Outcome, Scores, System, served, systems
@@ -43,7 +43,6 @@ BEST = "best expert alone"
 # One expert for each input: the one whose cluster is nearest, as the paper serves, and the surest that there is.
 TOP_1 = ("centroid, top-1", f"{DENSE}, top-1")
 _FIX = "run `decar-train evaluate CONFIG.yaml`, which makes all that is missing"
-_REPORT = "report.json"
 Progress = Callable[[int, int], None]
 
 
@@ -59,11 +58,12 @@ class Trained(BaseModel):
 
 
 class SeedReport(BaseModel):
-    """One run. ``texts``, ``answers`` (those of the texts that are), ``tokens`` (continuations') by whose they are.
+    """``report.json`` of one run's scores.
 
-    ``served``: the system that the ensemble's manifest makes the default. ``best``: the expert that needs the fewest
-    nats per token. ``undefined``: why a system is not among the rows. ``sampled``: the pruned posterior on
-    continuations of plain texts that the ensemble itself wrote.
+    ``texts``, ``answers`` (those of the texts that are), ``tokens`` (continuations'): by whose they are. ``served``:
+    the system that the ensemble's manifest makes the default. ``best``: the expert that needs the fewest nats per
+    token. ``undefined``: why a system is not among the rows. ``sampled``: the pruned posterior on continuations of
+    plain texts that the ensemble itself wrote.
     """
 
     seed: int
@@ -107,23 +107,19 @@ def scores_stage(config: TrainConfig) -> Stage:
     # How runs are summed up does not change what one of them measures.
     settings = config.evaluate.model_dump(mode="json", exclude={"seeds", "margin"})
     return Stage(
-        config.work_dir / "scores",
+        config.run.scores,
         fingerprint(settings, config.router.entry, config.mixing, config.seed),
         fingerprint(inputs),
     )
 
 
 def read_scores(stage: Stage) -> SeedReport:
-    """The report of a finished evaluation of one run.
+    """What finished scores of one run say.
 
     Raises:
         TrainingError: its file is missing or damaged.
     """
-    file = stage.directory / _REPORT
-    try:
-        return SeedReport.model_validate_json(file.read_text())
-    except (OSError, pydantic.ValidationError):
-        raise TrainingError(f"{file} cannot be read; delete {stage.directory} and run again") from None
+    return read_report(stage.directory, SeedReport)
 
 
 def make_scores(
@@ -139,8 +135,8 @@ def make_scores(
         EnsembleError: the exported ensemble has no router or cannot be read.
     """
     settings = config.evaluate
-    ensemble = Ensemble.load(config.ensemble_path)
-    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    ensemble = Ensemble.load(config.run.ensemble)
+    tokenizer = load_tokenizer(config.run.tokenizer)
     max_tokens = min(settings.max_tokens, ensemble.max_positions or settings.max_tokens)
     processor = expert_processor(config, config.expert_names[0], tokenizer)
     held_out = read_texts(config, tokenizer, max_tokens, processor)
@@ -151,14 +147,14 @@ def make_scores(
     compared += [] if default in compared else [default]
     no_split = why_no_random_split(config)
     with stage.writing() as directory:
-        singles, undefined = _single_models(config, ensemble, directory / "average")
+        singles, undefined = _single_models(config, ensemble, average_folder(directory))
         num_steps = len(texts) * (1 + len(singles) + (no_split is None)) + len(plain)
         forward = _Forward(settings.batch_size, ensemble.vocab_size, processor, num_steps, progress)
         totals: dict[str, Totals] = {}
         for name, path in singles.items():
             way = {name: partial(Outcome.alone, expert=0)}
             totals |= _totals(forward([load_model(path)], texts, {}), way)
-        shutil.rmtree(directory / "average", ignore_errors=True)
+        shutil.rmtree(average_folder(directory), ignore_errors=True)
         if no_split is None:
             # As the ensemble is served, but that no router can tell by a prompt which of such experts has learned it.
             alike = System(RANDOM, bayes=default.bayes, rule=default.rule)
@@ -219,7 +215,7 @@ def make_scores(
             sampled=sampled,
             environment=environment(),
         )
-        (directory / _REPORT).write_text(report.model_dump_json(indent=1) + "\n")
+        report_file(directory).write_text(report.model_dump_json(indent=1) + "\n")
     return report
 
 
@@ -279,7 +275,7 @@ def _single_models(
     undefined: dict[str, str] = {}
     no_twin = why_no_twin(config)
     if no_twin is None:
-        found[CENTRALIZED] = config.work_dir / "centralized"
+        found[CENTRALIZED] = config.run.centralized
     else:
         undefined[CENTRALIZED] = no_twin
     directory.mkdir()
@@ -295,7 +291,7 @@ def _random_split(
     split: TrainConfig, system: System, texts: Sequence[Text], forward: _Forward
 ) -> dict[str, Totals]:
     """``system`` with experts whose documents were dealt out by chance."""
-    ensemble = Ensemble.load(split.ensemble_path)
+    ensemble = Ensemble.load(split.run.ensemble)
     prior = np.tile(log_prior([expert.prior for expert in ensemble.experts]), (len(texts), 1))
     models = [load_model(expert.path) for expert in ensemble.experts]
     return _totals(forward(models, texts, {"prior": prior}), {system.name: system.outcome})
@@ -337,12 +333,12 @@ def _differences(
 
 def _trained(config: TrainConfig) -> list[Trained]:
     """The experts, the centralized model and the experts of the random split, as far as there are any."""
-    found = {name: expert_directory(config, name) for name in config.expert_names}
+    found = {name: config.run.expert(name) for name in config.expert_names}
     if why_no_twin(config) is None:
-        found[CENTRALIZED] = config.work_dir / "centralized"
+        found[CENTRALIZED] = config.run.centralized
     if why_no_random_split(config) is None:
         split = random_config(config)
-        found |= {f"{RANDOM}: {name}": expert_directory(split, name) for name in config.expert_names}
+        found |= {f"{RANDOM}: {name}": split.run.expert(name) for name in config.expert_names}
     reports = {name: read_expert_report(directory) for name, directory in found.items()}
     training = config.training
     return [
