@@ -71,6 +71,16 @@ def test_every_place_is_among_these_paths() -> None:
     assert {f"{plot}.png" for plot in get_args(layout.Plot)} <= {Path(path).name for path in PATHS}
 
 
+def test_the_documentation_lists_the_same_directories() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = document[document.index("## The work directory") : document.index("## Partition")]
+    rows = re.findall(r"^\| (`.*?) \| (`.*?`).*?\|", table, re.MULTILINE)
+    listed = {name: command for names, command in rows for name in re.findall(r"`([\w-]+)/", names)}
+    assert listed.keys() == {Path(path).parts[1] for path in PATHS} - {"export", "seed-3"} | {"seed-SEED"}
+    for name in ("partition", "tokenizer", "router", "centralized", "scores", "evaluate"):
+        assert listed[name] == f"`{command_of(RUN.work_dir / name)}`"
+
+
 def test_the_ensemble_may_be_elsewhere() -> None:
     run = Run(Path("work"), Path("served/demo"))
     assert (run.ensemble, run.ensemble_average) == (Path("served/demo"), Path("served/demo-average"))
