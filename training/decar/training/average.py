@@ -43,7 +43,7 @@ def average(experts: Sequence[ExpertCheckpoint], directory: Path) -> None:
         for file in experts[0].weight_files:
             with safe_open(file, framework="pt") as opened:
                 names = list(opened.keys())
-            means = {name: _mean(name, [of[name] for of in tensors.values()]) for name in names}
+            means = {name: _mean(name, [file_of[name] for file_of in tensors.values()]) for name in names}
             save_file(means, directory / file.name, metadata={"format": "pt"})
     for name in ("config.json", INDEX_NAME):
         if (experts[0].path / name).exists():
