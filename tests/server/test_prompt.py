@@ -20,7 +20,7 @@ SAID = [np.array([np.nan, -1.0, -2.0, -3.0]), np.array([np.nan, -0.5, -0.5, -0.5
 @pytest.fixture
 def scorer() -> PromptScorer:
     config = SimpleNamespace(cache_config=SimpleNamespace(block_size=2))
-    engines: Any = [SimpleNamespace(vllm_config=config) for _ in range(2)]
+    engines: Any = [SimpleNamespace(client=SimpleNamespace(vllm_config=config)) for _ in range(2)]
     return PromptScorer(engines, vocab_size=10)
 
 

@@ -55,14 +55,18 @@ class Relay:
         for expert, processor in enumerate(self._processors):
             processor.process_outputs = partial(self._process_outputs, expert)
 
+    def begin(self, member: Member, on_first: Callable[[], None] | None = None) -> RelayedRequest:
+        """A request that its leader is about to be given."""
+        return RelayedRequest(member, member.leader, on_first=on_first)
+
     def follow(self, relayed: RelayedRequest, expert: int, request_id: str) -> None:
         """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
         relayed.ids[expert] = request_id
         self._relayed[expert, request_id] = relayed
 
     def forget(self, relayed: RelayedRequest) -> None:
-        for of in relayed.ids.items():
-            self._relayed.pop(of, None)
+        for expert_and_id in relayed.ids.items():
+            self._relayed.pop(expert_and_id, None)
 
     def _process_outputs(
         self, expert: int, outputs: list[Any], sent_s: float, *args: Any, **kwargs: Any
