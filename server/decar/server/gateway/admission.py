@@ -8,13 +8,26 @@ V token ids that all experts share.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Collection
 from typing import Any
 
+import numpy as np
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from decar.router.errors import StartError
+from decar.server.gateway.images import is_text
 from decar.server.protocol.member import REQUEST_KEY, ROWS_KEY
+
+TOKEN_FIELDS = (
+    "logit_bias",
+    "allowed_token_ids",
+    "stop_token_ids",
+    "logprob_token_ids",
+    "trace_decode_token_ids",
+)
+"""Sampling parameters that name token ids, in some version of vLLM. Bad words and grammars are text: the tokenizer
+makes ids of them, and it knows none beyond V (`check_tokenizer`)."""
 
 
 class Admission:
@@ -43,16 +56,32 @@ class Admission:
         for key in (REQUEST_KEY, ROWS_KEY):
             if key in (params.extra_args or {}):
                 raise VLLMValidationError(f"vllm_xargs.{key} is decar's own", parameter="vllm_xargs")
-        for field in ("logit_bias", "allowed_token_ids"):
-            self._check_ids(field, getattr(params, field))
+        if getattr(params, "prompt_logprob_token_ids", None) is not None:
+            raise VLLMValidationError(
+                "an ensemble does not score a prompt by given token ids: ask for prompt_logprobs",
+                parameter="prompt_logprob_token_ids",
+            )
+        self._check_prompt(prompt)
+        for field in TOKEN_FIELDS:
+            self._check_ids(field, getattr(params, field, None))
         self._check_counts(params)
 
-    def _check_ids(self, field: str, ids: Iterable[int] | None) -> None:
-        if any(token >= self._vocab_size for token in ids or ()):
-            raise VLLMValidationError(
-                f"{field} names a token id beyond the {self._vocab_size} that all experts share",
-                parameter=field,
-            )
+    def _check_prompt(self, prompt: Any) -> None:
+        """What holds an image's place may have an id of its own, which the model never looks up."""
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if ids and prompt.get("mm_placeholders"):
+            ids = np.asarray(ids)[is_text(prompt)].tolist()
+        self._check_ids("prompt", ids)
+
+    def _check_ids(self, field: str, ids: Collection[int] | None) -> None:
+        if not ids:
+            return
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < self._vocab_size:
+                raise VLLMValidationError(
+                    f"{field} names token id {token}; the ids that all experts share are 0 to {self._vocab_size - 1}",
+                    parameter=field,
+                )
 
     def _check_counts(self, params: SamplingParams) -> None:
         """As vLLM's engines do: for an ensemble's prompt they are not asked, and for its answer after the prompt."""
@@ -64,6 +93,18 @@ class Admission:
                     f"--max-logprobs allows {self._max_logprobs}",
                     parameter=field,
                 )
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """
+    Raises:
+        StartError: the tokenizer of --tokenizer makes ids that not every expert has a row for.
+    """
+    if tokenizer is not None and tokenizer.max_token_id >= vocab_size:
+        raise StartError(
+            f"--tokenizer has ids up to {tokenizer.max_token_id}, but all experts share only {vocab_size}: leave it "
+            "out, and the experts' own is used"
+        )
 
 
 _DRAWABLE = frozenset(

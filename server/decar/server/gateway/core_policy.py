@@ -20,7 +20,7 @@ def start_all_threads(engines: Sequence[Engine]) -> None:
     others = ThreadPoolExecutor(thread_name_prefix="decar")
     asyncio.get_running_loop().set_default_executor(others)
     for pool in (others, *(pool for engine in engines for pool in engine.thread_pools())):
-        start_threads(pool)  # type: ignore[arg-type]  # vLLM wraps one of its own
+        start_threads(pool)
 
 
 class CorePolicy:

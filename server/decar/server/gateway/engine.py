@@ -6,7 +6,7 @@ The gateway knows no engine but by this; `vllm_adapter` has vLLM's, the unit tes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,7 +87,7 @@ class Engine(Protocol):
         """Each token [T] alone as text, as log-probabilities show it."""
         ...
 
-    def thread_pools(self) -> Sequence[Executor]:
+    def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
         """Pools of threads that this engine's part in the gateway's process computes in."""
         ...
 
