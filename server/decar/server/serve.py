@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decar.router import Ensemble
+from decar.router.errors import StartError
 from decar.server.placement import CPU_KV_BYTES, Place, check_memory, place, visible_gpus
+from decar.server.protocol.machine import check_memory_order
 from decar.server.protocol.plane import Plane, remove_stale
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ def serve(directory: Path, flags: Sequence[str], placement: str | None = None) -
 
     Raises:
         EnsembleError: the directory cannot be served.
-        StartError: flags, port, memory or an engine.
+        StartError: processor, flags, port, memory or an engine.
     """
+    check_memory_order()
     ensemble = Ensemble.load(directory)
 
     from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment
@@ -73,10 +76,12 @@ async def _running_ensemble(
     ensemble: Ensemble, args: Namespace, placement: str | None
 ) -> AsyncIterator[EnsembleClient]:
     """Engines started and warm; stopped, with their memory given back, on the way out."""
+    from decar.server.gateway.admission import check_tokenizer
     from decar.server.gateway.warm_up import warm_up
     from decar.server.vllm_adapter.app import image_prompt, keep_environment
     from decar.server.vllm_adapter.arguments import engine_config, row_dtype
     from decar.server.vllm_adapter.engine import start_engines
+    from decar.server.vllm_adapter.failures import Failures, reason_of
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
@@ -89,17 +94,28 @@ async def _running_ensemble(
         device_dtype=None if places[0].gpu is None else row_dtype(configs),
     )
     started: list[Any] = []
+    failures = Failures()
     try:
         devices = [placed.devices for placed in places]
         engines = await start_engines(
-            ensemble.expert_names, configs, devices, plane.spec, started, args.disable_log_stats
+            ensemble.expert_names, configs, devices, plane.spec, started, failures, args.disable_log_stats
         )
         client = _client(ensemble, engines, plane)
         client.health.watch()
-        await warm_up(client, image_prompt(client))
+        if args.tokenizer is not None:
+            check_tokenizer(client.renderer.get_tokenizer(), ensemble.vocab_size)
+        try:
+            await warm_up(client, image_prompt(client))
+        except Exception as error:
+            reason = failures.told(ensemble.expert_names) or reason_of(error)
+            raise StartError(
+                f"the warm-up failed: {reason} (the log above has the traceback): vLLM cannot run this model here; "
+                "serve it elsewhere or leave that expert out"
+            ) from error
         keep_environment()
         yield client  # vLLM's server shuts the client down when it is told to stop
     finally:
+        failures.close()
         for engine in started:
             engine.client.shutdown(timeout=0)
         for child in multiprocessing.active_children():

@@ -10,26 +10,45 @@ from typing import Any
 from decar.router import Ensemble
 from decar.router.errors import StartError
 
-RESERVED_FLAGS = (
-    "additional_config",
-    "api_server_count",
-    "async_scheduling",
-    "data_parallel_size",
-    "enable_prompt_embeds",
-    "headless",
-    "mm_processor_cache_gb",
-    "mm_processor_cache_type",
-    "model",
-    "pipeline_parallel_size",
-    "scheduler_cls",
-    "scheduling_policy",
-    "served_model_name",
-    "speculative_config",
-    "tensor_parallel_size",
-    "uds",
-    "worker_cls",
-)
-"""vLLM flags that decar sets itself, or that an engine in lockstep cannot follow."""
+RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
+    "decar sets it for each expert": (
+        *("additional_config", "async_scheduling", "device_ids", "distributed_executor_backend", "model"),
+        *("mm_processor_cache_gb", "mm_processor_cache_type", "scheduler_cls", "scheduling_policy"),
+        *("served_model_name", "worker_cls", "worker_extension_cls"),
+    ),
+    "one gateway serves HTTP on --port": (
+        *("api_server_count", "enable_scale_out", "grpc", "grpc_port", "headless", "uds"),
+    ),
+    "each expert is one engine in one process": (
+        *("data_parallel_size", "data_parallel_size_local", "data_parallel_rank", "data_parallel_start_rank"),
+        *("data_parallel_hybrid_lb", "data_parallel_external_lb", "data_parallel_multi_port_external_lb"),
+        *("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size"),
+        *("tensor_parallel_size", "nnodes", "node_rank", "enable_elastic_ep", "enable_fault_tolerance"),
+    ),
+    "a step of an engine would not be one row for each request": (
+        *("speculative_config", "spec_method", "spec_model", "spec_tokens", "diffusion_config"),
+        *("enable_dbo", "ubatch_size"),
+    ),
+    "the token that is published has to be the one that was sampled from the mixture": (
+        *("enable_trace_replay", "watermark_config"),
+    ),
+    "experts score what they compute of a prompt, and with it would not compute all": (
+        *("kv_sharing_fast_prefill", "kv_transfer_config", "kv_offloading_size", "ec_transfer_config"),
+    ),
+    "it would report of one expert what the mixture does not have": (
+        *("aux_output_config", "enable_return_routed_experts", "return_sampling_mask"),
+    ),
+    "an ensemble generates text from text and images, with its experts' tokenizer": (
+        *("convert", "io_processor_plugin", "pooler_config", "runner", "skip_tokenizer_init", "tokens_only"),
+    ),
+    "embeddings are one expert's, and every expert needs the prompt": (
+        *("enable_mm_embeds", "enable_prompt_embeds", "mm_encoder_only"),
+    ),
+    "an ensemble serves whole experts, as they are in its directory": (
+        *("enable_lora", "lora_modules", "weight_transfer_config"),
+    ),
+}
+"""vLLM flags that decar sets itself, or that an engine in lockstep cannot follow, by the reason."""
 
 
 def prepare_environment() -> None:
@@ -61,11 +80,7 @@ def parse_flags(flags: Sequence[str], model: str, names: Sequence[str]) -> Names
     parser = make_arg_parser(FlexibleArgumentParser(prog="decar serve DIR", description="Serve an ensemble."))
     defaults = parser.parse_args([])
     args = parser.parse_args(list(flags))
-    for reserved in RESERVED_FLAGS:
-        if getattr(args, reserved, None) != getattr(defaults, reserved, None):
-            raise StartError(
-                f"--{reserved.replace('_', '-')} cannot be passed: decar sets it, or it does not fit an ensemble"
-            )
+    refuse_reserved(args, defaults)
     if args.model_tag is not None:
         raise StartError(
             f"unexpected argument {args.model_tag!r}: the ensemble directory says which models to serve"
@@ -79,6 +94,17 @@ def parse_flags(flags: Sequence[str], model: str, names: Sequence[str]) -> Names
     args.host = args.host or "127.0.0.1"
     validate_parsed_serve_args(args)
     return args
+
+
+def refuse_reserved(args: Namespace, defaults: Namespace) -> None:
+    """
+    Raises:
+        StartError: names one of `RESERVED_FLAGS` that ``args`` do not have as ``defaults`` have it, and the reason.
+    """
+    for reason, flags in RESERVED_FLAGS.items():
+        for flag in flags:
+            if getattr(args, flag, None) != getattr(defaults, flag, None):
+                raise StartError(f"--{flag.replace('_', '-')} cannot be passed: {reason}; leave it out")
 
 
 def engine_config(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes: int) -> Any:
@@ -96,12 +122,37 @@ def engine_config(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes
     except ValueError as error:  # pydantic's ValidationError is one
         reason = " ".join(str(error).split("[type=")[0].split())
         raise StartError(f"expert {name!r}: vLLM refuses these flags: {reason}") from None
-    if config.model_config.is_hybrid or config.model_config.is_attention_free:
+    model = config.model_config
+    described = f"expert {name!r} ({ensemble.experts[expert].architecture})"
+    if model.is_hybrid or model.is_attention_free:
         raise StartError(
-            f"expert {name!r} ({ensemble.experts[expert].architecture}) keeps a recurrent state, which a position that "
-            "runs again would advance twice; only attention models can be mixed"
+            f"{described} keeps a recurrent state, which a position that runs again would advance twice; only "
+            "attention models can be mixed"
+        )
+    if model.get_vocab_size() < ensemble.vocab_size:
+        raise StartError(
+            f"{described} would have {model.get_vocab_size()} token ids, and its config.json says more: leave "
+            "--hf-overrides and --hf-config-path out"
+        )
+    sizes = _unsupported_head_size(model)
+    if sizes is not None:
+        raise StartError(
+            f"{described} has attention heads of {model.get_head_size()} dimensions, and vLLM's attention on CPUs has "
+            f"only {', '.join(map(str, sizes))}: serve it on a GPU, or train it with another head size"
         )
     return config
+
+
+def _unsupported_head_size(model: Any) -> list[int] | None:
+    """On CPU, the sizes that there are, if the model's is none of them: vLLM would find out as it computes."""
+    if not on_cpu() or model.use_mla:
+        return None
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    if CPUAttentionBackend.supports_head_size(model.get_head_size()):
+        return None
+    sizes: list[int] = CPUAttentionBackend.get_supported_head_sizes()
+    return sizes
 
 
 def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes: int) -> Any:

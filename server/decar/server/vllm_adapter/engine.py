@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -23,8 +23,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from decar.router.errors import StartError
-from decar.server.protocol.member import LockstepConfig
 from decar.server.protocol.plane import PlaneSpec
+from decar.server.vllm_adapter.failures import Failures, ReportingConfig, reason_of
 from decar.server.vllm_adapter.metrics import SharedMetrics
 
 logger = logging.getLogger("decar")
@@ -74,7 +74,7 @@ class LLMEngine:
         texts: list[str] = convert_ids_list_to_tokens(self.llm.renderer.get_tokenizer(), list(tokens))
         return texts
 
-    def thread_pools(self) -> Sequence[Executor]:
+    def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
         renderer = self.llm.renderer
         return [renderer._executor, renderer._mm_executor]
 
@@ -85,6 +85,7 @@ async def start_engines(
     devices: Sequence[str],
     spec: PlaneSpec,
     started: list[LLMEngine],
+    failures: Failures,
     disable_log_stats: bool,
 ) -> list[LLMEngine]:
     """Start one engine per expert, side by side; ``started`` has those that came up, also on failure.
@@ -94,20 +95,22 @@ async def start_engines(
         configs: vLLM's, one per expert.
         devices: CUDA_VISIBLE_DEVICES of each engine's process; empty on CPU.
         spec: of the plane that they share.
+        failures: hears why an engine does not start.
 
     Raises:
-        StartError: names an expert whose engine did not start.
+        StartError: names the experts whose engines did not start, and why.
     """
     metrics = SharedMetrics(len(configs))
     cores = _dealt_cores(len(configs))
 
     def start(expert: int) -> LLMEngine:
-        configs[expert].additional_config = LockstepConfig(
+        configs[expert].additional_config = ReportingConfig(
             expert=expert,
             plane=spec,
             cpus=cores[expert],
             devices=devices[expert],
             gateway_pid=os.getpid(),
+            failures=failures.address,
         )
         llm = AsyncLLM.from_vllm_config(
             configs[expert],
@@ -123,15 +126,15 @@ async def start_engines(
     results = await asyncio.gather(
         *(asyncio.to_thread(start, expert) for expert in range(len(configs))), return_exceptions=True
     )
-    engines: list[LLMEngine] = []
-    for name, result in zip(names, results, strict=True):
-        if isinstance(result, BaseException):
-            raise StartError(
-                f"expert {name!r}: its engine did not start ({result}); the log above says why"
-            ) from result
-        engines.append(result)
+    errors = {k: result for k, result in enumerate(results) if isinstance(result, BaseException)}
+    if errors:
+        expert, error = next(iter(errors.items()))
+        raise StartError(
+            f"an engine did not start: {failures.told(names) or f'expert {names[expert]!r}: {reason_of(error)}'} "
+            "(the log above has the traceback)"
+        ) from error
     logger.info("engines ready after %.0f s", time.monotonic() - started_at)
-    return engines
+    return results  # type: ignore[return-value]  # no errors are among them
 
 
 def _dealt_cores(engines: int) -> list[tuple[int, ...]]:
