@@ -47,7 +47,7 @@ class Beginning:
 
     def __init__(self, scores: Sequence[PrefixScores], ids: list[int], salt: bytes):
         self._scores, self._ids, self._salt = scores, ids, salt
-        self.scored = [of_expert.known(ids, salt) for of_expert in scores]
+        self.scored = [expert.known(ids, salt) for expert in scores]
         self.whole = all(known == len(ids) for known, _ in self.scored)
         self.learned = asyncio.Event()
 
