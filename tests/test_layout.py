@@ -31,6 +31,24 @@ ARROWS = {
 """Which part may import which."""
 
 
+SERVER = ROOT / "server/decar/server"
+ROOMS = {
+    "protocol": {"protocol"},
+    "gateway": {"gateway", "metrics", "protocol"},
+    "vllm_adapter": {"protocol", "vllm_adapter"},
+    "metrics": {"protocol"},
+    "placement": set(),
+    "serve": {"gateway", "metrics", "placement", "protocol", "vllm_adapter"},
+    "cli": {"placement", "serve"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+"""Which room or file of the server may import which: `serve` alone puts together what knows nothing of each other."""
+
+PUBLIC = {"vllm.engine.protocol", "vllm.exceptions", "vllm.logprobs", "vllm.outputs", "vllm.sampling_params"}
+"""What vLLM offers to others; everything else of it may change without notice, and is for `vllm_adapter` alone."""
+
+
 def sources(part: str) -> list[Path]:
     return sorted((ROOT / part / "decar" / part).rglob("*.py"))
 
@@ -88,6 +106,93 @@ def test_the_kernels_know_only_numpy_torch_and_triton() -> None:
     assert libraries <= {"numpy", "torch", "triton"}
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_server_import_only_what_the_arrows_allow(room: str) -> None:
+    for path in in_room(room):
+        used = {name.split(".")[2] for name in imported(path) if name.startswith("decar.server.")}
+        assert used <= ROOMS[room], f"{path} imports decar.server.{used - ROOMS[room]}"
+
+
+def in_room(room: str) -> list[Path]:
+    return sorted((SERVER / room).rglob("*.py")) or [SERVER / f"{room}.py"]
+
+
+def test_every_file_of_the_server_is_in_a_room() -> None:
+    assert {path for room in ROOMS for path in in_room(room)} == set(sources("server"))
+
+
+def outside_the_adapter() -> list[Path]:
+    parts = [path for part in ARROWS for path in sources(part)]
+    return [path for path in parts if not path.is_relative_to(SERVER / "vllm_adapter")]
+
+
+def test_private_vllm_is_named_in_the_adapter_only() -> None:
+    assert any(name in PUBLIC for path in in_room("gateway") for name in imported(path))
+    for path in outside_the_adapter():
+        if not path.is_relative_to(SERVER):
+            continue  # what benchmarks may know: below
+        modules = {name for name in imported(path) if name.split(".")[0] == "vllm"}
+        private = {
+            name for name in modules if not any(f"{name}.".startswith(f"{public}.") for public in PUBLIC)
+        }
+        assert not private, f"{path} imports {private}"
+        named = re.findall(r"\bvllm(?:\.\w+)+", path.read_text())
+        assert all(f"{name}.".startswith(tuple(f"{public}." for public in PUBLIC)) for name in named), path
+
+
+def test_the_gateway_touches_no_private_members() -> None:
+    """Of an engine, they would be vLLM's."""
+    for path in in_room("gateway"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr):
+                assert isinstance(node.value, ast.Name), f"{path}: {ast.unparse(node)}"
+                assert node.value.id in ("self", "cls"), f"{path}: {ast.unparse(node)}"
+
+
+def test_nothing_of_vllm_is_patched_outside_the_adapter() -> None:
+    for path in outside_the_adapter():
+        assert not list(patched(ast.parse(path.read_text()))), path
+
+
+def patched(tree: ast.Module) -> Iterator[str]:
+    """Attributes of what is imported from vLLM that a file sets or deletes, by statement, setattr or delattr."""
+    names = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] == "vllm"
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load) and _root(node) in names:
+            yield ast.unparse(node)
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Name) and called.id in ("setattr", "delattr"):
+            assert isinstance(node, ast.Call)
+            if _root(node.args[0]) in names:
+                yield ast.unparse(node)
+
+
+def _root(node: ast.expr) -> str | None:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import vllm\nvllm.envs.X = 1",
+        "from vllm.v1.engine import async_llm\nasync_llm.AsyncLLM.generate = None",
+        "from vllm.v1.engine.async_llm import AsyncLLM as Engine\nsetattr(Engine, 'generate', None)",
+        "from vllm import envs\ndel envs.X",
+        "from vllm.outputs import RequestOutput\nRequestOutput.add += 1",
+    ],
+)
+def test_a_patch_would_be_found(source: str) -> None:
+    assert list(patched(ast.parse(source)))
+
+
 def test_clients_and_benchmarks_reach_a_server_only_over_http() -> None:
     assert "vllm" not in external("clients")
     names = {name for path in sources("benchmarks") for name in imported(path) if name.startswith("vllm")}
@@ -120,6 +225,11 @@ LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 RESULTS = [ROOT / folder for folder in ("benchmarks/results", "docs/evaluation", "docs/routing")]
 """Folders of nothing but what programs wrote."""
 RESULT = re.compile(r"`([^`\s]+/[^`\s]+)`")
+
+
+def source_named(path: str) -> Path:
+    """The file that a document means: from the root, or from `server/decar/server/`."""
+    return ROOT / path if (ROOT / path).exists() else SERVER / path
 
 
 def text_of(document: Path) -> str:
@@ -157,20 +267,21 @@ def _names_of(node: ast.stmt) -> set[str]:
 def test_documents_name_much_of_the_source() -> None:
     """Else the patterns above have stopped matching, and the next test says nothing."""
     assert len(named_in_documents()) >= 15
-    assert ("EnsembleClient.generate", "server/decar/server/gateway/ensemble.py") in named_in_documents()
+    named = {(name, source_named(path)) for name, path in named_in_documents()}
+    assert ("EnsembleClient.generate", SERVER / "gateway/ensemble.py") in named
 
 
 @pytest.mark.parametrize(("name", "path"), named_in_documents(), ids=str)
 def test_what_documents_name_exists(name: str, path: str) -> None:
-    assert (ROOT / path).is_file()
-    assert name in defined(ROOT / path), f"{path} defines no {name}"
+    assert source_named(path).is_file()
+    assert name in defined(source_named(path)), f"{path} defines no {name}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_paths_and_links_in_documents_exist(document: Path) -> None:
     text = document.read_text()
-    inside = [path for path in PATH.findall(text) if (ROOT / path.split("/")[0]).exists()]
-    missing = [path for path in inside if not (ROOT / path).exists()]
+    begins_here = [path for path in PATH.findall(text) if source_named(path.split("/")[0]).exists()]
+    missing = [path for path in begins_here if not source_named(path).exists()]
     missing += [link for link in LINK.findall(text) if not (document.parent / link).exists()]
     assert not missing
 

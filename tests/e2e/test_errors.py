@@ -111,6 +111,11 @@ def test_one_expert_alone_takes_no_mixing_options(http: httpx.Client, decar: Any
         ({"temperature": "hot"}, ("temperature",)),
         ({"n": 0}, ("n",)),
         ({"logit_bias": {"600": 1}}, ("600",)),
+        ({"logit_bias": {"-1": 1}}, ("logit_bias",)),
+        ({"allowed_token_ids": [5, 600]}, ("allowed_token_ids", "600")),
+        ({"stop_token_ids": [600]}, ("stop_token_ids", "600")),
+        ({"logprob_token_ids": [-1], "logprobs": 1}, ("logprob_token_ids",)),
+        ({"prompt": [[5], [600]]}, ("prompt", "600")),
         ({"logprobs": 1000}, ("logprobs",)),
         ({"vllm_xargs": {"decar": "x"}}, ("decar",)),
         ({"vllm_xargs": {"decar": [1, 2]}, "model": "duo/code"}, ("decar",)),
@@ -255,6 +260,26 @@ def test_flags_that_decar_sets_itself(duo: Reference) -> None:
     assert_refused(duo.directory, "--worker-cls", flags=("--worker-cls", "x.Y"))
 
 
+def test_flags_that_change_answers_behind_the_lockstep(duo: Reference) -> None:
+    flags = ("--watermark-config", '{"scheme": "kgw"}')
+    assert_refused(duo.directory, "--watermark-config", "leave it out", flags=flags)
+
+
+@pytest.mark.parametrize("expert", ["code", "prose"])
+def test_a_head_size_that_cpu_attention_lacks(broken: Path, expert: str) -> None:
+    """vLLM would find out in the first forward pass, with 200 lines of traceback."""
+    config_path = broken / "experts" / expert / "config.json"
+    config = json.loads(config_path.read_text())
+    config_path.write_text(json.dumps({**config, "head_dim": 24}))
+    flags = ("--port", "0", "--dtype", "float32", "--max-model-len", "512")
+    assert_refused(broken, f"'{expert}'", "LlamaForCausalLM", "24", "32, 64", "GPU", flags=flags)
+
+
+def test_a_configuration_with_fewer_tokens_than_the_experts(broken: Path) -> None:
+    flags = ("--port", "0", "--hf-overrides", '{"vocab_size": 300}')
+    assert_refused(broken, "'code'", "300", "--hf-overrides", flags=flags)
+
+
 @pytest.mark.engines
 def test_an_engine_that_cannot_start_takes_the_others_along(tmp_path: Path) -> None:
     """Its weights lack a layer that its configuration names, which only the engine finds out."""
@@ -267,5 +292,7 @@ def test_an_engine_that_cannot_start_takes_the_others_along(tmp_path: Path) -> N
     done = run_serve(directory, "--port", "0", "--enforce-eager", "--max-model-len", "512", deadline_s=240)
     assert done.returncode > 0
     [error] = [line for line in done.stderr.splitlines() if line.startswith("decar: error: ")]
-    assert "'prose'" in error
+    assert "expert 'prose': " in error
+    assert "'code'" not in error
+    assert "layers.2" in error, "the root cause"
     assert set(Path("/dev/shm").glob("decar-*")) <= before

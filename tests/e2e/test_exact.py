@@ -178,6 +178,29 @@ def test_a_token_that_only_some_experts_know_is_refused(
     assert trio_server.http.post("/v1/completions", json={**request, "prompt": [5]}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logit_bias": {str(VOCAB_SIZE): 1}},
+        {"allowed_token_ids": [5, VOCAB_SIZE]},
+        {"stop_token_ids": [VOCAB_SIZE], "min_tokens": 1},
+        {"logprob_token_ids": [VOCAB_SIZE], "logprobs": 1},
+        {"prompt": [[5], [5, VOCAB_SIZE]]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+@pytest.mark.parametrize("model", ["trio", "trio/maths"])
+def test_no_field_may_name_such_a_token(trio_server: Server, fields: dict[str, Any], model: str) -> None:
+    """The first expert has a row for it; what it leads would index others' rows with it."""
+    request = {"model": model, "prompt": [5], "max_tokens": 2, **fields}
+    error = assert_error(trio_server.http.post("/v1/completions", json=request), 400, str(VOCAB_SIZE))
+    assert error["param"] == next(iter(fields))
+    assert trio_server.http.post(
+        "/v1/completions", json={**request, **dict.fromkeys(fields), "prompt": [5]}
+    ).is_success
+    assert trio_server.health() == 200
+
+
 @pytest.fixture(scope="module")
 def left_answers(twins: Reference) -> list[Decoded]:
     return clear_answers(twins.alone("left"), {})

@@ -214,9 +214,10 @@ async def test_routers_look_at_images_and_else_at_text(
         return routed(np.sum(directions, axis=0), OF_IMAGES, digits.prior)
 
     weights = [weights_of(one) for one in cases]
-    assert np.std([of[0] for of in weights]) > 0.01
-    for choice, of in zip(await ask(digits_server, cases, {"route": "classifier"}), weights, strict=True):
-        assert choice.model_extra["decar"]["weights"][0] == pytest.approx(of, abs=1e-5)
+    assert np.std([expected[0] for expected in weights]) > 0.01
+    answers = await ask(digits_server, cases, {"route": "classifier"})
+    for choice, expected in zip(answers, weights, strict=True):
+        assert choice.model_extra["decar"]["weights"][0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_image_that_one_expert_has_seen_before(digits_server: Server) -> None:

@@ -16,8 +16,8 @@ TOKENS = 24
 async def test_metrics_of_the_weights_are_those_of_the_traces(duo_server: Server, duo: Reference) -> None:
     def values() -> dict[str, float]:
         names = [
-            f"decar:{of}_{part}"
-            for of in ("active_experts", "weights_entropy_nats")
+            f"decar:{histogram}_{part}"
+            for histogram in ("active_experts", "weights_entropy_nats")
             for part in ("count", "sum")
         ]
         return {name: sum(duo_server.metric(name)) for name in names}
@@ -41,7 +41,7 @@ def test_counters_are_those_of_the_ensemble_and_vllms_are_still_there(duo_server
     wait_until(duo_server.is_idle, 30, "nothing counts on")
     lockstep = [expert["lockstep"] for expert in duo_server.ensemble()["experts"]]
     for name in ("mixed_tokens", "pruned", "handed_over"):
-        assert duo_server.metric(f"decar:{name}_total") == [of[name] for of in lockstep]
+        assert duo_server.metric(f"decar:{name}_total") == [counters[name] for counters in lockstep]
     assert duo_server.metric("decar:expert_up") == [1, 1]
     assert len(duo_server.metric("vllm:generation_tokens_total")) == 2
 

@@ -53,7 +53,7 @@ def tiny_server(tiny: Reference, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="module")
 def experts_law(tiny: Reference) -> torch.Tensor:
     """log p_k(answer | prompt) [K, V, V, V] by token, summed up to it: entry t of a cumulative tensor per prefix."""
-    prefixes = [PROMPT + list(of) for of in itertools.product(range(VOCABULARY), repeat=LENGTH - 1)]
+    prefixes = [PROMPT + list(tokens) for tokens in itertools.product(range(VOCABULARY), repeat=LENGTH - 1)]
     steps = []
     for model in tiny.models:
         scores = logits_of(model, prefixes, VOCABULARY).log_softmax(dim=-1)
@@ -61,7 +61,7 @@ def experts_law(tiny: Reference) -> torch.Tensor:
         first = scores[0, len(PROMPT) - 1].view(VOCABULARY, 1, 1)
         second = scores[:, len(PROMPT)].view(*shape, VOCABULARY)[:, 0].view(VOCABULARY, VOCABULARY, 1)
         third = scores[:, len(PROMPT) + 1].view(*shape, VOCABULARY)
-        steps.append(torch.stack([of.expand(*shape, VOCABULARY) for of in (first, second, third)]))
+        steps.append(torch.stack([step.expand(*shape, VOCABULARY) for step in (first, second, third)]))
     return torch.stack(steps, dim=1)  # [LENGTH, K, V, V, V]
 
 

@@ -38,7 +38,7 @@ def test_a_peers_rows_are_mixed_where_they_lie() -> None:
         memory = CudaMemory(torch.device("cuda:0"))
         mapped = memory.open(ours.recv_bytes(), SIZE_BYTES).view(torch.float32).view(ENTRIES, VOCABULARY)
         logits = [_rows(0).cuda(), mapped]
-        rows = Rows(logits, [of.logsumexp(-1) for of in logits])
+        rows = Rows(logits, [expert.logsumexp(-1) for expert in logits])
         log_weights = torch.tensor([[0.3, 0.7]], device="cuda").log().expand(ENTRIES, -1)
         mixed = mix_rows(rows, torch.arange(ENTRIES, device="cuda"), log_weights, "velocity").log_softmax(-1)
         expected = mix(torch.stack([_rows(0), _rows(1)]), log_weights.cpu())

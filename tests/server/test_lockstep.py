@@ -181,7 +181,7 @@ def test_a_leader_does_not_overwrite_weights_that_the_gateway_has_not_read(
 ) -> None:
     leader, _ = engines
     scheduler, ring = Observer(plane, 0), plane.spec.ring
-    reader = WeightsReader(plane, member())
+    reader = WeightsReader(plane, member(), "ab")
     written = []
     for position in range(2 * ring):
         turns = [begin(engine, member(posterior=True), position) for engine in engines]
@@ -383,7 +383,7 @@ def test_a_prompt_that_is_scored_as_it_is_computed_sets_the_weights_of_the_first
     assert (followed.leader_at(0), followed.leader_at(1)) == leaders
     assert (followed.alone_from == 1) == (0.0 in first)
     np.testing.assert_allclose(
-        WeightsReader(plane, scoring_member(**options)).between(0, 1), [first], atol=1e-6
+        WeightsReader(plane, scoring_member(**options), "ab").between(0, 1), [first], atol=1e-6
     )
 
 

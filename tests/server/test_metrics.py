@@ -40,15 +40,15 @@ def test_engines_counters_are_labelled_by_expert(
     prose.count("mix_ns", 2_500_000_000)
     plane.alive[1] = 0
 
-    def of(name: str) -> list[float | None]:
+    def by_expert(name: str) -> list[float | None]:
         return [registry.get_sample_value(name, {"expert": expert}) for expert in ("code", "prose")]
 
-    assert of("decar:mixed_tokens_total") == [7, 0]
-    assert of("decar:holds_total") == [5, 0]
-    assert of("decar:pruned_total") == [0, 1]
-    assert of("decar:handed_over_total") == [0, 4]
-    assert of("decar:mixing_seconds_total") == [0, 2.5]
-    assert of("decar:expert_up") == [1, 0]
+    assert by_expert("decar:mixed_tokens_total") == [7, 0]
+    assert by_expert("decar:holds_total") == [5, 0]
+    assert by_expert("decar:pruned_total") == [0, 1]
+    assert by_expert("decar:handed_over_total") == [0, 4]
+    assert by_expert("decar:mixing_seconds_total") == [0, 2.5]
+    assert by_expert("decar:expert_up") == [1, 0]
 
 
 def test_weights_become_histograms_per_token(metrics: EnsembleMetrics, registry: CollectorRegistry) -> None:

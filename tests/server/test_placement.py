@@ -27,31 +27,31 @@ def gpus(count: int, gib: int = 80) -> list[Gpu]:
 
 def test_with_enough_gpus_each_engine_has_one_and_takes_what_is_left_of_it() -> None:
     places = place(ensemble(14, 14), gpus(3))
-    assert [(of.gpu, of.kv_bytes) for of in places] == [(0, None), (1, None)]
+    assert [(placed.gpu, placed.kv_bytes) for placed in places] == [(0, None), (1, None)]
 
 
 def test_engines_that_share_a_gpu_get_equal_explicit_kv_sizes_that_fit() -> None:
     places = place(ensemble(14, 14, 1), gpus(2))
-    assert [of.gpu for of in places] == [0, 1, 0]
-    shared = [of for of in places if of.gpu == 0]
+    assert [placed.gpu for placed in places] == [0, 1, 0]
+    shared = [placed for placed in places if placed.gpu == 0]
     assert shared[0].kv_bytes == shared[1].kv_bytes
-    assert 0.8 * 80 * GIB < sum(of.needed_bytes for of in shared) <= 0.9 * 80 * GIB
+    assert 0.8 * 80 * GIB < sum(placed.needed_bytes for placed in shared) <= 0.9 * 80 * GIB
     assert places[1].kv_bytes is None
 
 
 def test_a_wish_and_a_users_kv_size_are_followed() -> None:
     places = place(ensemble(1, 1), gpus(2), "e0=1, e1=1", kv_bytes=2 * GIB)
-    assert [(of.gpu, of.kv_bytes) for of in places] == [(1, 2 * GIB)] * 2
+    assert [(placed.gpu, placed.kv_bytes) for placed in places] == [(1, 2 * GIB)] * 2
 
 
 def test_on_cpu_every_engine_has_the_same() -> None:
     places = place(ensemble(1, 2), [], kv_bytes=GIB)
-    assert [(of.gpu, of.kv_bytes) for of in places] == [(None, GIB)] * 2
+    assert [(placed.gpu, placed.kv_bytes) for placed in places] == [(None, GIB)] * 2
     assert places[1].needed_bytes > 3 * GIB
 
 
 @pytest.mark.parametrize(
-    ("wish", "of", "said"),
+    ("wish", "available", "said"),
     [
         ("e0=0,e2=0", gpus(1), "'e2' is none of the experts e0, e1"),
         ("e0=0,e1=3", gpus(2), "'e1=3' does not name a GPU from 0 to 1"),
@@ -60,9 +60,9 @@ def test_on_cpu_every_engine_has_the_same() -> None:
         (None, gpus(1, 40), "too small for e0, e1: weights 40.0 GiB"),
     ],
 )
-def test_what_cannot_be_is_said(wish: str | None, of: list[Gpu], said: str) -> None:
+def test_what_cannot_be_is_said(wish: str | None, available: list[Gpu], said: str) -> None:
     with pytest.raises(StartError, match=said):
-        place(ensemble(20, 20), of, wish)
+        place(ensemble(20, 20), available, wish)
 
 
 def test_a_kv_size_that_leaves_no_room_is_said() -> None:

@@ -14,7 +14,7 @@ from decar.server.protocol.lockstep import Lockstep
 from decar.server.protocol.member import Member
 from decar.server.protocol.plane import Plane
 from decar.server.protocol.transport import HostTransport
-from decar.server.vllm_adapter.relay import LATE_S, Relay, RelayedRequest
+from decar.server.vllm_adapter.relay import LATE_S, Relay
 
 OLD, NEW = 0, 1
 
@@ -30,7 +30,7 @@ class Ensemble:
         self.thread = GatewayThread([])
         self.relay = Relay(engines, self.plane.blocks, self.thread)
         self.member = self.new_member()
-        self.relayed = RelayedRequest(self.member, OLD)
+        self.relayed = self.relay.begin(self.member, lambda _: None)
         params = SamplingParams(detokenize=False, output_kind=kind)
         self.queues = []
         for expert, processor in enumerate(self.processors):

@@ -116,16 +116,16 @@ def _describe_places(ensemble: Ensemble, console: Console) -> None:
         console.print(f"no place for its engines on this machine: {error}", style="yellow")
         return
     table = Table("expert", "runs on", "weights", "KV cache", "besides", "in all", box=box.SIMPLE_HEAD)
-    for of in places:
+    for placed in places:
         table.add_row(
-            of.expert,
-            "CPU" if of.gpu is None else f"GPU {of.gpu} ({gpus[of.gpu].name})",
-            gib(of.weight_bytes, 2),
-            "what is left" if of.kv_bytes is None else gib(of.kv_bytes, 2),
-            f"about {gib(of.overhead_bytes, 2)}",
-            f"at least {gib(of.needed_bytes, 2)}"
-            if of.kv_bytes is None
-            else f"about {gib(of.needed_bytes, 2)}",
+            placed.expert,
+            "CPU" if placed.gpu is None else f"GPU {placed.gpu} ({gpus[placed.gpu].name})",
+            gib(placed.weight_bytes, 2),
+            "what is left" if placed.kv_bytes is None else gib(placed.kv_bytes, 2),
+            f"about {gib(placed.overhead_bytes, 2)}",
+            f"at least {gib(placed.needed_bytes, 2)}"
+            if placed.kv_bytes is None
+            else f"about {gib(placed.needed_bytes, 2)}",
         )
     console.print(table)
 

@@ -87,13 +87,13 @@ class EnsembleMetrics(Collector):
         counted = [block.counted() for block in self._plane.blocks]
         for name, (counters, documentation) in COUNTED.items():
             family = CounterMetricFamily(f"decar:{name}", documentation, labels=["expert"])
-            for expert, of in zip(self._names, counted, strict=True):
-                family.add_metric([expert], sum(of[counter] for counter in counters))
+            for expert, counts in zip(self._names, counted, strict=True):
+                family.add_metric([expert], sum(counts[counter] for counter in counters))
             yield family
         mixing = CounterMetricFamily("decar:mixing_seconds", "Time spent on mixing rows.", labels=["expert"])
         up = GaugeMetricFamily("decar:expert_up", "1 while the expert's engine lives.", labels=["expert"])
-        for expert, of, alive in zip(self._names, counted, self._plane.alive, strict=True):
-            mixing.add_metric([expert], of["mix_ns"] / 1e9)
+        for expert, counts, alive in zip(self._names, counted, self._plane.alive, strict=True):
+            mixing.add_metric([expert], counts["mix_ns"] / 1e9)
             up.add_metric([expert], alive)
         yield mixing
         yield up

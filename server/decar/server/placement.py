@@ -13,6 +13,8 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
+
 from decar.router import Ensemble
 from decar.router.errors import StartError
 
@@ -132,6 +134,22 @@ def place(
         devices = device_order(gpu, len(gpus))
         places.append(Place(expert.name, gpu, expert.weight_bytes, own, overhead, devices))
     return places
+
+
+def check_memory(places: Sequence[Place]) -> None:
+    """On CPU, refuse before anything starts what cannot fit.
+
+    Raises:
+        StartError: says how much is needed and how much is free.
+    """
+    available = psutil.virtual_memory().available
+    needed = sum(placed.needed_bytes for placed in places)
+    if needed > available:
+        raise StartError(
+            f"not enough memory: {len(places)} experts need about {gib(needed)} "
+            f"({gib(places[0].kv_bytes or 0)} of it for each one's KV cache), {gib(available)} are free; "
+            "lower --kv-cache-memory-bytes"
+        )
 
 
 def device_order(gpu: int, gpus: int) -> str:

@@ -19,16 +19,15 @@ import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.logprobs import Logprob
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from decar.kernels import mix
 from decar.router import log_weights_after
 from decar.router.manifest import Rule
+from decar.server.gateway.engine import Engine
+from decar.server.gateway.images import is_text
 from decar.server.gateway.scores import PrefixScores
 from decar.server.protocol.member import ROWS_KEY, PromptRows
 from decar.server.protocol.plane import DIRECTORY, create_segment, new_name, unlink
-from decar.server.vllm_adapter.images import is_text
 
 WINDOW_BYTES = 64 * 2**20  # of all experts' rows of one prompt at a time, at most
 PROMPTS_AT_ONCE = 4  # whose rows are held
@@ -48,7 +47,7 @@ class Beginning:
 
     def __init__(self, scores: Sequence[PrefixScores], ids: list[int], salt: bytes):
         self._scores, self._ids, self._salt = scores, ids, salt
-        self.scored = [of_expert.known(ids, salt) for of_expert in scores]
+        self.scored = [expert.known(ids, salt) for expert in scores]
         self.whole = all(known == len(ids) for known, _ in self.scored)
         self.learned = asyncio.Event()
 
@@ -76,7 +75,7 @@ class PromptScorer:
         unit: tokens between the places of a prompt up to which its log-likelihood is kept.
     """
 
-    def __init__(self, engines: Sequence[AsyncLLM], vocab_size: int, unit: int):
+    def __init__(self, engines: Sequence[Engine], vocab_size: int, unit: int):
         self._engines = engines
         self._vocab_size = vocab_size
         self._scores = [PrefixScores(unit) for _ in engines]
@@ -163,10 +162,9 @@ class PromptScorer:
 
     def _described(self, entries: Sequence[_Entry]) -> PromptLogprobs:
         """Each position's entry as vLLM's own output processor makes it."""
-        tokenizer = self._engines[0].renderer.get_tokenizer()
         described: PromptLogprobs = []
         for tokens, logprobs, ranks in entries:
-            texts = convert_ids_list_to_tokens(tokenizer, tokens)
+            texts = self._engines[0].texts_of(tokens)
             fields = zip(tokens, logprobs, ranks, texts, strict=True)
             described.append({token: Logprob(logprob, rank, text) for token, logprob, rank, text in fields})
         return described
@@ -189,7 +187,7 @@ class PromptScorer:
             skip_reading_prefix_cache=False,
             extra_args={ROWS_KEY: rows.to_wire()},
         )
-        async for _ in self._engines[expert].generate(prompt, params, request_id, **kwargs):
+        async for _ in self._engines[expert].client.generate(prompt, params, request_id, **kwargs):
             pass
 
 

@@ -1,12 +1,15 @@
-"""The weights that mixed a request's tokens, read along as the tokens come. Knows the plane, no engines.
+"""What mixed each token of a request, read along as tokens come, and what the response says of it. Knows no engines.
 
 Shapes: K experts, T tokens of an answer, R positions of the plane's ring.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from decar.server.gateway.request import ChoiceTrace
 from decar.server.protocol.lockstep import follow_membership
 from decar.server.protocol.member import Member
 from decar.server.protocol.plane import Plane
@@ -18,10 +21,11 @@ class WeightsReader:
     Args:
         plane: whose ``weights_read`` is the caller's to write.
         member: the request's part in the lockstep, brought up to date here.
+        names: of the experts [K].
     """
 
-    def __init__(self, plane: Plane, member: Member):
-        self._plane, self._member = plane, member
+    def __init__(self, plane: Plane, member: Member, names: Sequence[str]):
+        self._plane, self._member, self._names = plane, member, names
         self._ring = plane.spec.ring
         self._weights = np.empty((self._ring, plane.spec.experts))
         self._end = 0  # positions that have been read
@@ -37,6 +41,24 @@ class WeightsReader:
         if end > self._end:
             self._read(end)
         return self._weights[start:end]
+
+    def begin(self, trace: ChoiceTrace) -> None:
+        """A prompt has been scored as it was computed: only now is it known who takes part."""
+        [weights] = self.between(0, 1)
+        trace.experts = [self._names[k] for k in np.flatnonzero(weights)]
+        trace.leader = self._leader(0, weights)
+
+    def extend(self, trace: ChoiceTrace, start: int, end: int) -> None:
+        """Note what mixed the tokens from ``start`` to ``end``."""
+        weights = self.between(start, end)
+        trace.weights += weights.tolist()
+        trace.leaders += [self._leader(position, row) for position, row in enumerate(weights, start)]
+
+    def _leader(self, position: int, weights: np.ndarray) -> str:
+        """Who leads at a position mixed by ``weights`` [K]. A leader that the prompt leaves without any still decides
+        the first token; it does so for the next one."""
+        leader = self._member.leader_at(position)
+        return self._names[leader if weights[leader] else self._member.leader_at(position + 1)]
 
     def _read(self, end: int) -> None:
         member, blocks = self._member, self._plane.blocks

@@ -27,18 +27,18 @@ class RelayedRequest:
     Attributes:
         member: its part in the lockstep, as far as the gateway has followed.
         speaker: whose processor has the user's state.
-        ids: expert -> the id that its engine knows the request by.
-        early: expert -> outputs of tokens that come after ones which are still on their way from another engine.
         on_tokens: called when tokens are there, with how many there are by now; also where the user gets only the
             whole answer.
-        heard: how many that were.
+        ids: expert -> the id that its engine knows the request by.
+        early: expert -> outputs of tokens that come after ones which are still on their way from another engine.
+        heard: how many tokens there are.
     """
 
     member: Member
     speaker: int
+    on_tokens: Callable[[int], None]
     ids: dict[int, str] = field(default_factory=dict)
     early: dict[int, list[Any]] = field(default_factory=dict)
-    on_tokens: Callable[[int], None] = lambda _: None
     heard: int = 0
 
 
@@ -58,14 +58,18 @@ class Relay:
         for expert, processor in enumerate(self._processors):
             processor.process_outputs = partial(self._process_outputs, expert)
 
+    def begin(self, member: Member, on_tokens: Callable[[int], None]) -> RelayedRequest:
+        """A request that its leader is about to be given."""
+        return RelayedRequest(member, member.leader, on_tokens)
+
     def follow(self, relayed: RelayedRequest, expert: int, request_id: str) -> None:
         """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
         relayed.ids[expert] = request_id
         self._relayed[expert, request_id] = relayed
 
     def forget(self, relayed: RelayedRequest) -> None:
-        for of in relayed.ids.items():
-            self._relayed.pop(of, None)
+        for expert_and_id in relayed.ids.items():
+            self._relayed.pop(expert_and_id, None)
 
     def _process_outputs(
         self, expert: int, outputs: list[Any], sent_s: float, *args: Any, **kwargs: Any
@@ -97,7 +101,7 @@ class Relay:
     def _hand_over(self, relayed: RelayedRequest, *args: Any, **kwargs: Any) -> None:
         """Move the user's state to whoever decides the next token, and give it what has come early.
 
-        A stop string in there ends the request here, not in the engine: whoever follows the relayed aborts it.
+        A stop string in there ends the request here, not in the engine: whoever waits for its output aborts it.
         """
         while True:
             old = self._processors[relayed.speaker].request_states

@@ -1,0 +1,139 @@
+"""`AllEngines`: what vLLM's app asks of "the" engine beside answers, asked of all. Knows no requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
+
+from decar.router import Ensemble
+from decar.server.gateway.engine import Engine, ExpertEngine
+from decar.server.gateway.health import Health
+from decar.server.protocol.plane import Plane
+
+
+class AllEngines(EngineClient):
+    """K engines as vLLM's app wants one to be. A subclass generates.
+
+    Args:
+        ensemble: what is served.
+        engines: one per expert, in manifest order, sharing ``plane``.
+        plane: made by the caller; removed by `shutdown`.
+    """
+
+    def __init__(self, ensemble: Ensemble, engines: Sequence[Engine], plane: Plane):
+        self.ensemble = ensemble
+        self.plane = plane
+        self.experts = [
+            ExpertEngine(name, engine) for name, engine in zip(ensemble.expert_names, engines, strict=True)
+        ]
+        self.health = Health(self.experts, plane)
+        # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only.
+        first = engines[0].client
+        self.vllm_config = first.vllm_config
+        self.model_config = first.model_config
+        self.renderer = first.renderer
+        self.input_processor = first.input_processor
+        self._stopped = False
+
+    # --- health -------------------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        return not self._stopped  # a dead engine turns /health 503; it does not stop the server
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stopped
+
+    @property
+    def errored(self) -> bool:
+        # vLLM refuses every request once this is true; those that a dead engine has no part in go on.
+        return self.health.none_left
+
+    @property
+    def dead_error(self) -> BaseException:
+        return self.health.dead_error()
+
+    async def check_health(self) -> None:
+        self.health.check()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Stop every engine and remove the plane."""
+        self._stopped = True
+        for expert in self.experts:
+            expert.engine.client.shutdown(timeout=timeout)
+        self.plane.unlink()
+
+    # --- passed on ----------------------------------------------------------------------------------------
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        for expert in self.experts:
+            expert.engine.client.check_admission(n, request_id)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        await self._all("abort", request_id)
+
+    async def get_supported_tasks(self) -> Any:
+        return await self.experts[0].engine.client.get_supported_tasks()
+
+    async def is_tracing_enabled(self) -> bool:
+        enabled: bool = await self.experts[0].engine.client.is_tracing_enabled()
+        return enabled
+
+    async def do_log_stats(self) -> None:
+        await self._all("do_log_stats")
+
+    async def reset_mm_cache(self) -> None:
+        await self._all("reset_mm_cache")
+
+    async def reset_encoder_cache(self) -> None:
+        await self._all("reset_encoder_cache")
+
+    async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        return all(await self._all("reset_prefix_cache", *args, **kwargs))
+
+    async def start_profile(self, *args: Any, **kwargs: Any) -> None:
+        await self._all("start_profile", *args, **kwargs)
+
+    async def stop_profile(self) -> None:
+        await self._all("stop_profile")
+
+    async def pause_generation(self, **kwargs: Any) -> None:
+        await self._all("pause_generation", **kwargs)
+
+    async def resume_generation(self) -> None:
+        await self._all("resume_generation")
+
+    async def is_paused(self) -> bool:
+        return any(await self._all("is_paused"))
+
+    async def is_sleeping(self) -> bool:
+        return any(await self._all("is_sleeping"))
+
+    async def sleep(self, *args: Any, **kwargs: Any) -> None:
+        await self._all("sleep", *args, **kwargs)
+
+    async def wake_up(self, *args: Any, **kwargs: Any) -> bool:
+        return all(await self._all("wake_up", *args, **kwargs))
+
+    async def release_kv_cache_memory(self) -> None:
+        await self._all("release_kv_cache_memory")
+
+    async def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        living = [expert.engine.client for expert in self.experts if expert.up]
+        return await asyncio.gather(*(getattr(client, method)(*args, **kwargs) for client in living))
+
+    # --- refused ------------------------------------------------------------------------------------------
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        raise VLLMValidationError("an ensemble generates text; it has no embeddings")
+
+    async def add_lora(self, lora_request: Any) -> bool:
+        raise VLLMValidationError("an ensemble serves whole experts; merge the adapter into its expert")
+
+    async def notify_kv_transfer_request_rejected(self, *args: Any, **kwargs: Any) -> None:
+        raise VLLMValidationError("an ensemble does not take keys and values from other servers")

@@ -1,0 +1,116 @@
+"""What the gateway asks of one expert's engine, and of whoever joins several engines' answers to one.
+
+The gateway knows no engine but by this; `vllm_adapter` has vLLM's, the unit tests have one without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vllm.engine.protocol import EngineClient
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+
+from decar.server.protocol.member import Member
+
+
+class OutputQueue(Protocol):
+    """What an engine gives of one request, to be read by one task.
+
+    Attributes:
+        request_id: by which the engine knows the request.
+    """
+
+    request_id: str
+
+    def get_nowait(self) -> RequestOutput | None:
+        """What there is, or None; raises an exception that was put."""
+        ...
+
+    async def get(self) -> RequestOutput: ...
+
+    def put(self, output: Exception) -> None:
+        """End the request with an error, in whoever reads."""
+        ...
+
+
+class Engine(Protocol):
+    """One expert's engine.
+
+    Attributes:
+        client: what vLLM's app may ask of an engine, for everything that is merely passed on.
+        pid: of its process.
+        cores: that it computes on; empty where it computes on a device.
+    """
+
+    client: EngineClient
+    pid: int
+    cores: set[int]
+
+    async def submit(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams,
+        *,
+        arrival_time: float | None = None,
+        **kwargs: Any,
+    ) -> OutputQueue:
+        """Have a request computed.
+
+        Raises:
+            VLLMValidationError: the engine refuses it.
+            Exception: as `dead_error` makes it, if the engine is dead.
+        """
+        ...
+
+    async def cancel(self, request_id: str) -> None:
+        """End the request of an `OutputQueue`'s id, also one that its engine alone still knows; quiet if it is dead."""
+        ...
+
+    async def died(self) -> None:
+        """Return when the engine is dead. To be awaited on the event loop that its requests run on."""
+        ...
+
+    def dead_error(self) -> Exception:
+        """What a request ends with whose engine is dead."""
+        ...
+
+    def keep_images(self, key: str) -> None:
+        """Have this engine's renderer keep a prompt's images [N], as PIL has them, in the prompts that it makes."""
+        ...
+
+    def texts_of(self, tokens: Sequence[int]) -> list[str]:
+        """Each token [T] alone as text, as log-probabilities show it."""
+        ...
+
+    def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
+        """Pools of threads that this engine's part in the gateway's process computes in."""
+        ...
+
+
+@dataclass
+class ExpertEngine:
+    """One expert as the gateway sees it."""
+
+    name: str
+    engine: Engine
+    up: bool = True
+
+
+class Relay(Protocol):
+    """Gives a user what several engines say, one after another, as one engine's output."""
+
+    def begin(self, member: Member, on_tokens: Callable[[int], None]) -> Any:
+        """A request whose leader may change; ``on_tokens`` is told, as tokens come, how many there are by now, also
+        where the user gets only the whole answer."""
+        ...
+
+    def follow(self, relayed: Any, expert: int, request_id: str) -> None:
+        """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
+        ...
+
+    def forget(self, relayed: Any) -> None: ...

@@ -1,0 +1,102 @@
+"""Sampling parameters of leaders, followers and choices, and choices' outputs as one request's. Knows no engines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from copy import copy
+
+import numpy as np
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from decar.server.protocol.member import REQUEST_KEY, Member
+
+
+def params_of(expert: int, member: Member, params: SamplingParams) -> SamplingParams:
+    """The leader's sampling parameters are the user's; a follower's only keep it running as long."""
+    wire = {REQUEST_KEY: member.to_wire()}
+    if expert == member.leader or member.may_release:  # where leaders hand over, everybody is ready to lead
+        mine = copy(params)
+        mine.extra_args = {**(params.extra_args or {}), **wire}
+        return mine
+    return SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_reading_prefix_cache=params.skip_reading_prefix_cache,
+        extra_args=wire,
+    )
+
+
+def without_prompt_logprobs(params: SamplingParams) -> SamplingParams:
+    """``params`` for engines that need not say anything of the prompt any more."""
+    rest = copy(params)
+    rest.prompt_logprobs = None
+    rest.skip_reading_prefix_cache = False
+    return rest
+
+
+def uniforms(params: SamplingParams) -> list[float]:
+    """A number from 0 to 1 for each choice, which draws its expert."""
+    rng = np.random.default_rng(params.seed if params.seed is None else abs(params.seed))
+    numbers: list[float] = rng.random(params.n).tolist()
+    return numbers
+
+
+def params_of_choices(params: SamplingParams) -> list[SamplingParams]:
+    """One set of sampling parameters per choice; as in vLLM, a seed differs by the choice's index."""
+    choices = []
+    for i in range(params.n):
+        choice = copy(params)
+        choice.n = 1
+        if params.seed is not None:
+            choice.seed = params.seed + i
+        choices.append(choice)
+    return choices
+
+
+async def merged(
+    choices: list[AsyncGenerator[RequestOutput, None]], params: SamplingParams
+) -> AsyncGenerator[RequestOutput, None]:
+    """Run the choices of one request side by side; give their outputs as one request's."""
+    final_only = params.output_kind == RequestOutputKind.FINAL_ONLY
+    outputs: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue()
+
+    async def run(index: int, choice: AsyncGenerator[RequestOutput, None]) -> None:
+        try:
+            async for output in choice:
+                outputs.put_nowait((index, output))
+            outputs.put_nowait((index, None))
+        except Exception as error:
+            outputs.put_nowait((index, error))
+        finally:
+            await choice.aclose()
+
+    tasks = [asyncio.create_task(run(i, choice)) for i, choice in enumerate(choices)]
+    finals: dict[int, CompletionOutput] = {}
+    unfinished = len(choices)
+    try:
+        while unfinished:
+            index, output = await outputs.get()
+            if output is None:
+                continue
+            if isinstance(output, BaseException):
+                raise output
+            for completion in output.outputs:
+                completion.index = index
+            if output.finished:
+                unfinished -= 1
+                output.finished = not unfinished
+                finals[index] = output.outputs[0]
+            if not final_only:
+                yield output
+            elif not unfinished:
+                output.outputs = [finals[i] for i in sorted(finals)]
+                yield output
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,42 @@
+"""The ensemble's trained routers, asked about prompts. Knows prompts; what a router does with them is `decar.router`.
+
+K experts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+
+from decar.router import Ensemble, load_trained, load_trained_images
+from decar.router.manifest import Trained
+from decar.server.gateway.engine import Engine
+from decar.server.gateway.images import IMAGES_KEY, images_of, is_text
+from decar.server.gateway.prompt import tokens_of
+from decar.server.gateway.request import offered_routers
+
+
+class TrainedRouters:
+    """Loads what training has put into the directory of ``ensemble``; ``engine`` makes the prompts, and reads them."""
+
+    def __init__(self, ensemble: Ensemble, engine: Engine):
+        self._engine = engine
+        self._of_texts = load_trained(ensemble) if "classifier" in offered_routers(ensemble) else {}
+        for text_router in self._of_texts.values():
+            text_router.log_weights(["what loads on first use, loads before the first request"])
+        self._of_images = load_trained_images(ensemble)
+        for image_router in self._of_images.values():
+            image_router.log_weights([[]])  # as above: no images are enough for the model to load
+        if self._of_images:
+            engine.keep_images(IMAGES_KEY)
+
+    async def log_weights(self, prompt: Any, kind: Trained) -> np.ndarray:
+        """Log weights [K] that a router gives for a prompt: for its images, if any, and else for its text."""
+        images = images_of(prompt)
+        if images and self._of_images:
+            return (await asyncio.to_thread(self._of_images[kind].log_weights, [images]))[0]
+        tokenizer = self._engine.client.renderer.get_tokenizer()
+        text = tokenizer.decode(np.asarray(tokens_of(prompt))[is_text(prompt)])
+        return (await asyncio.to_thread(self._of_texts[kind].log_weights, [text]))[0]

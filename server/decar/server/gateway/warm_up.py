@@ -1,0 +1,44 @@
+"""Every kind of request, run once, so that no user waits for a compilation. Knows what requests there are."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from decar.router import log_prior
+from decar.server.gateway.ensemble import EnsembleClient
+from decar.server.gateway.request import Call, current_call
+
+
+async def warm_up(client: EnsembleClient, image: Any | None) -> None:
+    """Have ``client`` answer one request of each kind.
+
+    Args:
+        image: a prompt with an image; None where the experts take none.
+    """
+    experts = len(client.experts)
+    everyone = log_prior([1.0] * experts)
+    calls = [Call(everyone, "velocity"), Call(everyone, "logit")]
+    calls += [
+        Call(everyone, posterior=True, scored=True, prune=prune) for prune in (0.0, 1e-9) if experts > 1
+    ]
+    calls += [Call(log_prior([float(j == k) for j in range(experts)])) for k in range(experts)]
+
+    async def run(call: Call, params: SamplingParams, prompt: Any) -> None:
+        current_call.set(call)
+        async for _ in client.generate(prompt, params, f"warm-up-{id(call)}"):
+            pass
+
+    text: Any = {"prompt_token_ids": [0, 1, 2, 3]}
+    for kind in (RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA):
+        for extra in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 0, "logprobs": 2}):
+            params = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=kind, **extra)
+            await asyncio.gather(*(asyncio.create_task(run(call, params, text)) for call in calls))
+    asked_for_prompt = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+    await asyncio.create_task(run(calls[0], asked_for_prompt, text))
+    if image is not None:
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        await asyncio.gather(*(asyncio.create_task(run(call, params, image)) for call in calls))
+    await client.reset_prefix_cache()

@@ -1,0 +1,107 @@
+"""vLLM's OpenAI app and HTTP server, and the prompt that warms up images. Knows vLLM's launcher, no requests."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from argparse import Namespace
+from collections.abc import Awaitable, Iterator
+from typing import Any
+
+from vllm.engine.protocol import EngineClient
+
+from decar.router.errors import StartError
+
+
+@contextlib.contextmanager
+def bound_socket(args: Namespace) -> Iterator[socket.socket]:
+    """Take the port before the engines start, so that a taken one is known at once.
+
+    Raises:
+        StartError: it is taken.
+    """
+    from vllm.entrypoints.launchers.launcher import create_server_socket
+    from vllm.utils.system_utils import set_ulimit
+
+    # Two sockets may be bound to one port as long as neither listens, and a server listens only once it is warm.
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        if args.port:
+            claim.bind(f"\0decar-{args.host}-{args.port}")
+        sock = create_server_socket((args.host, args.port), reuse_port=False)
+    except OSError as error:
+        claim.close()
+        raise StartError(
+            f"cannot listen on {args.host}:{args.port} ({error.strerror}); stop what uses it, or choose another --port"
+        ) from None
+    set_ulimit()
+    try:
+        yield sock
+    finally:
+        sock.close()
+        claim.close()
+
+
+async def openai_app(client: EngineClient, args: Namespace) -> Any:
+    """vLLM's FastAPI app, which asks ``client`` for answers."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+
+    from decar.server.vllm_adapter import media  # noqa: F401 - vLLM finds it by name
+
+    tasks = await client.get_supported_tasks()
+    app = build_app(args, tasks, client.model_config)
+    await init_app_state(client, app.state, args, tasks)
+    return app
+
+
+async def listen(app: Any, args: Namespace, sock: socket.socket) -> Awaitable[None]:
+    """Serve ``app`` until the process is told to stop; then what is given back is still to be awaited."""
+    from vllm.entrypoints.launchers.launcher import serve_http
+    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+    log_config = get_uvicorn_log_config(args)
+    stopped: Awaitable[None] = await serve_http(
+        app,
+        sock=sock,
+        host=args.host,
+        port=sock.getsockname()[1],
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        h11_max_header_count=args.h11_max_header_count,
+        **({"log_config": log_config} if log_config is not None else {}),
+    )
+    return stopped
+
+
+def api_keys(args: Namespace) -> list[str]:
+    """Keys that a client has to give one of; none: nobody is asked."""
+    from vllm import envs
+
+    return [key for key in args.api_key or [envs.VLLM_API_KEY] if key]
+
+
+def keep_environment() -> None:
+    """vLLM's settings stay as they are from here on: else every token's statistics read the environment anew."""
+    from vllm.envs import enable_envs_cache
+
+    enable_envs_cache()
+
+
+def image_prompt(client: EngineClient) -> Any:
+    """A prompt with one image, as vLLM's renderer makes it; None where the experts take no images."""
+    if not client.model_config.supports_multimodal_inputs:
+        return None
+    processor = client.renderer.get_mm_processor()
+    if not processor.info.allowed_mm_limits.get("image"):
+        return None
+    prompt = processor.get_dummy_mm_inputs({"image": 1})
+    [image] = prompt["mm_placeholders"]["image"]
+    # It fills the whole context, and would leave no room for an answer.
+    prompt["prompt_token_ids"] = prompt["prompt_token_ids"][: image.offset + image.length + 1]
+    return prompt

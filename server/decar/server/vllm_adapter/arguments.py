@@ -1,0 +1,208 @@
+"""vLLM's flags and configurations: what the user may set, and what the lockstep sets. Knows no running engine."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+from decar.router import Ensemble
+from decar.router.errors import StartError
+
+RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
+    "decar sets it for each expert": (
+        *("additional_config", "async_scheduling", "device_ids", "distributed_executor_backend", "model"),
+        *("mm_processor_cache_gb", "mm_processor_cache_type", "scheduler_cls", "scheduling_policy"),
+        *("served_model_name", "worker_cls", "worker_extension_cls"),
+    ),
+    "one gateway serves HTTP on --port": (
+        *("api_server_count", "enable_scale_out", "grpc", "grpc_port", "headless", "uds"),
+    ),
+    "each expert is one engine in one process": (
+        *("data_parallel_size", "data_parallel_size_local", "data_parallel_rank", "data_parallel_start_rank"),
+        *("data_parallel_hybrid_lb", "data_parallel_external_lb", "data_parallel_multi_port_external_lb"),
+        *("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size"),
+        *("tensor_parallel_size", "nnodes", "node_rank", "enable_elastic_ep", "enable_fault_tolerance"),
+    ),
+    "a step of an engine would not be one row for each request": (
+        *("speculative_config", "spec_method", "spec_model", "spec_tokens", "diffusion_config"),
+        *("enable_dbo", "ubatch_size"),
+    ),
+    "the token that is published has to be the one that was sampled from the mixture": (
+        *("enable_trace_replay", "watermark_config"),
+    ),
+    "experts score what they compute of a prompt, and with it would not compute all": (
+        *("kv_sharing_fast_prefill", "kv_transfer_config", "kv_offloading_size", "ec_transfer_config"),
+    ),
+    "it would report of one expert what the mixture does not have": (
+        *("aux_output_config", "enable_return_routed_experts", "return_sampling_mask"),
+    ),
+    "an ensemble generates text from text and images, with its experts' tokenizer": (
+        *("convert", "io_processor_plugin", "pooler_config", "runner", "skip_tokenizer_init", "tokens_only"),
+    ),
+    "embeddings are one expert's, and every expert needs the prompt": (
+        *("enable_mm_embeds", "enable_prompt_embeds", "mm_encoder_only"),
+    ),
+    "an ensemble serves whole experts, as they are in its directory": (
+        *("enable_lora", "lora_modules", "weight_transfer_config"),
+    ),
+}
+"""vLLM flags that decar sets itself, or that an engine in lockstep cannot follow, by the reason."""
+
+
+def prepare_environment() -> None:
+    """vLLM settings that decar relies on. Where the user set one of them, it stays."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the worker's seams are those of the V1 runner
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "decar")  # `media.Connector`
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")  # an allowed host may name one that is not
+    os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(2**25))  # 100 MB once decoded, from a file of some kB
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # its import leaves named semaphores in /dev/shm
+
+
+def parse_flags(flags: Sequence[str], model: str, names: Sequence[str]) -> Namespace:
+    """vLLM's server and engine flags.
+
+    Args:
+        model: what stands for "the" model in the app's own messages.
+        names: model ids that the server answers to.
+
+    Raises:
+        StartError: a flag that an ensemble cannot have.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="decar serve DIR", description="Serve an ensemble."))
+    defaults = parser.parse_args([])
+    args = parser.parse_args(list(flags))
+    refuse_reserved(args, defaults)
+    if args.model_tag is not None:
+        raise StartError(
+            f"unexpected argument {args.model_tag!r}: the ensemble directory says which models to serve"
+        )
+    if str(args.logprobs_mode).endswith("logits"):
+        raise StartError(
+            f"--logprobs-mode {args.logprobs_mode} cannot be passed: experts are weighed by their log-probabilities"
+        )
+    args.model = model
+    args.served_model_name = list(names)
+    args.host = args.host or "127.0.0.1"
+    validate_parsed_serve_args(args)
+    return args
+
+
+def refuse_reserved(args: Namespace, defaults: Namespace) -> None:
+    """
+    Raises:
+        StartError: names one of `RESERVED_FLAGS` that ``args`` do not have as ``defaults`` have it, and the reason.
+    """
+    for reason, flags in RESERVED_FLAGS.items():
+        for flag in flags:
+            if getattr(args, flag, None) != getattr(defaults, flag, None):
+                raise StartError(f"--{flag.replace('_', '-')} cannot be passed: {reason}; leave it out")
+
+
+def engine_config(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes: int) -> Any:
+    """The user's flags with what one expert's engine needs, checked by vLLM.
+
+    Args:
+        cpu_kv_bytes: size of its KV cache on a CPU, where the user sets none.
+
+    Raises:
+        StartError: vLLM refuses the flags for this expert, or the lockstep cannot serve its architecture.
+    """
+    name = ensemble.experts[expert].name
+    try:
+        config = _engine_args(ensemble, expert, args, cpu_kv_bytes).create_engine_config()
+    except ValueError as error:  # pydantic's ValidationError is one
+        reason = " ".join(str(error).split("[type=")[0].split())
+        raise StartError(f"expert {name!r}: vLLM refuses these flags: {reason}") from None
+    model = config.model_config
+    described = f"expert {name!r} ({ensemble.experts[expert].architecture})"
+    if model.is_hybrid or model.is_attention_free:
+        raise StartError(
+            f"{described} keeps a recurrent state, which a position that runs again would advance twice; only "
+            "attention models can be mixed"
+        )
+    if model.get_vocab_size() < ensemble.vocab_size:
+        raise StartError(
+            f"{described} would have {model.get_vocab_size()} token ids, and its config.json says more: leave "
+            "--hf-overrides and --hf-config-path out"
+        )
+    sizes = _unsupported_head_size(model)
+    if sizes is not None:
+        raise StartError(
+            f"{described} has attention heads of {model.get_head_size()} dimensions, and vLLM's attention on CPUs has "
+            f"only {', '.join(map(str, sizes))}: serve it on a GPU, or train it with another head size"
+        )
+    return config
+
+
+def _unsupported_head_size(model: Any) -> list[int] | None:
+    """On CPU, the sizes that there are, if the model's is none of them: vLLM would find out as it computes."""
+    if not on_cpu() or model.use_mla:
+        return None
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    if CPUAttentionBackend.supports_head_size(model.get_head_size()):
+        return None
+    sizes: list[int] = CPUAttentionBackend.get_supported_head_sizes()
+    return sizes
+
+
+def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes: int) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    engine = AsyncEngineArgs.from_cli_args(args)
+    engine.model = str(ensemble.experts[expert].path)
+    # One tokenizer configuration and one generation_config.json, the first expert's, for all: what ends an
+    # answer must not depend on which expert leads.
+    first = str(ensemble.experts[0].path)
+    engine.tokenizer = engine.tokenizer or first
+    if engine.generation_config == "auto":
+        engine.generation_config = first
+    engine.served_model_name = [ensemble.name]
+    engine.worker_cls = "decar.server.vllm_adapter.worker.LockstepWorker"
+    engine.scheduler_cls = "decar.server.vllm_adapter.scheduler.LockstepScheduler"
+    engine.async_scheduling = False
+    # The cache is one engine's: it would keep the images that this one has from those that have yet to see them.
+    engine.mm_processor_cache_gb = 0
+    engine.scheduling_policy = "priority"  # every engine orders requests by the same arrival times
+    if engine.max_model_len is None:
+        engine.max_model_len = ensemble.max_positions
+    if on_cpu():
+        engine.distributed_executor_backend = "decar.server.vllm_adapter.worker.InProcessExecutor"
+        if engine.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            engine.kv_cache_memory_bytes = cpu_kv_bytes
+    return engine
+
+
+def on_cpu() -> bool:
+    """Whether vLLM computes on this machine's cores."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def give_memory(config: Any, kv_bytes: int | None, share: float) -> None:
+    """Have an engine on a GPU take what it is given there.
+
+    Args:
+        kv_bytes: its KV cache; None: what is left.
+        share: of the GPU's memory, needed in all.
+    """
+    cache = config.cache_config
+    cache.kv_cache_memory_bytes = kv_bytes
+    if kv_bytes is not None:  # vLLM refuses to start where less than this share is free
+        cache.gpu_memory_utilization = min(share, cache.gpu_memory_utilization)
+
+
+def row_dtype(configs: Sequence[Any]) -> str:
+    """The experts' dtype where they have one in common, for rows on a device."""
+    dtypes = {str(config.model_config.dtype).removeprefix("torch.") for config in configs}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"

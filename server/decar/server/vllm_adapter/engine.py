@@ -1,0 +1,148 @@
+"""One expert's engine: vLLM's `AsyncLLM`, started for the lockstep, and what the gateway asks of it.
+
+Knows `AsyncLLM` and what it is made of; knows nothing of requests. What it offers is
+`decar.server.gateway.engine.Engine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vllm.engine.protocol import EngineClient
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from decar.router.errors import StartError
+from decar.server.protocol.plane import PlaneSpec
+from decar.server.vllm_adapter.failures import Failures, ReportingConfig, reason_of
+from decar.server.vllm_adapter.metrics import SharedMetrics
+
+logger = logging.getLogger("decar")
+
+
+class LLMEngine:
+    """An `AsyncLLM` whose engine runs in a process of its own."""
+
+    def __init__(self, llm: AsyncLLM):
+        self.llm = llm
+        self.client: EngineClient = llm
+        self.pid = int(llm.engine_core.resources.engine_manager.processes[0].pid)
+        self.cores = os.sched_getaffinity(self.pid) if current_platform.is_cpu() else set()
+
+    async def submit(self, request_id: str, prompt: Any, params: SamplingParams, **kwargs: Any) -> Any:
+        return await self.llm.add_request(request_id, prompt, params, **kwargs)
+
+    async def cancel(self, request_id: str) -> None:
+        with contextlib.suppress(EngineDeadError):
+            # The engine is told also where its output processor knows the request no more: see `Relay`.
+            self.llm.output_processor.abort_requests([request_id], internal=True)
+            await self.llm.engine_core.abort_requests_async([request_id])
+
+    async def died(self) -> None:
+        self.llm._run_output_handler()
+        assert self.llm.output_handler is not None
+        await asyncio.wait([self.llm.output_handler])  # it ends when there is nothing more to hear
+
+    def dead_error(self) -> Exception:
+        return EngineDeadError()
+
+    def keep_images(self, key: str) -> None:
+        renderer = self.llm.renderer
+        process = renderer._process_tokens_async
+
+        async def process_and_keep(prompt: Any, **kwargs: Any) -> Any:
+            made = await process(prompt, **kwargs)
+            images = (prompt.get("multi_modal_data") or {}).get("image")
+            if images is not None:
+                images = images if isinstance(images, list) else [images]
+                made[key] = [getattr(image, "media", image) for image in images]
+            return made
+
+        renderer._process_tokens_async = process_and_keep
+
+    def texts_of(self, tokens: Sequence[int]) -> list[str]:
+        texts: list[str] = convert_ids_list_to_tokens(self.llm.renderer.get_tokenizer(), list(tokens))
+        return texts
+
+    def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
+        renderer = self.llm.renderer
+        return [renderer._executor, renderer._mm_executor]
+
+
+async def start_engines(
+    names: Sequence[str],
+    configs: Sequence[Any],
+    devices: Sequence[str],
+    spec: PlaneSpec,
+    started: list[LLMEngine],
+    failures: Failures,
+    disable_log_stats: bool,
+) -> list[LLMEngine]:
+    """Start one engine per expert, side by side; ``started`` has those that came up, also on failure.
+
+    Args:
+        names: of the experts, as errors give them.
+        configs: vLLM's, one per expert.
+        devices: CUDA_VISIBLE_DEVICES of each engine's process; empty on CPU.
+        spec: of the plane that they share.
+        failures: hears why an engine does not start.
+
+    Raises:
+        StartError: names the experts whose engines did not start, and why.
+    """
+    metrics = SharedMetrics(len(configs))
+    cores = _dealt_cores(len(configs))
+
+    def start(expert: int) -> LLMEngine:
+        configs[expert].additional_config = ReportingConfig(
+            expert=expert,
+            plane=spec,
+            cpus=cores[expert],
+            devices=devices[expert],
+            gateway_pid=os.getpid(),
+            failures=failures.address,
+        )
+        llm = AsyncLLM.from_vllm_config(
+            configs[expert],
+            stat_loggers=None if disable_log_stats else [metrics.factory_for(expert)],
+            disable_log_stats=disable_log_stats,
+        )
+        engine = LLMEngine(llm)
+        started.append(engine)
+        return engine
+
+    started_at = time.monotonic()
+    logger.info("starting %d engines", len(configs))
+    results = await asyncio.gather(
+        *(asyncio.to_thread(start, expert) for expert in range(len(configs))), return_exceptions=True
+    )
+    errors = {k: result for k, result in enumerate(results) if isinstance(result, BaseException)}
+    if errors:
+        expert, error = next(iter(errors.items()))
+        raise StartError(
+            f"an engine did not start: {failures.told(names) or f'expert {names[expert]!r}: {reason_of(error)}'} "
+            "(the log above has the traceback)"
+        ) from error
+    logger.info("engines ready after %.0f s", time.monotonic() - started_at)
+    return results  # type: ignore[return-value]  # no errors are among them
+
+
+def _dealt_cores(engines: int) -> list[tuple[int, ...]]:
+    """On CPU, the cores of this process dealt out evenly: engines that share cores drift apart."""
+    if not current_platform.is_cpu():
+        return [()] * engines
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < engines:
+        return [(cores[k % len(cores)],) for k in range(engines)]
+    each = len(cores) // engines
+    return [tuple(cores[k * each : (k + 1) * each]) for k in range(engines)]

@@ -1,0 +1,76 @@
+"""Flags that an ensemble cannot have are refused, by the names that the tested vLLM gives them."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from copy import copy
+
+import pytest
+import vllm
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from decar.router.errors import StartError
+from decar.server.vllm_adapter.arguments import RESERVED_FLAGS, parse_flags, refuse_reserved
+
+RESERVED = [flag for flags in RESERVED_FLAGS.values() for flag in flags]
+
+
+@pytest.fixture(scope="module")
+def defaults() -> Namespace:
+    return make_arg_parser(FlexibleArgumentParser()).parse_args([])
+
+
+@pytest.mark.skipif(not vllm.__version__.startswith("0.32"), reason="flags are reserved by the names of 0.32")
+def test_every_reserved_flag_exists(defaults: Namespace) -> None:
+    assert len(RESERVED) == len(set(RESERVED))
+    assert not [flag for flag in RESERVED if not hasattr(defaults, flag)]
+
+
+@pytest.mark.parametrize("flag", RESERVED)
+def test_every_reserved_flag_is_refused(defaults: Namespace, flag: str) -> None:
+    args = copy(defaults)
+    refuse_reserved(args, defaults)
+    setattr(args, flag, "something else")
+    with pytest.raises(StartError, match=f"^--{flag.replace('_', '-')} cannot be passed: .*leave it out$"):
+        refuse_reserved(args, defaults)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--watermark-config", '{"scheme": "kgw"}'],
+        ["--kv-sharing-fast-prefill"],
+        ["--kv-offloading-size", "4"],
+        ["--enable-lora"],
+        ["--enable-trace-replay"],
+        ["--enable-return-routed-experts"],
+        ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'],
+        ["--decode-context-parallel-size", "2"],
+        ["--runner", "pooling"],
+        ["--grpc"],
+        ["--headless"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_as_a_user_writes_them(flags: list[str]) -> None:
+    with pytest.raises(StartError, match=f"^{flags[0]} cannot be passed"):
+        parse_flags(flags, "directory", ["demo"])
+
+
+def test_what_an_ensemble_can_have_is_parsed() -> None:
+    args = parse_flags(
+        ["--port", "1234", "--dtype", "float32", "--max-num-seqs", "8"], "directory", ["demo", "demo/a"]
+    )
+    assert (args.port, args.dtype, args.max_num_seqs) == (1234, "float32", 8)
+    assert (args.host, args.model, args.served_model_name) == ("127.0.0.1", "directory", ["demo", "demo/a"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [(["some/model"], "ensemble directory"), (["--logprobs-mode", "raw_logits"], "--logprobs-mode")],
+    ids=str,
+)
+def test_other_refusals(flags: list[str], says: str) -> None:
+    with pytest.raises(StartError, match=says):
+        parse_flags(flags, "directory", ["demo"])

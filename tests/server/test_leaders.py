@@ -1,0 +1,131 @@
+"""Who leads, whom the gateway tells first, and beside which engine it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from decar.server.gateway import core_policy
+from decar.server.gateway.core_policy import CorePolicy
+from decar.server.gateway.leaders import Leaders
+from decar.server.protocol.member import Member
+
+
+def member(slot: int, leader: int, prune: float = 0.0) -> Member:
+    return Member(
+        slot=slot,
+        generation=1,
+        leader=leader,
+        active=(0, 1, 2),
+        rule="velocity",
+        log_weights=[0.0, 0.0, 0.0],
+        posterior=False,
+        prune=prune,
+    )
+
+
+def logs(*weights: float) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(weights)
+
+
+def test_the_heaviest_of_the_active_leads() -> None:
+    leaders = Leaders(3)
+    assert leaders.choose(logs(0.2, 0.5, 0.3), [0, 1, 2]) == 1
+    assert leaders.choose(logs(0.2, 0.5, 0.3), [0, 2]) == 2
+    leaders.begin(member(0, leader=0))
+    assert leaders.choose(logs(0.2, 0.5, 0.3), [0, 1, 2]) == 1, "whoever leads already does not outweigh it"
+
+
+def test_among_equals_the_one_that_leads_most_does() -> None:
+    leaders = Leaders(3)
+    equal = logs(1, 1, 1) - np.log(3)
+    assert leaders.choose(equal, [0, 1, 2]) == 0
+    leaders.begin(member(0, leader=2))
+    assert leaders.choose(equal, [0, 1, 2]) == 2
+    assert leaders.choose(equal, [0, 1]) == 0, "it has to take part"
+    leaders.begin(member(1, leader=1))
+    leaders.begin(member(2, leader=1))
+    assert leaders.choose(equal, [0, 1, 2]) == 1
+
+
+def test_weights_that_differ_by_rounding_are_equal() -> None:
+    leaders = Leaders(2)
+    leaders.begin(member(0, leader=0))
+    assert leaders.choose(np.array([np.log(0.5), np.log(0.5) + 1e-12]), [0, 1]) == 0
+    assert leaders.choose(np.array([np.log(0.5), np.log(0.5) + 1e-6]), [0, 1]) == 1
+
+
+def test_who_leads_what_is_counted_while_it_runs() -> None:
+    leaders = Leaders(3)
+    first, second = member(0, leader=1), member(1, leader=1, prune=0.1)
+    leaders.begin(first)
+    leaders.begin(second)
+    assert leaders.counts() == [0, 2, 0]
+    second.leader = 2  # it was handed over
+    assert leaders.counts() == [0, 1, 1]
+    assert leaders.some_stay
+    leaders.end(first)
+    assert leaders.counts() == [0, 0, 1]
+    assert not leaders.some_stay, "the one that is left may release experts"
+    leaders.end(second)
+    leaders.end(second)
+    assert leaders.counts() == [0, 0, 0]
+    assert not leaders.some_stay
+
+
+class Thread:
+    """Remembers where it was told to compute."""
+
+    def __init__(self) -> None:
+        self.beside: list[int | None] = []
+
+    def keep_beside(self, engine: int | None) -> None:
+        self.beside.append(engine)
+
+
+class Engine:
+    def __init__(self, *cores: int):
+        self.cores = set(cores)
+
+
+@pytest.fixture
+def thread() -> Thread:
+    return Thread()
+
+
+def policy_of(leaders: Leaders, thread: Thread) -> CorePolicy:
+    engines: Any = [Engine(0), Engine(1), Engine(2)]
+    return CorePolicy(engines, leaders, thread)  # type: ignore[arg-type]
+
+
+def test_the_thread_computes_beside_the_engine_that_leads_least(thread: Thread) -> None:
+    leaders = Leaders(3)
+    policy = policy_of(leaders, thread)
+    policy.share_cores()
+    leaders.begin(member(0, leader=0))
+    policy.share_cores()
+    leaders.begin(member(1, leader=2))
+    policy.share_cores()
+    # Nothing runs; the last of those that lead nothing; the only one that leads nothing.
+    assert thread.beside == [None, 2, 1]
+
+
+def test_where_experts_are_released_the_thread_is_free(thread: Thread) -> None:
+    leaders = Leaders(3)
+    policy = policy_of(leaders, thread)
+    leaders.begin(member(0, leader=0, prune=0.1))
+    policy.share_cores()
+    assert thread.beside == [None]
+
+
+@pytest.mark.parametrize(
+    ("here", "told"), [(0, [1, 2, 0]), (1, [2, 0, 1]), (2, [1, 0, 2]), (7, [1, 2, 0])], ids=str
+)
+def test_followers_are_told_first_and_whoever_shares_the_core_last(
+    thread: Thread, monkeypatch: pytest.MonkeyPatch, here: int, told: list[int]
+) -> None:
+    monkeypatch.setattr(core_policy, "current_core", lambda: here)
+    assert policy_of(Leaders(3), thread).in_order([0, 1, 2], leader=0) == told
