@@ -176,3 +176,11 @@ def test_a_dummy_prompt_is_the_processors(monkeypatch: pytest.MonkeyPatch) -> No
         raising=False,
     )
     assert versions.dummy_image_prompt(renderer) == ("old", "config", {"image": 1}, processor)
+
+
+@pytest.mark.parametrize(("version", "needs"), [((0, 26, 0), True), ((0, 31, 1), True), ((0, 32, 0), False)])
+def test_whether_the_sampler_needs_double_precision(
+    version: tuple[int, ...], needs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "_installed", lambda: version)
+    assert versions.sampler_needs_fp64() is needs

@@ -179,6 +179,7 @@ SEAMS: tuple[Seam, ...] = (
             )
             for name in ("forward_native", "forward_cpu", "forward_cuda")
         ),
+        reads("vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler", "use_fp64_gumbel"),
         reads("vllm.v1.outputs", "SamplerOutput", "sampled_token_ids logprobs_tensors"),
     ),
     *used_by(
@@ -465,9 +466,11 @@ SEAMS: tuple[Seam, ...] = (
         reads(
             "vllm.engine.arg_utils",
             "AsyncEngineArgs",
-            "mm_processor_cache_gb max_model_len kv_cache_memory_bytes",
+            "mm_processor_cache_gb max_model_len use_fp64_gumbel",
         ),
-        reads("vllm.engine.arg_utils", "AsyncEngineArgs", "distributed_executor_backend"),
+        reads(
+            "vllm.engine.arg_utils", "AsyncEngineArgs", "kv_cache_memory_bytes distributed_executor_backend"
+        ),
         reads("vllm.config", "VllmConfig", "additional_config cache_config scheduler_config model_config"),
         reads("vllm.config", "CacheConfig", "kv_cache_memory_bytes gpu_memory_utilization"),
         reads("vllm.config", "SchedulerConfig", "max_num_seqs"),

@@ -140,3 +140,12 @@ def dummy_image_prompt(renderer: Any) -> Any:
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     return MULTIMODAL_REGISTRY.get_dummy_mm_inputs(renderer.model_config, {"image": 1}, processor=processor)
+
+
+def sampler_needs_fp64() -> bool:
+    """Whether a CPU's sampler of the V1 runner has to be told ``use_fp64_gumbel``.
+
+    Without it, it ignored every seed before 0.29 unless all rows of the batch had one, and until 0.32 it drew as many
+    numbers from a seeded generator as the vocabulary is large, which with the flag it always does.
+    """
+    return _installed() < (0, 32)
