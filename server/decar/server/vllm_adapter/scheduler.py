@@ -114,7 +114,7 @@ class LockstepScheduler(Scheduler):
         request.append_output_token_ids(token)
         self.structured_output_manager.accept_tokens(request, [token])
 
-    def _cached_blocks_of(self, request: Request) -> Any:
+    def _cached_blocks_of(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Cached blocks of a request; of one whose prompt is looked at, only those that need no look.
 
         What is read from the cache is not computed, and what is not computed has no log-likelihood.
@@ -124,7 +124,7 @@ class LockstepScheduler(Scheduler):
         if member is not None and member.scored is not None and not request.num_output_tokens:
             known, _ = member.scored[self.lockstep.expert]
             self._readable = known - 1  # the last of these tokens predicts the first that is not known
-        return self._cached_blocks(request)
+        return self._cached_blocks(request, *args, **kwargs)
 
     def _longest_readable_hit(self, block_hashes: Any, max_length: int) -> Any:
         if self._readable is not None:
