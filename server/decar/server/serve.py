@@ -236,7 +236,7 @@ def _image_prompt(client: Any) -> Any:
 
 def _prepare_environment() -> None:
     """vLLM settings that decar relies on. Where the user set one of them, it stays."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the worker's seams are those of the V1 runner
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the seams are those of the V1 runner
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -341,7 +341,7 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
     if engine.max_model_len is None:
         engine.max_model_len = ensemble.max_positions
     if current_platform.is_cpu():
-        engine.distributed_executor_backend = "decar.server.vllm_adapter.worker.InProcessExecutor"
+        engine.distributed_executor_backend = "decar.server.vllm_adapter.executor.InProcessExecutor"
         if engine.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             engine.kv_cache_memory_bytes = CPU_KV_BYTES
     return engine

@@ -1,0 +1,108 @@
+"""What an engine says of prompts, read from the hidden states of the steps that compute them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.platforms import current_platform
+
+from decar.server.protocol.lockstep import Lockstep
+from decar.server.protocol.member import Member, PromptRows
+from decar.server.protocol.plane import DIRECTORY
+from decar.server.vllm_adapter.step import Step
+
+_POSITIONS_AT_ONCE = 256  # of a prompt, whose logits are in memory
+# Of float32 logits: what a core takes from conversion to sum without leaving its cache.
+_CACHED_BYTES = 2**19
+
+
+@dataclass(frozen=True)
+class _Unscored:
+    """A prompt that has still to be scored, and its images as (first position, length)."""
+
+    member: Member
+    tokens: Sequence[int]
+    images: Sequence[tuple[int, int]]
+
+
+class PromptReader:
+    """Scores new prompts into the plane, and writes out the rows that a request asks for."""
+
+    def __init__(self, step: Step, lockstep: Lockstep):
+        self._step, self._lockstep = step, lockstep
+        self._unscored: dict[str, _Unscored] = {}  # by request
+        self._rows: dict[str, PromptRows] = {}  # by request
+        self._at_once = _POSITIONS_AT_ONCE
+        if current_platform.is_cpu():
+            self._at_once = max(_CACHED_BYTES // (4 * lockstep.vocab_size), 1)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to read."""
+        return bool(self._unscored or self._rows)
+
+    def score(
+        self, request_id: str, member: Member, tokens: Sequence[int], mm_features: Sequence[Any]
+    ) -> None:
+        """Have a prompt scored as it is computed."""
+        images = [(feature.mm_position.offset, feature.mm_position.length) for feature in mm_features]
+        self._unscored[request_id] = _Unscored(member, tokens, images)
+
+    def write_rows(self, request_id: str, rows: PromptRows) -> None:
+        """Have rows of a prompt written out as they are computed."""
+        self._rows[request_id] = rows
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._unscored.pop(request_id, None)
+            self._rows.pop(request_id, None)
+
+    def read(self) -> None:
+        """Read this step's part of every prompt."""
+        for request_id, unscored in list(self._unscored.items()):
+            # A slot with a new tenant: this request is being aborted.
+            if self._lockstep.holds_slot(unscored.member) and self._score(request_id, unscored):
+                del self._unscored[request_id]
+        for request_id, asked in self._rows.items():
+            shape = (asked.end - asked.start, self._lockstep.vocab_size)
+            for first, last, logits in self._logits(request_id, asked.start, asked.end):
+                with contextlib.suppress(FileNotFoundError):  # the client has left
+                    rows = np.memmap(DIRECTORY / asked.file, np.float32, "r+", shape=shape)
+                    rows[first - asked.start : last - asked.start] = logits.log_softmax(dim=-1).cpu().numpy()
+
+    def _score(self, request_id: str, unscored: _Unscored) -> bool:
+        """Write the log-probabilities of this step's tokens; once all are there, their sum. Whether they are."""
+        mine, member, tokens = self._lockstep.mine, unscored.member, unscored.tokens
+        assert member.scored is not None
+        known, _ = member.scored[self._lockstep.expert]
+        of_slot = mine.prompt[member.slot]
+        last = known - 1
+        for first, last, logits in self._logits(request_id, known - 1, len(tokens) - 1):
+            targets = torch.tensor(tokens[first + 1 : last + 1], device=logits.device)
+            said = torch.nn.functional.cross_entropy(logits, targets, reduction="none").neg()
+            of_slot[first + 1 : last + 1] = said.cpu().numpy()
+            mine.count("scored_tokens", last - first)
+        if last < len(tokens) - 1:
+            return False
+        for start, length in unscored.images:
+            of_slot[start : start + length] = 0  # an image's places hold no text
+        mine.prompt_sum[member.slot] = of_slot[known : len(tokens)].sum(dtype=np.float64)
+        return True
+
+    def _logits(self, request_id: str, start: int, end: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(first, last, logits [last - first, V] float32) of the positions from ``start`` to ``end`` in this step."""
+        if request_id not in self._step.rows:
+            return
+        computed, hidden_states = self._step.hidden_states(request_id)
+        start, end = max(start, computed), min(end, computed + len(hidden_states))
+        if start >= end:
+            return
+        for some in hidden_states[start - computed : end - computed].split(_POSITIONS_AT_ONCE):
+            of_shared = self._step.compute_logits(some)[:, : self._lockstep.vocab_size]
+            for logits in of_shared.split(self._at_once):
+                yield start, start + len(logits), logits.float()
+                start += len(logits)
