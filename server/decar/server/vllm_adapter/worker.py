@@ -25,7 +25,6 @@ from decar.server.protocol.plane import Plane
 from decar.server.protocol.transport import transport_of
 from decar.server.vllm_adapter.cuda_memory import CudaMemory
 from decar.server.vllm_adapter.prompts import PromptReader
-from decar.server.vllm_adapter.runner_v1 import StepV1
 from decar.server.vllm_adapter.step import Step
 
 if current_platform.is_cpu():
@@ -71,8 +70,18 @@ class LockstepWorker(_Worker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
         super().load_model(*args, **kwargs)
-        self.step: Step = StepV1(self.model_runner, self.lockstep.vocab_size)
+        self.step = self._step_of_runner()
         self._prompts = PromptReader(self.step, self.lockstep)
+
+    def _step_of_runner(self) -> Step:
+        # Each file imports what only its runner has.
+        if self.use_v2_model_runner:
+            from decar.server.vllm_adapter.runner_v2 import StepV2
+
+            return StepV2(self.model_runner, self.lockstep.vocab_size)
+        from decar.server.vllm_adapter.runner_v1 import StepV1
+
+        return StepV1(self.model_runner, self.lockstep.vocab_size)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
