@@ -86,7 +86,7 @@ class PromptReader:
                     rows[first - asked.start : last - asked.start] = logits.log_softmax(dim=-1).cpu().numpy()
 
     def _score(self, request_id: str, unscored: _Unscored) -> bool:
-        """Add up the log-probabilities of this step's tokens, and leave the sums in the plane; whether all are there."""
+        """Sum log p of this step's tokens, and leave the sums in the plane. Whether all are there."""
         tokens, known = unscored.tokens, unscored.known
         for first, last, logits in self._logits(request_id, known - 1, len(tokens) - 1):
             targets = torch.tensor(tokens[first + 1 : last + 1], device=logits.device)

@@ -172,8 +172,8 @@ class LockstepWorker(_Worker):
         """Requests whose last known token is computed in this step, and which of them hold their slot [n]."""
         new, cached = scheduler_output.scheduled_new_reqs, scheduler_output.scheduled_cached_reqs
         scheduled = [
-            *zip((r.req_id for r in new), (r.num_computed_tokens for r in new), map(_num_output_tokens, new)),
-            *zip(cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens),
+            *((begun.req_id, begun.num_computed_tokens, _num_output_tokens(begun)) for begun in new),
+            *zip(cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True),
         ]
         scheduled = [fields for fields in scheduled if fields[0] in self._members]
         if not scheduled:
@@ -190,7 +190,9 @@ class LockstepWorker(_Worker):
         for i in np.flatnonzero(goes_on & leads & (led_by != lockstep.expert)):
             tokens, _ = self._members[ids[i]].led_before[-1]
             self.step.redraw(ids[i], tokens)
-        late = (lockstep.produced[slots] < positions) & (lockstep.produced[slots] < lockstep.alone_from[slots])
+        late = (lockstep.produced[slots] < positions) & (
+            lockstep.produced[slots] < lockstep.alone_from[slots]
+        )
         for i in np.flatnonzero(goes_on & late):
             goes_on[i] = self._adopt_late(ids[i], int(slots[i]))
         produced = lockstep.produced[slots]
