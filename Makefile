@@ -3,13 +3,14 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 PORT ?= 8000
+VLLM ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint seams bench clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
-$(VENV)/.ready: pyproject.toml tools/setup.sh tools/torchvision_without_operators.py
+$(VENV)/.ready: pyproject.toml tools/setup.sh tools/repair_torchvision.sh tools/torchvision_without_operators.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
 
 demo: setup  ## train two experts, serve them as one model, and chat
@@ -22,6 +23,9 @@ lint: setup  ## formatting, style, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+seams: setup  ## names that decar relies on, in the installed vLLM's source or in another's: make seams VLLM=0.33.0
+	$(BIN)/python tools/seams.py $(if $(VLLM),--version $(VLLM))
 
 bench: setup  ## what an ensemble costs beside one expert: a two-minute measurement
 	$(BIN)/decar bench serve --quick --output runs/bench

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from decar.benchmarks.report import lines_of
+from decar.kernels import rows
+from decar.router import manifest
+from decar.training import config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -75,19 +82,28 @@ def test_every_part_has_sources_and_is_typed() -> None:
     for part in ARROWS:
         assert sources(part), part
         assert (ROOT / part / "decar" / part / "py.typed").exists()
-        # With an __init__.py these two would stop being a namespace, or shadow other packages.
-        assert not (ROOT / part / "decar" / "__init__.py").exists()
-        assert not (ROOT / part / "__init__.py").exists()
+        assert not (ROOT / part / "__init__.py").exists()  # `kernels` would shadow what transformers imports
+
+
+def test_one_outer_init_only_extends_the_path_and_names_the_version() -> None:
+    """A second one would hide the first or be hidden by it; any more in it, each part would pay for."""
+    (outer,) = ROOT.glob("*/decar/__init__.py")
+    assert outer.with_name("py.typed").exists()
+    assert {name.split(".")[0] for name in imported(outer)} == {"importlib", "pkgutil"}
+    statements = [node for node in ast.walk(ast.parse(outer.read_text())) if isinstance(node, ast.stmt)]
+    assert not [node for node in statements if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    names = {name for node in statements if isinstance(node, ast.Assign) for name in _names_of(node)}
+    assert names == {"__path__", "__version__"}
 
 
 def test_the_router_knows_neither_http_nor_vllm() -> None:
     assert not external("router") & {"fastapi", "starlette", "uvicorn", "vllm"}
 
 
-def test_the_kernels_know_only_torch_and_triton() -> None:
+def test_the_kernels_know_only_numpy_torch_and_triton() -> None:
     libraries = external("kernels") - set(sys.stdlib_module_names)
     assert libraries
-    assert libraries <= {"torch", "triton"}
+    assert libraries <= {"numpy", "torch", "triton"}
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -189,11 +205,26 @@ def test_only_tests_know_the_reference() -> None:
         assert not any(name.split(".")[0] == "decar" for name in imported(path))
 
 
+def test_what_two_parts_have_to_define_is_the_same() -> None:
+    """The kernels are used without the router, so each of them names the rules and the most experts."""
+    assert get_args(rows.Rule) == get_args(manifest.Rule)
+    assert rows.MAX_EXPERTS == manifest.MAX_EXPERTS
+
+
+def test_training_takes_what_the_manifest_takes() -> None:
+    assert config.NAME_PATTERN == manifest.NAME_PATTERN
+    experts = config.TrainConfig.model_fields["experts"].metadata
+    assert [limit.max_length for limit in experts if hasattr(limit, "max_length")] == [manifest.MAX_EXPERTS]
+
+
 # ---------------------------------------------------------------------------------------------- documents
 
 PATH = re.compile(r"`([\w./-]+/[\w./-]*\.(?:py|md|toml|yaml|json|sh))`")
 NAMED_IN = re.compile(r"((?:`[A-Za-z_][\w.]*`(?:,| and|, and)? )+)in `([\w./-]+\.py)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+RESULTS = [ROOT / folder for folder in ("benchmarks/results", "docs/evaluation", "docs/routing")]
+"""Folders of nothing but what programs wrote."""
+RESULT = re.compile(r"`([^`\s]+/[^`\s]+)`")
 
 
 def source_named(path: str) -> Path:
@@ -253,6 +284,33 @@ def test_paths_and_links_in_documents_exist(document: Path) -> None:
     missing = [path for path in begins_here if not source_named(path).exists()]
     missing += [link for link in LINK.findall(text) if not (document.parent / link).exists()]
     assert not missing
+
+
+def results_named() -> set[Path]:
+    """Files of `RESULTS` that a document gives by a path from its own folder or the repository's."""
+    named = set()
+    for document in (ROOT / "README.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").glob("*.md")):
+        text = document.read_text()
+        for reference in {*RESULT.findall(text), *LINK.findall(text)}:
+            paths = [(folder / reference).resolve() for folder in (document.parent, ROOT)]
+            named |= {path for path in paths if not {*RESULTS}.isdisjoint(path.parents)}
+    return named
+
+
+def test_a_result_is_kept_where_and_only_where_a_document_names_it() -> None:
+    kept = {path for folder in RESULTS for path in folder.rglob("*") if path.is_file()}
+    assert kept
+    missing = [str(path.relative_to(ROOT)) for path in results_named() - kept]
+    assert not missing, "named and not kept"
+    idle = [str(path.relative_to(ROOT)) for path in kept - results_named()]
+    assert not idle, "kept and not named: name them beside the claim that they are behind, or delete them"
+
+
+def test_results_have_a_line_for_each_record() -> None:
+    for folder in RESULTS:
+        for path in folder.rglob("*.json"):
+            text = path.read_text()
+            assert text == lines_of(json.loads(text)), f"run python tools/keep_report.py {path} {path}"
 
 
 def test_the_readme_names_only_targets_and_commands_that_exist() -> None:

@@ -5,8 +5,8 @@ its Python code then fails on describing operators that nobody declared. vLLM's 
 image transforms, which need no such operator. So their names are declared here, just before torchvision is imported;
 whoever calls one is told that it is not there.
 
-`tools/setup.sh` puts this file into the virtual environment, together with a .pth file that imports it at every start
-of Python: vLLM's engines are processes of their own, and each imports torchvision.
+`tools/repair_torchvision.sh` puts this file into the virtual environment, together with a .pth file that imports it at
+every start of Python: vLLM's engines are processes of their own, and each imports torchvision.
 """
 
 import sys

@@ -35,7 +35,7 @@ def test_right_implementations_pass(case: bench.Case) -> None:
 
 def broken(case: bench.Case, how: Callable[[Any], Any]) -> bench.Implementation:
     right = bench.ours(case)
-    return bench.Implementation("broken", lambda of: how(right.run(of)), anchored=True)
+    return bench.Implementation("broken", lambda inputs: how(right.run(inputs)), anchored=True)
 
 
 @pytest.mark.parametrize("rule", bench.RULES)
@@ -62,11 +62,11 @@ def test_wrong_rows_are_refused(rule: bench.Rule, how: Callable[[Any], Any]) -> 
 @pytest.mark.parametrize(
     ("how", "what"),
     [
-        (lambda of: ((of[0] + 1) % 257, of[1]), "below the best"),
-        (lambda of: (of[0] + 257, of[1]), "outside the vocabulary"),
-        (lambda of: (of[0][:1], of[1]), "wrong shape"),
-        (lambda of: (of[0], of[1] + 1e-4), "log weights off by"),
-        (lambda of: (of[0], of[1] * math.nan), "log weights off by"),
+        (lambda decision: ((decision[0] + 1) % 257, decision[1]), "below the best"),
+        (lambda decision: (decision[0] + 257, decision[1]), "outside the vocabulary"),
+        (lambda decision: (decision[0][:1], decision[1]), "wrong shape"),
+        (lambda decision: (decision[0], decision[1] + 1e-4), "log weights off by"),
+        (lambda decision: (decision[0], decision[1] * math.nan), "log weights off by"),
     ],
     ids=["token", "no token", "too few", "weights", "NaN"],
 )
@@ -111,11 +111,11 @@ def test_a_run_writes_numbers_and_a_plot(
         assert result["speedup_over_eager"] > 0
         assert result["speedup_over_compiled"] is None
         assert set(result["implementations"]) == {"decar", "eager"}
-        for of in result["implementations"].values():
-            assert of["p20_us"] <= of["time_us"] <= of["p80_us"]
-            assert of["error"] <= 2 * result["tolerance"]
-            share = result["bytes"] / of["time_us"] * 1e6 / report["copy"]["bytes_per_s"]
-            assert of["share_of_copy"] == pytest.approx(share)
+        for timing in result["implementations"].values():
+            assert timing["p20_us"] <= timing["time_us"] <= timing["p80_us"]
+            assert timing["error"] <= 2 * result["tolerance"]
+            share = result["bytes"] / timing["time_us"] * 1e6 / report["copy"]["bytes_per_s"]
+            assert timing["share_of_copy"] == pytest.approx(share)
 
 
 def test_a_wrong_kernel_ends_the_run_before_anything_is_written(

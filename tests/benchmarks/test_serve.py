@@ -43,12 +43,12 @@ def test_what_the_ensemble_does_is_compared_with_its_experts_plain_servers() -> 
         run("http", 15),
     ]
     runs += [run("single", 100, 1), run("pruned", 120, 1)]  # whatever of this repeat is missing is left out
-    of = {(entry["system"], entry["repeat"]): entry for entry in report.ratios(runs)}
-    assert of["pruned", 0]["over_independent"] == pytest.approx(150 / 180)
-    assert of["pruned", 0]["over_split"] == pytest.approx(150 / 160)
-    assert of["pruned", 0]["ratio"] == 1.5
+    by_run = {(entry["system"], entry["repeat"]): entry for entry in report.ratios(runs)}
+    assert by_run["pruned", 0]["over_independent"] == pytest.approx(150 / 180)
+    assert by_run["pruned", 0]["over_split"] == pytest.approx(150 / 160)
+    assert by_run["pruned", 0]["ratio"] == 1.5
     for system, repeat in (("independent", 0), ("split", 0), ("http", 0), ("pruned", 1)):
-        assert set(of[system, repeat]) == {"system", "load", "repeat", "ratio"}
+        assert set(by_run[system, repeat]) == {"system", "load", "repeat", "ratio"}
 
 
 def test_a_load_is_dealt_out_evenly_or_not_at_all() -> None:
@@ -79,6 +79,31 @@ def test_a_report_is_readable_and_never_overwritten(tmp_path: Path) -> None:
     assert all(word in text for word in ("1.50", "0.83", "1.23"))  # pruned: ÷ single, ÷ independent, active
     assert "1.50 req/s" in text
     assert "128 greedy tokens" in text
+
+
+def test_json_has_a_line_for_each_record() -> None:
+    rows = [{"n": 1, "ms": {"p50": 0.5}, "each": [1, 2]}, {"n": 2, "ε": []}]
+    result = {"date": "today", "flags": ["a", "b"], "runs": [*rows, {"seed": 0, "rows": rows[:1]}]}
+    text = report.lines_of(result)
+    assert json.loads(text) == result
+    assert (
+        text
+        == """{
+ "date": "today",
+ "flags": ["a", "b"],
+ "runs": [
+  {"n": 1, "ms": {"p50": 0.5}, "each": [1, 2]},
+  {"n": 2, "ε": []},
+  {
+   "seed": 0,
+   "rows": [
+    {"n": 1, "ms": {"p50": 0.5}, "each": [1, 2]}
+   ]
+  }
+ ]
+}
+"""
+    )
 
 
 def test_what_people_do_today_decodes_the_mixture(duo: Reference) -> None:

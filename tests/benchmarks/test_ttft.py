@@ -18,10 +18,10 @@ def test_ratios_are_of_the_same_prompts_and_repeat() -> None:
             "phase": phase,
             "system": system,
             "repeat": repeat,
-            "p50_ttft_ms": of[i] * (1 + repeat * (system == "single")),
+            "p50_ttft_ms": ms[i] * (1 + repeat * (system == "single")),
         }
         for repeat in range(2)
-        for system, of in times.items()
+        for system, ms in times.items()
         for i, phase in enumerate(ttft.PHASES)
     ]
     assert ttft.ratios(runs) == {"new": [1.5, 0.75], "cached": [1.25, 0.625]}
@@ -48,4 +48,4 @@ def test_a_whole_run_on_real_servers(duo: Reference, tmp_path: Path) -> None:
     assert [(run["phase"], run["system"]) for run in result["runs"]] == [
         (phase, system) for phase in ttft.PHASES for system in ("single", "posterior")
     ]
-    assert all(ratio > 0 for of in result["ratios"].values() for ratio in of)
+    assert all(ratio > 0 for ratios in result["ratios"].values() for ratio in ratios)

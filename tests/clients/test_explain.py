@@ -17,9 +17,9 @@ PIECES = [
 ]
 
 
-def drawn(**of: object) -> str:
+def drawn(**settings: object) -> str:
     output = io.StringIO()
-    show(Console(file=output, width=80, highlight=False, **of), NAMES, "a\nprompt", PIECES)  # type: ignore[arg-type]
+    show(Console(file=output, width=80, highlight=False, **settings), NAMES, "a\nprompt", PIECES)  # type: ignore[arg-type]
     return output.getvalue()
 
 

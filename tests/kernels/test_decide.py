@@ -25,11 +25,11 @@ def _decide(
     entries: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     entries = torch.arange(logits.shape[1]) if entries is None else entries
-    of = (entries, log_weights)
+    mixture = (entries, log_weights)
     settings = (temperatures, seeds, positions)
     tokens, after = implementation.decide(
         Rows.stacked(logits.to(DEVICE)),
-        *(tensor.to(DEVICE) for tensor in of),
+        *(tensor.to(DEVICE) for tensor in mixture),
         rule,
         *(tensor.to(DEVICE) for tensor in settings),
     )

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decar.kernels import Rows, mix, mix_rows, reference
+from decar.kernels import MAX_EXPERTS, Rows, mix, mix_rows, reference
 from tests.kernels.implementations import DEVICE, IMPLEMENTATIONS, name_of
 
 RULES = ("velocity", "logit")
@@ -25,7 +25,7 @@ SHAPES = [
     (5, 1, 2048),  # V exactly one block
     (2, 2, 2049),  # one token alone in the last block
     (4, 3, 8193),  # one token alone in the last chunk
-    (16, 2, 1000),  # the most experts
+    (MAX_EXPERTS, 2, 1000),  # the most experts
     (2, 2, 50257),  # GPT-2's vocabulary: rows that no vector load can align
 ]
 
@@ -68,7 +68,10 @@ def exact(logits: torch.Tensor, log_weights: torch.Tensor, rule: str) -> torch.T
 
 def off_by(logits: torch.Tensor, log_weights: torch.Tensor) -> float:
     """The module's tolerance for these inputs."""
-    sizes = [of[of.isfinite()].abs().max().item() for of in (logits.float(), log_weights.log_softmax(-1))]
+    sizes = [
+        values[values.isfinite()].abs().max().item()
+        for values in (logits.float(), log_weights.log_softmax(-1))
+    ]
     normaliser = sizes[0] + math.log(logits.shape[-1])
     return 4 * 2**-24 * (sizes[0] + 2 * normaliser + sizes[1] + len(logits) + 4)
 
@@ -181,9 +184,9 @@ def test_forbidden_tokens_tiny_weights_and_huge_logits_give_no_nan(mixed: Mix, r
     result = mixed(logits, log_weights, rule)
     assert not result.isnan().any()
     for row in range(4):
-        of = logits[:, [row]], log_weights[[row]]
-        assert_exact(result[[row]], *of, rule)
-        assert abs(result[row].double().exp().sum() - 1) < 64 * off_by(*of)
+        inputs = logits[:, [row]], log_weights[[row]]
+        assert_exact(result[[row]], *inputs, rule)
+        assert abs(result[row].double().exp().sum() - 1) < 64 * off_by(*inputs)
 
 
 def test_under_velocity_a_token_that_one_expert_allows_is_possible_and_under_logit_it_is_not(

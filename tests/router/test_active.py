@@ -37,15 +37,17 @@ def test_weights_that_vanish_in_floats_are_dropped_at_no_cost() -> None:
 
 
 @given(weights, st.floats(0, 0.999), st.integers(1, 8))
-def test_what_is_left_is_normalised_and_somebody_always_is(of: list[float], budget: float, k: int) -> None:
-    log_weights = log_prior(of)
+def test_what_is_left_is_normalised_and_somebody_always_is(
+    priors: list[float], budget: float, k: int
+) -> None:
+    log_weights = log_prior(priors)
     kept, left = prune(log_weights, budget)
     dropped = sum(math.exp(w) for w, new in zip(log_weights, kept, strict=True) if new == -math.inf)
     assert dropped <= budget + 1e-12
     assert left == pytest.approx(budget - dropped, abs=1e-9)
     assert np.exp(kept).sum() == pytest.approx(1)
     heaviest = top_k(log_weights, k)
-    assert len(active_experts(heaviest)) == min(k, len(of))
+    assert len(active_experts(heaviest)) == min(k, len(priors))
     assert np.exp(heaviest).sum() == pytest.approx(1)
     assert heaviest[int(np.argmax(log_weights))] > -math.inf
 

@@ -169,7 +169,9 @@ class FakeEngine:
             member = given.member
             block = self.plane.blocks[self.expert]
             for position in range(start, start + len(tokens)):
-                block.log_weights[member.slot, position] = np.asarray(member.log_weights)
+                block.log_weights[member.slot, position % self.plane.spec.ring] = np.asarray(
+                    member.log_weights
+                )
         completion = CompletionOutput(
             index=0,
             text="".join(map(str, tokens)),
@@ -190,14 +192,16 @@ class FakeEngine:
 
 
 class FakeRelay:
-    """Remembers whom it was told of; the first token is news as soon as a test says so."""
+    """Remembers whom it was told of; tokens are told of as a test says."""
 
     def __init__(self) -> None:
+        self.begun: list[Any] = []
         self.followed: list[tuple[int, str]] = []
         self.forgotten = 0
 
-    def begin(self, member: Member, on_first: Any = None) -> Any:
-        return SimpleNamespace(member=member, on_first=on_first)
+    def begin(self, member: Member, on_tokens: Any) -> Any:
+        self.begun.append(SimpleNamespace(member=member, on_tokens=on_tokens))
+        return self.begun[-1]
 
     def follow(self, relayed: Any, expert: int, request_id: str) -> None:
         self.followed.append((expert, request_id))

@@ -256,11 +256,10 @@ async def test_a_prompt_that_nobody_has_scored_is_scored_once_and_known_to_the_n
     [(request_id, given)] = server.engines[A].requests.items()
     assert given.member.scored == [(1, 0.0), (1, 0.0)]
     assert server.relay.followed == [(A, request_id)], "the first token of the leader is news"
-    for block, said in zip(server.plane.blocks, ([-1.0, -2.0], [-0.5, -0.5]), strict=True):
-        block.prompt[given.member.slot, 1:3] = said
-    server.client._learn(
-        next(iter(server.client._scorer._under_way.values())), given.member.slot
-    )  # as the relay calls it
+    for block, said in zip(server.plane.blocks, (-3.0, -1.0), strict=True):
+        block.prompt_sum[given.member.slot] = said
+    [relayed] = server.relay.begun
+    relayed.on_tokens(1)
     await settle()
     other = server.engines[B].requests["s-0@1"].member
     assert other.scored is None

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from decar.router.errors import StartError
+from decar.server.gateway.weights import WeightsReader
 from decar.server.protocol import plane as plane_module
-from decar.server.protocol.lockstep import Lockstep, Turn
+from decar.server.protocol.lockstep import HELD, Lockstep, Observer, Turns
 from decar.server.protocol.member import Member
 from decar.server.protocol.plane import DIRECTORY, Plane, remove_stale, stamp_of
 from decar.server.protocol.transport import DeviceTransport, HostTransport
@@ -50,6 +51,7 @@ class FileMemory:
 def plane(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plane]:
     dtype = "float32" if request.param == "device" else None
     made = Plane.create(experts=2, slots=4, vocab_size=VOCABULARY, positions=16, device_dtype=dtype)
+    made.weights_read[:] = stamp_of(9, 0)  # as if the gateway had read all that these tests write
     try:
         yield made
     finally:
@@ -70,7 +72,23 @@ def engines(plane: Plane, tmp_path: Path) -> tuple[Lockstep, Lockstep]:
 
 
 def member(slot: int = 0, generation: int = 1, leader: int = 0, posterior: bool = False) -> Member:
-    return Member(slot, generation, leader, (0, 1), "velocity", np.log([0.25, 0.75]).tolist(), posterior)
+    return Member(
+        slot=slot,
+        generation=generation,
+        leader=leader,
+        active=(0, 1),
+        rule="velocity",
+        log_weights=np.log([0.25, 0.75]).tolist(),
+        posterior=posterior,
+    )
+
+
+def begin(engine: Lockstep, member: Member, position: int = 0, row: int = 0) -> Turns:
+    """``engine`` joins the request, and has ``position`` of it in ``row`` of its batch."""
+    engine.join(member)
+    turns = engine.turns(np.array([member.slot]), np.array([position]))
+    turns.rows[:] = row
+    return turns
 
 
 def test_a_step_decides_one_token_that_both_engines_keep(
@@ -78,76 +96,127 @@ def test_a_step_decides_one_token_that_both_engines_keep(
 ) -> None:
     leader, follower = engines
     rows = torch.randn(2, 1, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    adopted: list[int | None] = []
+    adopted: list[int] = []
 
     def follow() -> None:
-        turn = Turn(member(posterior=True), 0, row=0)
-        follower.join(turn.member)
-        follower.announce([turn])
-        follower.post([turn], rows[1])
-        adopted.extend(follower.adopt([turn]))
-        follower.finish([turn])
+        turn = begin(follower, member(posterior=True))
+        follower.announce(turn)
+        follower.post(turn, rows[1])
+        adopted.extend(follower.adopt(turn).tolist())
+        follower.finish(turn)
 
-    turn = Turn(member(posterior=True), 0, row=0)
-    leader.join(turn.member)
-    leader.announce([turn])
+    turn = begin(leader, member(posterior=True))
+    leader.announce(turn)
     thread = threading.Thread(target=follow)
     thread.start()
     # Both announce before either waits, as both engines' steps overlap.
-    while not leader.rows_may_come(turn.member, 0):
+    while not Observer(plane, 0).rows_may_come(member(), 0):
         pass
-    leader.post([turn], rows[0])
-    ready = leader.wait_for_rows([turn])
-    assert ready == [turn]
+    leader.post(turn, rows[0])
+    ready = leader.wait_for_rows(turn)
+    assert ready.slots.tolist() == [0]
     mixed = leader.mixed(ready)
     token = int(mixed.argmax())
-    leader.publish(ready, [token])
+    leader.publish(ready, np.array([token]))
     thread.join(timeout=30)
-    leader.finish([turn])
+    leader.finish(turn)
     log_probs = rows[:, 0].double().log_softmax(-1)
     expected = (log_probs + torch.tensor([0.25, 0.75]).double().log()[:, None]).logsumexp(0)
     torch.testing.assert_close(mixed[0].log_softmax(-1).double(), expected, atol=1e-5, rtol=0)
     assert adopted == [token]
+    assert (leader.produced[0], follower.produced[0]) == (1, 1)
     posterior = np.array([0.25, 0.75]) * log_probs[:, token].exp().numpy()
-    np.testing.assert_allclose(np.exp(turn.member.log_weights), posterior / posterior.sum(), atol=1e-6)
+    np.testing.assert_allclose(np.exp(leader.log_weights[0]), posterior / posterior.sum(), atol=1e-6)
     np.testing.assert_allclose(np.exp(plane.blocks[0].log_weights[0, 0]), [0.25, 0.75], atol=1e-6)
 
 
-def test_what_nobody_is_computing_is_a_hold_at_once(engines: tuple[Lockstep, Lockstep]) -> None:
+def test_what_nobody_is_computing_is_a_hold_at_once(plane: Plane, engines: tuple[Lockstep, Lockstep]) -> None:
     leader, follower = engines
-    led, followed = Turn(member(), 0, row=0), Turn(member(), 0, row=0)
-    for engine, turn in ((leader, led), (follower, followed)):
-        engine.join(turn.member)
-    leader.announce([led])
-    leader.post([led], torch.zeros(1, VOCABULARY))
-    assert leader.wait_for_rows([led]) == []
-    assert not leader.rows_may_come(led.member, 0)
-    follower.announce([followed])
-    assert leader.rows_may_come(led.member, 0), "a row that is being computed is worth running for"
-    follower.post([followed], torch.zeros(1, VOCABULARY))
-    assert follower.adopt([followed]) == [None], "the leader held, and runs nothing for this slot"
-    follower.finish([followed])
-    assert leader.rows_may_come(led.member, 0), "a posted row stays"
+    scheduler = Observer(plane, 0)
+    led, followed = begin(leader, member()), begin(follower, member())
+    leader.announce(led)
+    leader.post(led, torch.zeros(1, VOCABULARY))
+    assert len(leader.wait_for_rows(led)) == 0
+    assert not scheduler.rows_may_come(member(), 0)
+    follower.announce(followed)
+    assert scheduler.rows_may_come(member(), 0), "a row that is being computed is worth running for"
+    follower.post(followed, torch.zeros(1, VOCABULARY))
+    assert follower.adopt(followed).tolist() == [HELD], "the leader held, and runs nothing for this slot"
+    assert follower.produced[0] == 0
+    follower.finish(followed)
+    assert scheduler.rows_may_come(member(), 0), "a posted row stays"
+
+
+def test_of_many_turns_each_is_held_or_decided_by_itself(
+    plane: Plane, engines: tuple[Lockstep, Lockstep]
+) -> None:
+    leader, follower = engines
+    members = [member(slot, generation=slot + 1) for slot in range(4)]
+    for engine in engines:
+        for one in members:
+            engine.join(one)
+    slots = np.arange(4)
+    led, followed = (engine.turns(slots, np.zeros(4, np.int64)) for engine in engines)
+    led.rows, followed.rows = slots.copy(), slots[::-1].copy()
+    leader.announce(led)
+    leader.post(led, torch.zeros(4, VOCABULARY))
+    rows = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    some = followed[np.array([1, 3])]
+    follower.announce(some)
+    follower.post(some, rows)
+    ready = leader.wait_for_rows(led)
+    assert ready.slots.tolist() == [1, 3]
+    expected = rows[[2, 0]].double().log_softmax(-1) + math.log(0.75)
+    expected = expected.logaddexp(torch.tensor(0.25 / VOCABULARY).double().log())
+    torch.testing.assert_close(leader.mixed(ready).log_softmax(-1).double(), expected, atol=1e-5, rtol=0)
+    leader.publish(ready, np.array([5, 6]))
+    assert follower.adopt(followed).tolist() == [HELD, 5, HELD, 6]
+    assert follower.produced.tolist() == leader.produced.tolist() == [0, 1, 0, 1]
+    assert [block.counted()["leader_holds"] for block in plane.blocks] == [2, 0]
+    assert [block.counted()["follower_holds"] for block in plane.blocks] == [0, 2]
+
+
+def test_a_leader_does_not_overwrite_weights_that_the_gateway_has_not_read(
+    plane: Plane, engines: tuple[Lockstep, Lockstep]
+) -> None:
+    leader, _ = engines
+    scheduler, ring = Observer(plane, 0), plane.spec.ring
+    reader = WeightsReader(plane, member(), "ab")
+    written = []
+    for position in range(2 * ring):
+        turns = [begin(engine, member(posterior=True), position) for engine in engines]
+        for engine, turn in zip(engines, turns, strict=True):
+            engine.announce(turn)
+            engine.post(turn, torch.randn(1, VOCABULARY))
+        if position == ring:  # so far the gateway has read nothing
+            assert len(leader.wait_for_rows(turns[0])) == 0
+            assert not scheduler.rows_may_come(member(), position)
+            leader.announce(turns[0])
+        if position >= ring:
+            reader.keep_up(position)
+        assert scheduler.rows_may_come(member(), position)
+        written.append(np.exp(leader.log_weights[0]))
+        ready = leader.wait_for_rows(turns[0])
+        leader.mixed(ready)
+        leader.publish(ready, np.array([position % VOCABULARY]))
+    np.testing.assert_allclose(reader.between(3, 2 * ring), written[3:], atol=1e-6)
 
 
 def test_a_posted_row_is_never_rewritten(engines: tuple[Lockstep, Lockstep]) -> None:
     leader, follower = engines
-    turn = Turn(member(), 0, row=0)
-    follower.join(turn.member)
-    follower.post([turn], torch.arange(VOCABULARY).float()[None])
-    follower.post([turn], torch.zeros(1, VOCABULARY))
-    assert leader.transport.rows.logits[1][turn.entry].tolist() == list(range(VOCABULARY))
+    turn = begin(follower, member())
+    follower.post(turn, torch.arange(VOCABULARY).float()[None])
+    follower.post(turn, torch.zeros(1, VOCABULARY))
+    assert leader.transport.rows.logits[1][turn.entries[0]].tolist() == list(range(VOCABULARY))
 
 
 def test_a_dead_peer_is_not_waited_for(plane: Plane, engines: tuple[Lockstep, Lockstep]) -> None:
     leader, follower = engines
-    turn = Turn(member(), 0, row=0)
-    follower.join(turn.member)
-    follower.announce([turn])
-    leader.join(turn.member)
-    leader.post([turn], torch.zeros(1, VOCABULARY))
+    follower.announce(begin(follower, member()))
+    turn = begin(leader, member())
+    leader.post(turn, torch.zeros(1, VOCABULARY))
     plane.alive[1] = 0
-    assert leader.wait_for_rows([turn]) == []
+    assert len(leader.wait_for_rows(turn)) == 0
 
 
 def test_an_older_tenant_of_a_slot_is_silent(engines: tuple[Lockstep, Lockstep]) -> None:
@@ -158,17 +227,20 @@ def test_an_older_tenant_of_a_slot_is_silent(engines: tuple[Lockstep, Lockstep])
     follower.join(new)
     assert not follower.holds_slot(old)
     assert follower.holds_slot(new)
-    follower.announce([Turn(new, 0), Turn(old, 0)])
+    follower.join(old)  # its engine begins with it late: it has been aborted by now
+    assert follower.holds_slot(new)
+    follower.announce(begin(follower, new))
     assert leader.blocks[1].running[0] == stamp_of(2, 0)
 
 
 def test_ids_beyond_the_shared_vocabulary_are_not_posted(engines: tuple[Lockstep, Lockstep]) -> None:
     _, follower = engines
-    turn = Turn(member(), 0, row=0)
+    turn = begin(follower, member())
     wide = torch.zeros(1, VOCABULARY + 5)
     wide[0, VOCABULARY:] = 100.0
-    follower.post([turn], wide)
-    assert follower.transport.rows.log_normalisers[1][turn.entry].item() == pytest.approx(np.log(VOCABULARY))
+    follower.post(turn, wide)
+    [entry] = turn.entries
+    assert follower.transport.rows.log_normalisers[1][entry].item() == pytest.approx(np.log(VOCABULARY))
 
 
 def test_segments_are_private_and_those_of_dead_gateways_are_removed(plane: Plane) -> None:
@@ -200,19 +272,18 @@ def test_too_little_shared_memory_is_said_before_anything_is_made(
 def test_an_expert_without_a_distribution_loses_its_weight_and_costs_no_engine(
     engines: tuple[Lockstep, Lockstep],
 ) -> None:
-    leader, follower = engines
+    leader, _ = engines
     rows = torch.randn(1, VOCABULARY)
     broken = torch.full((1, VOCABULARY), torch.nan)
-    led = Turn(member(posterior=True), 0, row=0)
-    for engine, row in ((leader, rows), (follower, broken)):
-        engine.join(led.member)
-        engine.announce([led])
-        engine.post([led], row)
-    ready = leader.wait_for_rows([led])
+    turns = [begin(engine, member(posterior=True)) for engine in engines]
+    for engine, turn, row in zip(engines, turns, (rows, broken), strict=True):
+        engine.announce(turn)
+        engine.post(turn, row)
+    ready = leader.wait_for_rows(turns[0])
     mixed = leader.mixed(ready)
     torch.testing.assert_close(mixed.log_softmax(-1), rows.log_softmax(-1), atol=1e-5, rtol=0)
-    leader.publish(ready, [3])
-    assert np.exp(led.member.log_weights).tolist() == [1.0, 0.0]
+    leader.publish(ready, np.array([3]))
+    assert np.exp(leader.log_weights[0]).tolist() == [1.0, 0.0]
 
 
 def test_rows_on_a_device_keep_the_models_dtype_and_normalisers_that_fit_it(tmp_path: Path) -> None:
@@ -224,38 +295,62 @@ def test_rows_on_a_device_keep_the_models_dtype_and_normalisers_that_fit_it(tmp_
         _ = first.rows  # its engine has not started
     second = DeviceTransport(plane, 1, memory)
     logits = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    second.post([3, 0], logits)
+    second.post(np.array([3, 0]), logits)
     seen = first.rows.logits[1][[3, 0]]
     assert seen.dtype == torch.bfloat16
     torch.testing.assert_close(seen, logits.bfloat16(), atol=0, rtol=0)
     expected = logits.bfloat16().double().log_softmax(-1)[[0, 1], [5, 7]]
-    found = first.log_likelihoods([3, 0], [5, 7])[:, 1]
+    found = first.log_likelihoods(np.array([3, 0]), np.array([5, 7]))[:, 1]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def pruning_member(budget: float, log_weights: list[float], leader: int = 0) -> Member:
-    return Member(0, 1, leader, (0, 1), "velocity", log_weights, True, prune=budget)
+    return Member(
+        slot=0,
+        generation=1,
+        leader=leader,
+        active=(0, 1),
+        rule="velocity",
+        log_weights=log_weights,
+        posterior=True,
+        prune=budget,
+    )
 
 
 def decide_first_token(
-    leader: Lockstep, follower: Lockstep, rows: torch.Tensor, token: int, led: Turn, followed: Turn
-) -> None:
-    """Both post position 0 of their turns, and the leader decides ``token``."""
-    for engine, turn, row in ((leader, led, rows[0]), (follower, followed, rows[1])):
-        engine.join(turn.member)
-        engine.announce([turn])
-        engine.post([turn], row)
-    ready = leader.wait_for_rows([led])
-    assert ready == [led]
+    leader: Lockstep, follower: Lockstep, rows: torch.Tensor, token: int, led: Member, followed: Member
+) -> Turns:
+    """Both post position 0, and the leader decides ``token``; the follower's turn, which has still to adopt it."""
+    turns = begin(leader, led), begin(follower, followed)
+    for engine, turn, row in zip((leader, follower), turns, rows, strict=True):
+        engine.announce(turn)
+        engine.post(turn, row)
+    ready = leader.wait_for_rows(turns[0])
+    assert len(ready) == 1
     leader.weigh(ready)
     leader.mixed(ready)
-    leader.publish(ready, [token])
+    leader.publish(ready, np.array([token]))
+    return turns[1]
+
+
+def goes_on(engine: Lockstep) -> bool:
+    """Whether ``engine`` still takes part in slot 0."""
+    return bool(engine.take_part(np.array([0]))[0])
 
 
 def scoring_member(**options: Any) -> Member:
     """Its prompt has 5 tokens; the gateway knows the log-likelihood of 3 of them on one expert."""
-    start = np.log([0.5, 0.5]).tolist()
-    return Member(0, 1, 0, (0, 1), "velocity", start, True, scored=[(3, -2.0), (1, 0.0)], **options)
+    return Member(
+        slot=0,
+        generation=1,
+        leader=0,
+        active=(0, 1),
+        rule="velocity",
+        log_weights=np.log([0.5, 0.5]).tolist(),
+        posterior=True,
+        scored=[(3, -2.0), (1, 0.0)],
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,47 +375,54 @@ def test_a_prompt_that_is_scored_as_it_is_computed_sets_the_weights_of_the_first
     leader, follower = engines
     leader.mine.prompt_sum[0] = math.log(0.25) - 3.0  # with the -2.0 that was known: a quarter of the other's
     follower.mine.prompt_sum[0] = math.log(0.75) - 5.0
-    led, followed = (Turn(scoring_member(**options), 0, row=0) for _ in range(2))
-    decide_first_token(leader, follower, torch.zeros(2, 1, VOCABULARY), 3, led, followed)
+    led, followed = (scoring_member(**options) for _ in range(2))
+    turn = decide_first_token(leader, follower, torch.zeros(2, 1, VOCABULARY), 3, led, followed)
     np.testing.assert_allclose(np.exp(plane.blocks[0].log_weights[0, 0]), first, atol=1e-6)
-    assert follower.adopt([followed]) == [3]
-    follower.takes_part(followed.member)
-    assert (followed.member.leader_at(0), followed.member.leader_at(1)) == leaders
-    assert (followed.member.alone_from == 1) == (0.0 in first)
+    assert follower.adopt(turn).tolist() == [3]
+    follower.take_part(np.array([0]))
+    assert (followed.leader_at(0), followed.leader_at(1)) == leaders
+    assert (followed.alone_from == 1) == (0.0 in first)
+    np.testing.assert_allclose(
+        WeightsReader(plane, scoring_member(**options), "ab").between(0, 1), [first], atol=1e-6
+    )
 
 
-def test_a_leader_that_loses_its_weight_hands_over(engines: tuple[Lockstep, Lockstep]) -> None:
+def test_a_leader_that_loses_its_weight_hands_over(plane: Plane, engines: tuple[Lockstep, Lockstep]) -> None:
     leader, follower = engines
     rows = torch.zeros(2, 1, VOCABULARY)
     rows[0, 0, 3] = -9.0  # the leader would hardly have said token 3
     start = np.log([0.6, 0.4]).tolist()
-    led, followed = (Turn(pruning_member(0.05, list(start)), 0, row=0) for _ in range(2))
-    decide_first_token(leader, follower, rows, 3, led, followed)
-    assert not leader.takes_part(led.member)
-    assert (led.member.leader, led.member.active) == (1, (1,))
+    led, followed = (pruning_member(0.05, list(start)) for _ in range(2))
+    turn = decide_first_token(leader, follower, rows, 3, led, followed)
+    assert not goes_on(leader)
+    assert (led.leader, led.active) == (1, (1,))
     # The follower, one position behind, still gets token 0 from whom it was decided by.
-    assert follower.takes_part(followed.member)
-    assert (followed.member.leader_at(0), followed.member.leader_at(1)) == (0, 1)
-    assert follower.adopt([followed]) == [3]
-    assert follower.decided(followed.member, 0) == 3
-    assert followed.member.alone_from == 1
-    assert np.exp(followed.member.log_weights).tolist() == [0.0, 1.0]
-    assert followed.member.prune < 0.05
+    assert goes_on(follower)
+    assert (followed.leader_at(0), followed.leader_at(1)) == (0, 1)
+    assert follower.turns(np.array([0, 0]), np.array([0, 1])).leaders.tolist() == [0, 1]
+    assert follower.decided(0) == Observer(plane, 1).decided(followed, 0) == 3
+    assert follower.adopt(turn).tolist() == [3]
+    assert followed.alone_from == follower.alone_from[0] == 1
+    assert np.exp(follower.log_weights[0]).tolist() == [0.0, 1.0]
+    assert follower.budget[0] < 0.05
     counted = leader.mine.counted()
     assert (counted["pruned"], counted["handed_over"]) == (1, 1)
 
 
-def test_a_released_follower_knows_once_it_knows_the_token(engines: tuple[Lockstep, Lockstep]) -> None:
+def test_a_released_follower_knows_once_it_knows_the_token(
+    plane: Plane, engines: tuple[Lockstep, Lockstep]
+) -> None:
     leader, follower = engines
     rows = torch.zeros(2, 1, VOCABULARY)
     rows[1, 0, 3] = -9.0
-    led, followed = (Turn(pruning_member(0.05, np.log([0.6, 0.4]).tolist()), 0, row=0) for _ in range(2))
-    assert follower.takes_part(followed.member)
+    led, followed = (pruning_member(0.05, np.log([0.6, 0.4]).tolist()) for _ in range(2))
+    assert Observer(plane, 1).takes_part(followed)
     decide_first_token(leader, follower, rows, 3, led, followed)
-    assert not follower.takes_part(followed.member)
-    assert leader.takes_part(led.member)
-    assert led.member.followers == ()
-    assert leader.wait_for_rows([Turn(led.member, 1, row=0)]) != []  # for nobody
+    assert not goes_on(follower)
+    assert not Observer(plane, 1).takes_part(followed)
+    assert goes_on(leader)
+    assert led.followers == ()
+    assert len(leader.wait_for_rows(leader.turns(np.array([0]), np.array([1])))) == 1  # for nobody
 
 
 def test_a_later_tenant_of_a_slot_is_not_bound_by_an_earlier_ones_pruning(
@@ -329,8 +431,9 @@ def test_a_later_tenant_of_a_slot_is_not_bound_by_an_earlier_ones_pruning(
     leader, follower = engines
     rows = torch.zeros(2, 1, VOCABULARY)
     rows[1, 0, 3] = -9.0
-    led, followed = (Turn(pruning_member(0.05, np.log([0.6, 0.4]).tolist()), 0, row=0) for _ in range(2))
+    led, followed = (pruning_member(0.05, np.log([0.6, 0.4]).tolist()) for _ in range(2))
     decide_first_token(leader, follower, rows, 3, led, followed)
     new = member(generation=2, posterior=True)
-    assert follower.takes_part(new)
+    follower.join(new)
+    assert goes_on(follower)
     assert new.active == (0, 1)

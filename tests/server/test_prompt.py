@@ -14,14 +14,14 @@ from vllm.exceptions import VLLMValidationError
 from decar.server.gateway.prompt import PromptScorer
 
 PROMPT = {"prompt_token_ids": [5, 6, 7, 8]}
-SAID = [np.array([np.nan, -1.0, -2.0, -3.0]), np.array([np.nan, -0.5, -0.5, -0.5])]
+SAID = np.array([[-3.0, np.nan], [-1.0, np.nan]]), np.array([-6.0, -1.5])
+"""Of two experts: log p of two tokens, up to a unit's end and one more, and of all three."""
 
 
 @pytest.fixture
 def scorer() -> PromptScorer:
-    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=2))
-    engines: Any = [SimpleNamespace(client=SimpleNamespace(vllm_config=config)) for _ in range(2)]
-    return PromptScorer(engines, vocab_size=10)
+    engines: Any = [SimpleNamespace() for _ in range(2)]
+    return PromptScorer(engines, vocab_size=10, unit=2)
 
 
 async def test_whoever_asks_while_a_prompt_is_scored_waits_for_that(scorer: PromptScorer) -> None:
@@ -31,7 +31,7 @@ async def test_whoever_asks_while_a_prompt_is_scored_waits_for_that(scorer: Prom
         others = [asyncio.create_task(likelihoods(scorer)) for _ in range(3)]
         await asyncio.sleep(0)
         assert not any(other.done() for other in others)
-        first.learn(SAID)
+        first.learn(*SAID)
         # The first one goes on to decode; nobody waits for that.
         assert await asyncio.gather(*others) == [[-6.0, -1.5]] * 3
     assert await likelihoods(scorer) == [-6.0, -1.5]
@@ -40,7 +40,7 @@ async def test_whoever_asks_while_a_prompt_is_scored_waits_for_that(scorer: Prom
 async def likelihoods(scorer: PromptScorer) -> list[float]:
     async with scorer.beginning(PROMPT) as beginning:
         if not beginning.whole:
-            beginning.learn(SAID)
+            beginning.learn(*SAID)
             return await likelihoods(scorer)
         return beginning.log_likelihoods
 
@@ -60,7 +60,7 @@ async def test_whoever_stops_waiting_does_not_stop_the_others(scorer: PromptScor
         leaves, stays = (asyncio.create_task(likelihoods(scorer)) for _ in range(2))
         await asyncio.sleep(0)
         leaves.cancel()
-        first.learn(SAID)
+        first.learn(*SAID)
     async with asyncio.timeout(10):
         assert await stays == [-6.0, -1.5]
 

@@ -13,7 +13,8 @@ from decar.server.protocol.cores import GatewayThread
 from decar.server.protocol.lockstep import Lockstep
 from decar.server.protocol.member import Member
 from decar.server.protocol.plane import Plane
-from decar.server.vllm_adapter.relay import LATE_S, Relay, RelayedRequest
+from decar.server.protocol.transport import HostTransport
+from decar.server.vllm_adapter.relay import LATE_S, Relay
 
 OLD, NEW = 0, 1
 
@@ -29,7 +30,7 @@ class Ensemble:
         self.thread = GatewayThread([])
         self.relay = Relay(engines, self.plane.blocks, self.thread)
         self.member = self.new_member()
-        self.relayed = RelayedRequest(self.member, OLD)
+        self.relayed = self.relay.begin(self.member, lambda _: None)
         params = SamplingParams(detokenize=False, output_kind=kind)
         self.queues = []
         for expert, processor in enumerate(self.processors):
@@ -43,7 +44,16 @@ class Ensemble:
 
     @staticmethod
     def new_member() -> Member:
-        return Member(0, 1, OLD, (0, 1), "velocity", [-0.1, -2.4], True, prune=0.5)
+        return Member(
+            slot=0,
+            generation=1,
+            leader=OLD,
+            active=(0, 1),
+            rule="velocity",
+            log_weights=[-0.1, -2.4],
+            posterior=True,
+            prune=0.5,
+        )
 
     def says(
         self, expert: int, tokens: list[int], finish: FinishReason | None = None, seconds_ago: float = 0.0
@@ -53,10 +63,11 @@ class Ensemble:
 
     def hand_over(self, position: int) -> None:
         """What the old leader writes when it releases itself before ``position``."""
-        leader = Lockstep(self.plane, OLD)
+        leader = Lockstep(self.plane, OLD, HostTransport(self.plane, OLD))
         member = self.new_member()
-        member.log_weights = [-5.0, -0.0067]
-        leader._prune(member, position)
+        leader.join(member)
+        leader.log_weights[member.slot] = [-5.0, -0.0067]
+        leader._release(member.slot, position)
 
     def heard(self) -> list[int]:
         """Tokens the user has got so far."""
@@ -123,14 +134,15 @@ def test_requests_that_nobody_hands_over_pass_through(ensemble: Ensemble) -> Non
     assert ensemble.relayed.speaker == OLD
 
 
-def test_the_first_token_is_told_once_and_not_an_end_without_one(ensemble: Ensemble) -> None:
+def test_tokens_are_told_as_they_come_also_early_ones_and_not_an_end_without_one(ensemble: Ensemble) -> None:
     told: list[int] = []
-    ensemble.relayed.on_first = lambda: told.append(1)
+    ensemble.relayed.on_tokens = told.append
     ensemble.says(NEW, [])
     assert told == []
     ensemble.says(OLD, [10])
+    ensemble.hand_over(2)
+    ensemble.says(NEW, [12])
     ensemble.says(OLD, [11])
-    assert told == [1]
-    ensemble.hand_over(2)  # the route still leads to the next leader
-    ensemble.says(NEW, [12], FinishReason.LENGTH)
-    assert ensemble.heard() == [10, 11, 12]
+    ensemble.says(NEW, [13, 14], FinishReason.LENGTH)
+    assert told == [1, 2, 3, 5]
+    assert ensemble.heard() == [10, 11, 12, 13, 14]

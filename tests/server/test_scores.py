@@ -18,7 +18,11 @@ def ask(scores: PrefixScores, prompt: list[int]) -> tuple[int, float]:
     """Score ``prompt`` as a gateway does; how many tokens had to be asked for, and the score."""
     start, total = scores.known(prompt)
     fresh = [likelihood(prompt, i) for i in range(start, len(prompt))]
-    return len(fresh), scores.learn(prompt, start, total, fresh)
+    sums = [sum(fresh[: max(end - start, 0)]) for end in range(BLOCK + 1, len(prompt) + 1, BLOCK)]
+    scores.learn(prompt, start, total, sums, sum(fresh))
+    length, score = scores.known(prompt)
+    assert length == len(prompt)
+    return len(fresh), score
 
 
 def test_a_prompt_is_scored_once() -> None:

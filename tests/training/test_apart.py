@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from decar.router import Ensemble
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert import checkpoints_of, complete_checkpoints, expert_stage, step_of, train_expert
+from decar.training.expert import complete_checkpoints, expert_stage, step_of, train_expert
 from decar.training.partition import make_partition, partition_stage
 from decar.training.tokenizer import make_tokenizer, tokenizer_stage
 from tests.training.conftest import WriteConfig
@@ -81,7 +81,7 @@ def test_processes_that_see_only_their_own_shard_train_what_run_trains(
     capfd.readouterr()
     assert command(monkeypatch, "run", path) == 0
     assert capfd.readouterr().out.count("done before") >= 4
-    Ensemble.load(load_config(path).ensemble_path)
+    Ensemble.load(load_config(path).run.ensemble)
 
 
 def test_a_machine_needs_no_other_experts_checkpoint(
@@ -113,7 +113,7 @@ def test_a_killed_expert_ends_with_the_same_weights(write_config: WriteConfig, t
                 break
         assert child.wait(DEADLINE_S) == -signal.SIGKILL
     assert not stage.is_done
-    left = complete_checkpoints(checkpoints_of(config, stage))
+    left = complete_checkpoints(config.run.checkpoints(stage))
     assert step_of(left[-1]) >= 3
     train_expert(config, "code", stage)
     resumed = weights(config.work_dir, "code")

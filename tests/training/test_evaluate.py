@@ -1,348 +1,281 @@
-"""The head to head on tiny experts: its numbers against plain transformers, its budgets, and what it is matched to."""
+"""The report over seeds: the page against the json, a second run against the first, chats, and what is not defined."""
 
 from __future__ import annotations
 
+import html
 import json
-import math
+import re
+import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
+import yaml
 from transformers import AutoModelForCausalLM
 
 from decar.router import Ensemble
 from decar.router.errors import TrainingError
-from decar.training.centralized import centralized_stage, train_centralized
-from decar.training.cli import main
-from decar.training.config import TrainConfig, load_config
-from decar.training.evaluate import (
-    AVERAGE,
-    BEST,
-    CENTRALIZED,
-    RANDOM,
-    TOP_1,
-    evaluate,
-    evaluation_stage,
-)
-from decar.training.expert import read_expert_report
-from decar.training.held_out import Text, load_model, scored
-from decar.training.partition import read_shard
-from decar.training.random_split import random_config
-from decar.training.report import EvaluationReport
-from decar.training.sampled import compare_pruned, sample_continuations
-from decar.training.systems import DENSE, Outcome
-from decar.training.tokenizer import load_tokenizer
+from decar.training.config import TrainConfig, load_config, load_seeds
+from decar.training.evaluate import EvaluationReport
+from decar.training.held_out import read_texts
+from decar.training.partition import make_partition, partition_stage, read_examples
+from decar.training.scores import AVERAGE, CENTRALIZED, RANDOM
+from decar.training.systems import DENSE
+from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import WriteConfig, config_writer
+from tests.training.test_chat import CHATML, chat
+from tests.training.test_scores import SETTINGS, run
 
-PROMPT = 6
-LONGEST = 40
-SETTINGS = {"prompt_tokens": PROMPT, "max_tokens": LONGEST, "batch_size": 2}
+SEEDS = [0, 1]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, path: Path, *overrides: str) -> int:
-    arguments = [word for override in overrides for word in ("--set", override)]
-    monkeypatch.setattr("sys.argv", ["decar-train", "evaluate", str(path), *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
+def report_in(work_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((work_dir / "evaluate" / "report.json").read_text()))
+
+
+def without(value: Any, *keys: str) -> Any:
+    """``value`` but for what its mappings hold under ``keys``."""
+    if isinstance(value, dict):
+        return {key: without(item, *keys) for key, item in value.items() if key not in keys}
+    return [without(item, *keys) for item in value] if isinstance(value, list) else value
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, EvaluationReport]:
-    write = config_writer(tmp_path_factory.mktemp("evaluated"))
-    path = write(evaluate=SETTINGS, training={"learning_rate": 1e-2, "max_steps": 8})
+def two_seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a finished evaluation over two seeds, and few budgets."""
+    write = config_writer(tmp_path_factory.mktemp("two_seeds"))
+    settings = {**SETTINGS, "seeds": SEEDS, "prune": [0.1], "prune_grid": [0.3, 0.01]}
+    path = write(evaluate=settings, training={"learning_rate": 1e-2})
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert run(monkeypatch, path) == 0
-    config = load_config(path)
-    report = (config.work_dir / "evaluate" / "report.json").read_text()
-    return config, EvaluationReport.model_validate_json(report)
+    return path
 
 
-@torch.inference_mode()
-def log_likelihoods(directory: Path, texts: list[list[int]]) -> np.ndarray:
-    """[N, 2]: log p of each prompt and of each whole text, by a forward pass for each text alone."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-    sums = []
-    for ids in texts:
-        rows = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        own = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        sums.append((float(own[: PROMPT - 1].sum()), float(own.sum())))
-    return np.array(sums)
+def test_the_page_holds_every_number_of_the_main_table(two_seeds: Path) -> None:
+    config = load_config(two_seeds)
+    report = EvaluationReport.model_validate(report_in(config.work_dir))
+    page = (config.work_dir / "evaluate" / "report.html").read_text()
+    for name in (CENTRALIZED, "code alone", "prose alone", AVERAGE, RANDOM, DENSE, "centroid, top-1"):
+        assert name in {row.system for row in report.rows}
+    table = page[page.index("<h2>All systems</h2>") :]
+    for row in report.rows:
+        if row.prune in (0.0, 0.1):
+            cells = re.search(rf"<td>{re.escape(row.system)}</td>(.*?)</tr>", table, re.DOTALL)
+            assert cells is not None
+            for text in (
+                f"{row.perplexity:.1f} ± {row.spread['perplexity']:.1f}",
+                f"{row.nll:.3f} ± {row.spread['nll']:.3f}",
+                f"{row.above_dense:+.3f} ± {row.spread['above_dense']:.3f}",
+                f"{row.accuracy:.2%} ± {row.spread['accuracy']:.2%}",
+                f"{row.active_experts:.2f}",
+            ):
+                assert text in cells[1], row.system
+    for comparison in report.comparisons:
+        assert f"{comparison.difference.mean:+.3f} ± {comparison.difference.sd:.3f}" in page
+    for command in [report.environment["command"], *report.commands]:
+        assert html.unescape(page).count(command) >= 2
+    # Self-contained: nothing is fetched, nothing runs.
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 4
+    assert "<script" not in page
+    assert "http" not in page
 
 
-def test_perplexities_are_those_of_the_chain_rule(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    config, report = evaluated
-    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    ensemble = Ensemble.load(config.ensemble_path)
-    priors = np.array([expert.prior for expert in ensemble.experts])
-    nll = {row.system: row.nll for row in report.rows}
-    per_system: dict[str, list[float]] = {}
-    for name in config.expert_names:
-        texts = [tokenizer.encode(text)[:LONGEST] for text in read_shard(config, name, "held_out")]
-        tokens = sum(len(ids) - PROMPT for ids in texts)
-        each = np.stack([log_likelihoods(expert.path, texts) for expert in ensemble.experts], axis=-1)
-        prompt, whole = each[:, 0], each[:, 1]  # [N, K]
-        mixture = np.log(np.exp(whole) @ priors) - np.log(np.exp(prompt) @ priors)
-        per_system.setdefault(DENSE, []).append(-mixture.sum() / tokens)
-        for k, other in enumerate(config.expert_names):
-            per_system.setdefault(f"{other} alone", []).append(-(whole - prompt)[:, k].sum() / tokens)
-        twin = log_likelihoods(config.work_dir / "centralized", texts)
-        per_system.setdefault(CENTRALIZED, []).append(-(twin[:, 1] - twin[:, 0]).sum() / tokens)
-    # float32 forwards here against float64 there: 1e-6 of some 5 nats, averaged over tokens
-    for system, by_domain in per_system.items():
-        assert nll[system] == pytest.approx(float(priors @ by_domain), rel=1e-5), system
-    perplexity = {row.system: row.perplexity for row in report.rows}
-    assert perplexity[DENSE] == pytest.approx(math.exp(nll[DENSE]))
-    assert nll[f"{DENSE}, drawn"] == nll[DENSE]
+def test_means_are_over_seeds(two_seeds: Path) -> None:
+    config = load_config(two_seeds)
+    report = EvaluationReport.model_validate(report_in(config.work_dir))
+    assert [seed.seed for seed in report.seeds] == SEEDS
+    for row in report.rows:
+        each = [next(r for r in seed.rows if r.system == row.system) for seed in report.seeds]
+        assert row.nll == pytest.approx(np.mean([r.nll for r in each]))
+        assert row.spread["nll"] == pytest.approx(abs(each[0].nll - each[1].nll) / 2**0.5)
+        assert row.perplexity == pytest.approx(np.exp(row.nll))
+        assert row.nll_by_domain["code"] == pytest.approx(np.mean([r.nll_by_domain["code"] for r in each]))
+    assert report.seeds[0].rows != report.seeds[1].rows
+    assert not any("One seed" in sentence for sentence in report.verdict)
 
 
-def test_mass_dropped_stays_within_each_budget(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    _, report = evaluated
-    pruned = [row for row in report.rows if row.prune]
-    assert any(row.dropped_max > 0 for row in pruned)
-    assert all(row.dropped_mean <= row.dropped_max <= row.prune for row in pruned)
-    for family in {row.family for row in pruned}:
-        mine = sorted((row for row in pruned if row.family == family), key=lambda row: row.prune)
-        active = [row.active_experts for row in mine]
-        assert active == sorted(active, reverse=True)
-        assert all(1 <= experts <= 2 for experts in active)
+def test_every_number_comes_back(two_seeds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole command again, and the one that is printed for a seed alone, from the scores on."""
+    config = load_config(two_seeds)
+    before = report_in(config.work_dir)
+    for one in load_seeds(two_seeds):
+        shutil.rmtree(one.work_dir / "scores")
+    shutil.rmtree(config.work_dir / "evaluate")
+    assert run(monkeypatch, two_seeds) == 0
+    assert without(report_in(config.work_dir), "date") == without(before, "date")
+
+    work_dir = config.work_dir / "seed-1"
+    shutil.rmtree(work_dir / "scores")
+    program, command, path, *overrides = shlex.split(before["commands"][1])
+    assert (program, command, path) == ("decar-train", "evaluate", str(two_seeds))
+    assert run(monkeypatch, two_seeds, *overrides[1::2]) == 0
+    alone = report_in(work_dir)
+    assert without(alone["seeds"], "environment") == without(before["seeds"][1:], "environment")
+    assert alone["rows"] == before["seeds"][1]["rows"]
 
 
-def test_what_the_ensemble_writes_changes_less_than_the_budget(
-    evaluated: tuple[TrainConfig, EvaluationReport],
-) -> None:
-    _, report = evaluated
-    assert report.sampled_tokens == LONGEST - PROMPT
-    assert [row.prune for row in report.sampled] == sorted(
-        (row.prune for row in report.sampled), reverse=True
-    )
-    for row in report.sampled:
-        # of six texts; each adds at most 1 / (1 - ε) - 1
-        assert 0 <= row.total_variation <= row.prune / (1 - row.prune)
-        assert row.dropped_max <= row.prune
+def test_another_seed_is_another_run(two_seeds: Path) -> None:
+    own, other = load_seeds(two_seeds)
+    assert own == load_config(two_seeds)
+    assert (other.seed, other.work_dir) == (1, own.work_dir / "seed-1")
+    held_out = [
+        {example for name in one.expert_names for example in read_examples(one, name, "held_out")}
+        for one in (own, other)
+    ]
+    assert held_out[0] != held_out[1]
 
 
-def test_continuations_are_drawn_from_the_mixture(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    """First tokens after one prompt, against the mixture's probabilities: chi-square over bins of equal mass."""
-    config, _ = evaluated
-    models = [load_model(expert.path) for expert in Ensemble.load(config.ensemble_path).experts]
-    prompt, weights = [5, 9, 7], np.array([0.3, 0.7])
-    with torch.inference_mode():
-        rows = [model(torch.tensor([prompt])).logits[0, -1].softmax(-1).double().numpy() for model in models]
-    mixture = weights @ rows
-    num_texts, num_bins = 4_000, 20
-    written = sample_continuations(
-        models, [prompt] * num_texts, np.log(np.tile(weights, (num_texts, 1))), 2, len(mixture), seed=0
-    )
-    assert all(text[:3] == prompt and len(text) == 5 for text in written)
-    bins = np.minimum((np.cumsum(mixture) - mixture / 2) * num_bins, num_bins - 1).astype(int)
-    counts = np.bincount(bins[[text[3] for text in written]], minlength=num_bins)
-    expected = np.bincount(bins, weights=mixture, minlength=num_bins) * num_texts
-    assert chisquare(counts[expected > 0], expected[expected > 0] * num_texts / expected.sum()).pvalue > 0.01
+def test_a_seed_that_is_listed_twice(two_seeds: Path) -> None:
+    with pytest.raises(TrainingError, match=r"evaluate\.seeds.*listed twice"):
+        load_seeds(two_seeds, ["evaluate.seeds=[1, 1]"])
 
 
-def test_total_variation_is_estimated_from_the_ratio() -> None:
-    """p is even over two texts, q has 0.8 and 0.2: three tenths apart."""
-    whole, pruned = (
-        [Outcome(np.log([p]), np.ones(1), 1.0, np.ones(1), 1) for p in masses]
-        for masses in ([0.5, 0.5], [0.8, 0.2])
-    )
-    assert compare_pruned(0.4, whole, pruned).total_variation == pytest.approx(0.3)
+def test_the_seed_in_paths(write_config: WriteConfig, tmp_path: Path) -> None:
+    path = write_config(work_dir=str(tmp_path / "run-{seed}"), tokenizer={"path": "base/{seed}"})
+    config = load_config(path, ["seed=3"])
+    assert (config.work_dir, config.tokenizer.path) == (tmp_path / "run-3", Path("base/3"))
+    other = load_seeds(path, ["evaluate.seeds=[0, 5]"])[1]
+    assert (other.work_dir, other.tokenizer.path) == (tmp_path / "run-0" / "seed-5", Path("base/5"))
 
 
-def test_costs_are_counted(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    rows = {row.system: row for row in evaluated[1].rows}
-    costs = {name: (row.active_experts, row.prompt_passes) for name, row in rows.items()}
-    assert costs["code alone"] == costs[CENTRALIZED] == costs["classifier, top-1"] == (1, 1)
-    assert costs[DENSE] == costs["prior"] == (2, 2)
-    assert costs[f"{DENSE}, top-1"] == costs[f"{DENSE}, drawn"] == (1, 2)
-    assert rows[DENSE].above_dense == rows[DENSE].standard_error == 0
-
-
-def test_the_twin_takes_as_many_steps_as_all_experts(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    config, report = evaluated
-    twin = read_expert_report(config.work_dir / "centralized")
-    assert twin.steps == 16
-    experts = [read_expert_report(config.work_dir / "experts" / name) for name in config.expert_names]
-    assert twin.train_tokens == sum(expert.train_tokens for expert in experts)
-    assert twin.num_parameters == experts[0].num_parameters
-    assert "16 steps of 2 × 32 tokens" in report.centralized
-
-
-def test_a_finished_evaluation_is_shown_again(
-    evaluated: tuple[TrainConfig, EvaluationReport],
+def test_every_seeds_checkpoint_is_looked_for_before_anything_is_trained(
+    write_config: WriteConfig,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config, report = evaluated
-    directory = config.work_dir / "evaluate"
-    pictures = {"comparisons.png", "gaps.png", "pruning.png", "systems.png"}
-    assert {file.name for file in directory.iterdir()} == {"DONE", "report.json", "report.html", *pictures}
-    assert {"date", "cpu", "cores", "versions", "command"} <= report.environment.keys()
-    before = (directory / "report.json").stat().st_mtime_ns
-    capsys.readouterr()
-    assert run(monkeypatch, config.work_dir.parent / "config.yaml") == 0
+    (tmp_path / "base-0").mkdir()
+    (tmp_path / "base-0" / "config.json").write_text("{}")
+    base = str(tmp_path / "base-{seed}")
+    path = write_config(tokenizer={"path": base}, evaluate={"seeds": SEEDS})
+    written = yaml.safe_load(path.read_text()) | {"model": {"checkpoint": base}}
+    path.write_text(yaml.safe_dump(written))
+    assert run(monkeypatch, path) == 1
+    assert "base-1, holds no config.json" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_what_is_not_defined_is_said(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Experts of two architectures, dealt out by chance: no twin, no average, no control, and still a report."""
+    path = write_config(
+        evaluate={**SETTINGS, "prune": [0.1], "prune_grid": [0.1]},
+        experts=["code", {"name": "prose", "model": {"hidden_size": 64}}],
+        partition={"method": "random", "name_by": {}},
+    )
+    assert run(monkeypatch, path) == 0
+    report = EvaluationReport.model_validate(report_in(load_config(path).work_dir))
+    assert set(report.undefined) == {CENTRALIZED, AVERAGE, RANDOM}
+    assert "hidden_size (32 and 64)" in report.undefined[AVERAGE]
+    assert not {row.system for row in report.rows} & set(report.undefined)
+    assert report.gaps == []
     out = capsys.readouterr().out
-    assert "evaluate: done before" in out
-    assert out.count("done before") == 14
-    for name in ("classifier→posterior ε 0.01", "posterior, logit rule", CENTRALIZED):
-        assert name in out
-    assert (directory / "report.json").stat().st_mtime_ns == before
-    assert json.loads((directory / "report.json").read_text())["seed"] == 0
-    changed = load_config(config.work_dir.parent / "config.yaml", ["evaluate.prompt_tokens=9"])
-    assert not evaluation_stage(changed).is_done
+    assert "No parameter average: experts 'code' and 'prose' cannot be averaged" in out
+    page = (load_config(path).work_dir / "evaluate" / "report.html").read_text()
+    assert "have different models" in page
+
+
+# --------------------------------------------------------------------------------------------------------------- chats
+
+
+def chats_config(root: Path, **evaluate: Any) -> Path:
+    """Questions of two kinds, each with its own kind of answer, in one or two turns."""
+    write = config_writer(root)
+    for name, ask, answers in (
+        ("code", "def return self", ["import None", "yield class"]),
+        ("prose", "whale of the ocean", ["the captain", "quiet wind"]),
+    ):
+        rows = [
+            chat(f"{ask} {i}", answers[i % 2], *([f"{ask} again", answers[0]] if i % 3 == 0 else []))
+            for i in range(15)
+        ]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return write(
+        tokenizer={"vocab_size": 300, "eos_token": "<|end|>", "chat_template": CHATML},
+        training={"learning_rate": 1e-2, "max_steps": 30, "sequence_length": 64},
+        evaluate={"max_tokens": 120, "batch_size": 3, "prune": [0.1], "prune_grid": [0.1], **evaluate},
+    )
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, EvaluationReport]:
+    path = chats_config(tmp_path_factory.mktemp("chats"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run(monkeypatch, path) == 0
+    config = load_config(path)
+    return config, EvaluationReport.model_validate(report_in(config.work_dir))
 
 
 @torch.inference_mode()
-def rows_of(directory: Path, ids: list[int]) -> np.ndarray:
-    """[T, V]: log-probabilities of every token after the prompt, by a forward pass for one text alone."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-    return model(torch.tensor([ids])).logits[0, PROMPT - 1 : -1].log_softmax(-1).numpy()
-
-
-def held_out_ids(config: TrainConfig, name: str) -> list[list[int]]:
+def test_answers_are_right_where_greedy_decoding_gives_them(
+    chats: tuple[TrainConfig, EvaluationReport],
+) -> None:
+    config, report = chats
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    return [tokenizer.encode(text)[:LONGEST] for text in read_shard(config, name, "held_out")]
-
-
-def test_accuracy_is_that_of_the_mixtures_most_probable_tokens(
-    evaluated: tuple[TrainConfig, EvaluationReport],
-) -> None:
-    config, report = evaluated
-    ensemble = Ensemble.load(config.ensemble_path)
-    paths = [expert.path for expert in ensemble.experts]
-    priors = np.array([expert.prior for expert in ensemble.experts])
-    right: dict[str, list[float]] = {}
-    for name in config.expert_names:
-        hits: dict[str, list[bool]] = {}
-        for ids in held_out_ids(config, name):
-            rows = np.stack([rows_of(path, ids) for path in paths], axis=1)  # [T, K, V]
-            own = rows[np.arange(len(rows)), :, ids[PROMPT:]]
-            prompt = np.array([log_likelihoods(path, [ids])[0, 0] for path in paths])
-            joint = np.log(priors) + prompt + np.cumsum(own, axis=0) - own  # before each token
-            weights = np.exp(joint - np.logaddexp.reduce(joint, axis=1)[:, None])
-            best = {
-                DENSE: np.einsum("tk,tkv->tv", weights, np.exp(rows)).argmax(axis=1),
-                "prior, logit rule": np.einsum("k,tkv->tv", priors, rows).argmax(axis=1),
-                f"{config.expert_names[0]} alone": rows[:, 0].argmax(axis=1),
-            }
-            for system, tokens in best.items():
-                hits.setdefault(system, []).extend(tokens == ids[PROMPT:])
-        for system, found in hits.items():
-            right.setdefault(system, []).append(float(np.mean(found)))
-    accuracy = {row.system: row.accuracy for row in report.rows}
-    for system, by_domain in right.items():
-        assert accuracy[system] == pytest.approx(float(priors @ by_domain)), system
-    assert 0 < accuracy[DENSE] < 1
-    assert all(row.exact is None for row in report.rows)
-
-
-def test_the_random_split_is_scored_on_the_same_texts(
-    evaluated: tuple[TrainConfig, EvaluationReport],
-) -> None:
-    config, report = evaluated
-    split = random_config(config)
-    shards = {
-        which: [set(read_shard(one, name, "held_out")) for name in config.expert_names]
-        for which, one in (("clusters", config), ("chance", split))
-    }
-    assert set.union(*shards["clusters"]) == set.union(*shards["chance"])
-    assert shards["clusters"] != shards["chance"]
-    tokenizers = [(one.work_dir / "tokenizer" / "tokenizer.json").read_text() for one in (config, split)]
-    assert tokenizers[0] == tokenizers[1]
-    of_chance = Ensemble.load(split.ensemble_path)
-    chances = np.array([expert.prior for expert in of_chance.experts])
-    priors = np.array([expert.prior for expert in Ensemble.load(config.ensemble_path).experts])
-    by_domain = []
-    for name in config.expert_names:
-        texts = held_out_ids(config, name)
-        each = np.stack([log_likelihoods(expert.path, texts) for expert in of_chance.experts], axis=-1)
-        mixture = np.log(np.exp(each[:, 1]) @ chances) - np.log(np.exp(each[:, 0]) @ chances)
-        by_domain.append(-mixture.sum() / sum(len(ids) - PROMPT for ids in texts))
-    row = next(row for row in report.rows if row.system == RANDOM)
-    assert row.nll == pytest.approx(float(priors @ by_domain), rel=1e-5)
-    steps = {trained.model: trained.steps for trained in report.seeds[0].trained}
-    assert steps["random split: code"] == steps["code"] == 8
-
-
-def test_the_average_is_that_of_the_weights(
-    evaluated: tuple[TrainConfig, EvaluationReport], tmp_path: Path
-) -> None:
-    config, report = evaluated
-    experts = Ensemble.load(config.ensemble_path).experts
-    models = [AutoModelForCausalLM.from_pretrained(expert.path, dtype=torch.float64) for expert in experts]
-    states = [model.state_dict() for model in models]
-    models[0].load_state_dict({key: sum(state[key] for state in states) / 2 for key in states[0]})
-    models[0].save_pretrained(tmp_path / "mean")
-    by_domain = []
-    for name in config.expert_names:
-        texts = held_out_ids(config, name)
-        sums = log_likelihoods(tmp_path / "mean", texts)
-        by_domain.append(-(sums[:, 1] - sums[:, 0]).sum() / sum(len(ids) - PROMPT for ids in texts))
-    row = next(row for row in report.rows if row.system == AVERAGE)
-    assert row.nll == pytest.approx(float(np.dot([e.prior for e in experts], by_domain)), rel=1e-5)
-
-
-def test_a_model_that_says_nan_is_named(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    config, _ = evaluated
-    path = Ensemble.load(config.ensemble_path).experts[0].path
-    models = [load_model(path), load_model(path)]
-    models[1].lm_head.weight.data[7] = float("nan")
-    with pytest.raises(
-        TrainingError, match=rf"the model in {path} gives NaN .* lower training\.learning_rate"
+    ensemble = Ensemble.load(config.run.ensemble)
+    rows = {row.system: row for row in report.rows}
+    for k, path in enumerate(
+        [*(expert.path for expert in ensemble.experts), config.work_dir / "centralized"]
     ):
-        list(scored(models, [Text(0, [1, 2, 3], 2)], 1, 300))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        by_domain = []
+        for name in config.expert_names:
+            hits = []
+            for messages in read_examples(config, name, "held_out"):
+                for i, message in enumerate(messages):
+                    if not isinstance(message, dict) or message["role"] != "assistant":
+                        continue
+                    prompt = tokenizer.apply_chat_template(
+                        messages[:i], add_generation_prompt=True, return_tensors="pt", return_dict=True
+                    )
+                    written = model.generate(**prompt, do_sample=False, max_new_tokens=60)
+                    answer = tokenizer.decode(written[0, prompt["input_ids"].shape[1] :])
+                    hits.append(answer == message["content"] + "<|end|>")
+            assert len(hits) == report.seeds[0].answers[name]
+            by_domain.append(np.mean(hits))
+        system = CENTRALIZED if k == len(ensemble.experts) else f"{config.expert_names[k]} alone"
+        expected = np.dot([expert.prior for expert in ensemble.experts], by_domain)
+        assert rows[system].exact == pytest.approx(expected), system
+    exact = [row.exact for row in report.rows if row.exact is not None]
+    assert len(exact) == len(report.rows)
+    assert max(exact) > 0
+    assert min(exact) < 1
 
 
-def test_the_gap_adds_up(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    _, report = evaluated
-    nll = {row.system: row.nll for row in report.rows}
-    assert report.gaps[0].system == report.served == DENSE
-    assert {"classifier, top-1", "prior", "classifier→posterior", "prior, logit rule"} <= {
-        gap.system for gap in report.gaps
-    }
-    for gap in report.gaps:
-        assert gap.total.mean == pytest.approx(gap.routing.mean + gap.estimation.mean, abs=1e-12)
-        assert gap.total.mean == pytest.approx(nll[gap.system] - nll[CENTRALIZED], abs=1e-12)
-        assert gap.estimation.mean == pytest.approx(nll[DENSE] - nll[CENTRALIZED], abs=1e-12)
+def test_chats_are_scored_in_their_answers_alone(chats: tuple[TrainConfig, EvaluationReport]) -> None:
+    config, report = chats
+    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    held_out = read_texts(config, tokenizer, 120)
+    said = [tokenizer.decode(text.ids[text.prompt_tokens :]) for text in held_out.texts]
+    wanted = [
+        f"{message['content']}<|end|>"
+        for name in config.expert_names
+        for messages in read_examples(config, name, "held_out")
+        for message in messages
+        if isinstance(message, dict) and message["role"] == "assistant"
+    ]
+    assert sorted(said) == sorted(wanted)
+    assert sum(report.tokens.values()) == sum(len(tokenizer.encode(text)) for text in wanted) - len(wanted)
+    assert report.sampled == []
+    page = (config.work_dir / "evaluate" / "report.html").read_text()
+    assert "answers right" in page
 
 
-def test_what_is_compared(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    _, report = evaluated
-    nll = {row.system: row.nll for row in report.rows}
-    nll[BEST] = min(nll["code alone"], nll["prose alone"])
-    pairs = [(comparison.first, comparison.second) for comparison in report.comparisons]
-    assert pairs == [(DENSE, other) for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, BEST)]
-    for comparison in report.comparisons:
-        expected = nll[comparison.first] - nll[comparison.second]
-        assert comparison.difference.mean == pytest.approx(expected, abs=1e-12)
-    assert len(report.verdict) == len(pairs) + 1
-    assert report.verdict[-1].startswith("One seed")
-
-
-def test_a_prompt_longer_than_every_text(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    config = load_config(evaluated[0].work_dir.parent / "config.yaml", ["evaluate.prompt_tokens=40"])
+def test_answers_that_end_too_late_are_counted(tmp_path: Path) -> None:
+    config = load_config(chats_config(tmp_path))
+    make_partition(config, partition_stage(config))
+    make_tokenizer(config, tokenizer_stage(config))
+    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    everything = read_texts(config, tokenizer, 120)
+    longest = len(everything.texts[-1].ids)
+    fewer = read_texts(config, tokenizer, longest - 1)
+    assert fewer.too_long == sum(len(text.ids) == longest for text in everything.texts)
+    assert len(fewer.texts) + fewer.too_long == len(everything.texts)
     with pytest.raises(
-        TrainingError, match=r"no held-out text of 'code' is longer than evaluate\.prompt_tokens, 40"
+        TrainingError, match=r"no answer in its held-out chats ends within evaluate\.max_tokens, 3"
     ):
-        evaluate(config, evaluation_stage(config))
-
-
-def test_experts_of_different_models_have_no_twin(write_config: WriteConfig) -> None:
-    config = load_config(write_config(experts=["code", {"name": "prose", "model": {"hidden_size": 64}}]))
-    with pytest.raises(TrainingError, match="experts 'code' and 'prose' have different models"):
-        centralized_stage(config)
-
-
-def test_an_interrupted_twin_leaves_nothing_behind(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
-    config, _ = evaluated
-    stage = centralized_stage(config)
-    assert stage.is_done
-    (stage.directory / "DONE").unlink()
-    with pytest.raises(TrainingError, match="centralized model is not trained; run `decar-train evaluate"):
-        evaluation_stage(config)
-    train_centralized(config, stage)
-    assert stage.is_done
-    assert not list((config.work_dir / "checkpoints").rglob("checkpoint-*"))
+        read_texts(config, tokenizer, 3)

@@ -17,7 +17,6 @@ from decar.training.config import TrainConfig, load_config
 from decar.training.expert import (
     complete_checkpoints,
     delete_incomplete,
-    expert_directory,
     expert_stage,
     train_expert,
 )
@@ -51,7 +50,7 @@ class CountSteps(TrainerCallback):
 
 
 def weights(config: TrainConfig, name: str) -> dict[str, torch.Tensor]:
-    return load_file(expert_directory(config, name) / "model.safetensors")
+    return load_file(config.run.expert(name) / "model.safetensors")
 
 
 def test_packing_keeps_every_token_between_bos_and_eos(prepared: TrainConfig) -> None:
@@ -140,7 +139,7 @@ def test_done_until_what_it_depends_on_changes(prepared: TrainConfig, write_conf
 
 def test_a_checkpoint_is_trained_on(prepared: TrainConfig, write_config: WriteConfig) -> None:
     train_expert(prepared, "code", expert_stage(prepared, "code"))
-    directory = expert_directory(prepared, "code")
+    directory = prepared.run.expert("code")
     model = {"checkpoint": str(directory)}
     config = load_config(
         write_config(tokenizer={"path": str(directory)}, experts=["code", "prose"]), [f"model={model}"]

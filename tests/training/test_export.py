@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from decar.router import Ensemble
 from decar.router.errors import DecarError, EnsembleError, TrainingError
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert import expert_directory, expert_stage, read_expert_report, train_expert
+from decar.training.expert import expert_stage, read_expert_report, train_expert
 from decar.training.export import export, export_average, export_stage
 from decar.training.partition import make_partition, partition_stage
 from decar.training.tokenizer import make_tokenizer, tokenizer_stage
@@ -42,11 +42,9 @@ def test_the_average_is_the_mean_of_the_weights(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, "export", tmp_path / "config.yaml", "--merge", "average") == 0
-    target = config.ensemble_path.with_name("ensemble-average")
+    target = config.run.ensemble.with_name("ensemble-average")
     assert str(target) in "".join(capsys.readouterr().out.split("\n"))
-    experts = [
-        load_file(expert_directory(config, name) / "model.safetensors") for name in config.expert_names
-    ]
+    experts = [load_file(config.run.expert(name) / "model.safetensors") for name in config.expert_names]
     averaged = load_file(target / "model.safetensors")
     assert averaged.keys() == experts[0].keys()
     for name, value in averaged.items():
@@ -83,7 +81,7 @@ def test_what_keeps_experts_from_being_averaged_is_named(write_config: WriteConf
 
 
 def test_damaged_weights_are_not_averaged(config: TrainConfig) -> None:
-    file = expert_directory(config, "prose") / "model.safetensors"
+    file = config.run.expert("prose") / "model.safetensors"
     tensors = load_file(file)
     whole = dict(tensors)
     norm = tensors.pop("model.norm.weight")
@@ -97,7 +95,7 @@ def test_damaged_weights_are_not_averaged(config: TrainConfig) -> None:
     with pytest.raises(TrainingError, match=r"only 'prose' has the weights model\.steps"):
         export_average(config)
     for name, steps in (("code", 1), ("prose", 1), ("third", 2)):
-        weights = expert_directory(config, name) / "model.safetensors"
+        weights = config.run.expert(name) / "model.safetensors"
         save_file(load_file(weights) | {"model.steps": torch.tensor([steps])}, weights)
     with pytest.raises(TrainingError, match=r"cannot be averaged: the integers model\.steps differ"):
         export_average(config)
@@ -112,13 +110,13 @@ def front_matter(card: str) -> dict[str, Any]:
 
 def test_cards_say_what_was_done(config: TrainConfig) -> None:
     export(config, export_stage(config))
-    ensemble = (config.ensemble_path / "README.md").read_text()
+    ensemble = (config.run.ensemble / "README.md").read_text()
     merged = (export_average(config) / "README.md").read_text()
     assert front_matter(ensemble)["tags"] == ["decar", "ensemble"]
     assert front_matter(merged)["pipeline_tag"] == "text-generation"
     for card in (ensemble, merged):
         for name in config.expert_names:
-            report = read_expert_report(expert_directory(config, name))
+            report = read_expert_report(config.run.expert(name))
             assert f"{report.train_tokens:,}" in card
             assert f"{report.train_documents:,}" in card
             assert f"{report.held_out_loss:.4f}" in card
@@ -130,12 +128,12 @@ def test_cards_say_what_was_done(config: TrainConfig) -> None:
         assert "seed: 0" in card
     assert "decar serve . --port 8000" in ensemble
     assert "vllm serve ." in merged
-    prior = Ensemble.load(config.ensemble_path).experts[0].prior
+    prior = Ensemble.load(config.run.ensemble).experts[0].prior
     assert f"| code | {prior:.4f} |" in ensemble
 
 
 def test_an_older_report_still_makes_a_card(config: TrainConfig) -> None:
-    file = expert_directory(config, "code") / "report.json"
+    file = config.run.expert("code") / "report.json"
     report = json.loads(file.read_text())
     for key in ("train_documents", "held_out_documents", "shards", "versions"):
         del report[key]
@@ -188,20 +186,20 @@ def test_experts_that_do_not_fit_together_leave_the_old_export(
     config: TrainConfig, spoil: Callable[[Path], object], message: str
 ) -> None:
     export(config, export_stage(config))
-    before = modified(config.ensemble_path)
-    spoil(expert_directory(config, "prose"))
+    before = modified(config.run.ensemble)
+    spoil(config.run.expert("prose"))
     for write in (lambda: export(config, export_stage(config)), lambda: export_average(config)):
         with pytest.raises((EnsembleError, TrainingError), match=message) as caught:
             write()
         assert isinstance(caught.value, DecarError)
         assert "\n" not in str(caught.value)
-    assert modified(config.ensemble_path) == before
+    assert modified(config.run.ensemble) == before
     assert not list(config.work_dir.glob(".*"))
     assert not list(config.work_dir.glob("*average*"))
 
 
 def test_the_average_spares_what_is_no_model(config: TrainConfig) -> None:
-    mine = config.ensemble_path.with_name("ensemble-average")
+    mine = config.run.ensemble.with_name("ensemble-average")
     mine.mkdir()
     (mine / "thesis.tex").write_text("x")
     with pytest.raises(TrainingError, match="ensemble-average exists and is not a model; move it away"):

@@ -18,7 +18,7 @@ from decar.router.errors import TrainingError
 from decar.training.config import DataConfig, DocumentConfig, TrainConfig, load_config
 from decar.training.corpus import IMAGES_FIELD
 from decar.training.digits import WHICH, write_digits
-from decar.training.partition import make_partition, partition_stage, shard_file
+from decar.training.partition import make_partition, partition_stage
 from decar.training.sources import BadLines, Document, read_documents
 from tests.training.conftest import WriteConfig
 
@@ -175,7 +175,7 @@ def rows_of(config: TrainConfig) -> dict[str, list[dict[str, Any]]]:
         name: [
             {**row, "split": split}
             for split in ("train", "held_out")
-            for row in parquet.read_table(shard_file(config, name, split)).to_pylist()
+            for row in parquet.read_table(config.run.shard(name, split)).to_pylist()
         ]
         for name in config.expert_names
     }
@@ -225,7 +225,7 @@ def test_equal_settings_give_equal_shards(digits: TrainConfig, tmp_path: Path) -
     again = digits.model_copy(update={"work_dir": tmp_path / "again"})
     make_partition(again, partition_stage(again))
     for name in digits.expert_names:
-        assert shard_file(digits, name, "train").read_bytes() == shard_file(again, name, "train").read_bytes()
+        assert digits.run.shard(name, "train").read_bytes() == again.run.shard(name, "train").read_bytes()
 
 
 @pytest.mark.parametrize(

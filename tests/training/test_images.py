@@ -37,7 +37,6 @@ from decar.training.config import IMAGE_TEMPLATE, TrainConfig, load_config
 from decar.training.corpus import DocumentWriter
 from decar.training.digits import write_digits
 from decar.training.expert import (
-    checkpoints_of,
     complete_checkpoints,
     expert_processor,
     expert_stage,
@@ -48,7 +47,7 @@ from decar.training.export import export, export_average, export_stage
 from decar.training.held_out import load_model, read_texts, scored, scores_of
 from decar.training.image_blocks import ImageBlocks, ShardImages, image_sizes
 from decar.training.model import build_model, check_model
-from decar.training.partition import make_partition, partition_stage, read_examples, shard_file
+from decar.training.partition import make_partition, partition_stage, read_examples
 from decar.training.router import router_stage, train_router
 from decar.training.sources import Document
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
@@ -125,7 +124,7 @@ def blocks_of(config: TrainConfig, name: str = "code", split: str = "train") -> 
 def encoded(config: TrainConfig, name: str = "code", split: str = "train") -> list[list[bytes]]:
     import pyarrow.parquet as parquet
 
-    return list(parquet.read_table(shard_file(config, name, split)).column("images").to_pylist())
+    return list(parquet.read_table(config.run.shard(name, split)).column("images").to_pylist())
 
 
 # ---------------------------------------------------------------------------------------------- rows
@@ -360,7 +359,7 @@ def test_a_killed_expert_ends_with_the_same_weights(tmp_path: Path) -> None:
                 break
         assert child.wait(DEADLINE_S) == -signal.SIGKILL
     assert not stage.is_done
-    assert complete_checkpoints(checkpoints_of(config, stage))
+    assert complete_checkpoints(config.run.checkpoints(stage))
     train_expert(config, "code", stage)
     resumed = weights(config.work_dir, "code")
     shutil.rmtree(stage.directory)
@@ -398,11 +397,11 @@ def exported(config: TrainConfig) -> TrainConfig:
 
 
 def test_an_ensemble_of_image_experts(exported: TrainConfig) -> None:
-    ensemble = Ensemble.load(exported.ensemble_path)
+    ensemble = Ensemble.load(exported.run.ensemble)
     assert [expert.architecture for expert in ensemble.experts] == ["LlavaForConditionalGeneration"] * 2
     assert ensemble.max_positions == 128
     assert all(expert.reads_images for expert in ensemble.experts)
-    assert "pipeline_tag: image-text-to-text" in (exported.ensemble_path / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in (exported.run.ensemble / "README.md").read_text()
 
     # transformers reads back what was trained, and nothing is left over.
     path = ensemble.experts[0].path
@@ -442,7 +441,7 @@ def test_held_out_answers_are_scored_after_their_images(exported: TrainConfig) -
     processor = expert_processor(exported, "code", tokenizer)
     held_out = read_texts(exported, tokenizer, 64, processor)
     assert {len(text.places) for text in held_out.texts} == {0, 1, 2}
-    model = load_model(Ensemble.load(exported.ensemble_path).experts[0].path)
+    model = load_model(Ensemble.load(exported.run.ensemble).experts[0].path)
     for text, rows in scored([model], held_out.texts, 4, len(tokenizer), processor):
         ids, images = torch.tensor([text.ids]), text.images()
         inputs = {}
@@ -484,38 +483,38 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 def test_experts_that_see_images_differently_are_named(exported: TrainConfig) -> None:
-    second = exported.ensemble_path / "experts/prose"
+    second = exported.run.ensemble / "experts/prose"
     processor = (second / "processor_config.json").read_text()
     config = (second / "config.json").read_text()
     edit(second / "processor_config.json", patch_size=4)
     with pytest.raises(
         EnsembleError, match=r"'code' and 'prose' turn images .*processor\.patch_size \(8 and 4\)"
     ):
-        Ensemble.load(exported.ensemble_path)
+        Ensemble.load(exported.run.ensemble)
     edit(
         second / "processor_config.json",
         patch_size=8,
         image_processor={"crop_size": {"height": 8, "width": 8}},
     )
     with pytest.raises(EnsembleError, match=r"'code' and 'prose' .*image_processor\.crop_size"):
-        Ensemble.load(exported.ensemble_path)
+        Ensemble.load(exported.run.ensemble)
     (second / "processor_config.json").write_text(processor)
     edit(second / "config.json", vision_config={"image_size": 32}, image_token_index=9)
     with pytest.raises(
         EnsembleError, match=r"image_token_index \(\d+ and 9\), vision_config\.image_size \(16 and 32\)"
     ):
-        Ensemble.load(exported.ensemble_path)
+        Ensemble.load(exported.run.ensemble)
     data = json.loads(config)
     del data["vision_config"]
     (second / "config.json").write_text(json.dumps(data))
     with pytest.raises(EnsembleError, match=r"expert 'code' reads images and 'prose' does not"):
-        Ensemble.load(exported.ensemble_path)
+        Ensemble.load(exported.run.ensemble)
     (second / "config.json").write_text(config)
     (second / "processor_config.json").unlink()
     with pytest.raises(
         EnsembleError, match=r"expert 'prose' reads images, but .*processor_config.json is missing"
     ):
-        Ensemble.load(exported.ensemble_path)
+        Ensemble.load(exported.run.ensemble)
 
 
 # ---------------------------------------------------------------------------------------------- other models

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from decar.router import Ensemble
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert import expert_directory, expert_fingerprint, expert_stage, train_expert
+from decar.training.expert import expert_fingerprint, expert_stage, train_expert
 from decar.training.model import build_model
 from decar.training.partition import make_partition, partition_stage
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
@@ -68,13 +68,13 @@ def test_merged_experts_compute_what_base_and_adapter_do(
     assert command(monkeypatch, "run", path) == 0
     config = load_config(path)
     ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
-    for expert in Ensemble.load(config.ensemble_path).experts:
+    for expert in Ensemble.load(config.run.ensemble).experts:
         assert not (expert.path / "adapter").exists()
         assert (
             load_file(expert.path / "model.safetensors").keys()
             == load_file(base / "model.safetensors").keys()
         )
-        adapter = expert_directory(config, expert.name) / "adapter"
+        adapter = config.run.expert(expert.name) / "adapter"
         with torch.inference_mode():
             fresh = AutoModelForCausalLM.from_pretrained(base).eval()
             untrained = fresh(input_ids=ids).logits

@@ -19,8 +19,7 @@ from transformers import BertConfig, BertModel
 from decar.router.errors import TrainingError
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
-from decar.training.partition import make_partition, partition_stage, read_report, read_shard
-from decar.training.partition_report import MAP_FILE
+from decar.training.partition import make_partition, partition_stage, read_partition_report, read_shard
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import CODE, PROSE, WriteConfig
 
@@ -36,7 +35,7 @@ def test_documents_are_split_evenly_and_clusters_named_by_source(config: TrainCo
     assert [shard.train_documents + shard.held_out_documents for shard in report.shards] == [15, 15]
     assert [shard.sources for shard in report.shards] == [{"code.jsonl": 15}, {"prose.jsonl": 15}]
     assert "whale" in report.shards[1].top_terms
-    assert read_report(partition_stage(config)) == report
+    assert read_partition_report(partition_stage(config)) == report
     every = [
         text
         for name in ("code", "prose")
@@ -143,8 +142,8 @@ def test_the_report_shows_what_is_typical_and_a_map(config: TrainConfig) -> None
         assert all(any(text.startswith(near) for text in train + held_out) for near in shard.nearest)
         assert shard.train_chars == sum(map(len, train))
     directory = config.work_dir / "partition"
-    assert (directory / MAP_FILE).read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in directory.iterdir()} == {"DONE", "report.json", MAP_FILE, "code", "prose"}
+    assert (directory / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in directory.iterdir()} == {"DONE", "report.json", "map.png", "code", "prose"}
 
 
 def test_one_expert_gets_everything(write_config: WriteConfig) -> None:
@@ -278,9 +277,9 @@ def test_a_corrupt_line_is_named_or_skipped_and_counted(
     assert run(monkeypatch, path, "data.on_bad_line=skip") == 0
     out = capsys.readouterr().out
     assert "skipped 1 bad lines (prose.jsonl 1); the first: " in out
-    assert "map " + str(tmp_path / "work" / "partition" / MAP_FILE) in out
+    assert "map " + str(tmp_path / "work" / "partition" / "map.png") in out
     config = load_config(path, ["data.on_bad_line=skip"])
-    assert read_report(partition_stage(config)).skipped_lines == {"prose.jsonl": 1}
+    assert read_partition_report(partition_stage(config)).skipped_lines == {"prose.jsonl": 1}
 
 
 @pytest.mark.parametrize("full", ["documents.parquet", "train.parquet", "held_out.parquet"])

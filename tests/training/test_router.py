@@ -247,4 +247,4 @@ def test_the_command_shows_a_table(
     out = capsys.readouterr().out
     assert "classifier" in out
     assert "64 chars" in out
-    assert Ensemble.inspect(prepared.ensemble_path)[0] is None  # nothing but the router was made
+    assert Ensemble.inspect(prepared.run.ensemble)[0] is None  # nothing but the router was made

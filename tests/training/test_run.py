@@ -13,7 +13,7 @@ from decar.router import Ensemble
 from decar.training import stages
 from decar.training.cli import main
 from decar.training.config import load_config
-from decar.training.expert import expert_directory, read_expert_report
+from decar.training.expert import read_expert_report
 from tests.training.conftest import WriteConfig
 
 
@@ -34,10 +34,8 @@ def test_run_makes_a_servable_ensemble_once(
     path = write_config()
     assert command(monkeypatch, "run", path, "--set", "mixing.rule=logit") == 0
     config = load_config(path, ["mixing.rule=logit"])
-    ensemble = Ensemble.load(config.ensemble_path)
-    tokens = {
-        name: read_expert_report(expert_directory(config, name)).train_tokens for name in config.expert_names
-    }
+    ensemble = Ensemble.load(config.run.ensemble)
+    tokens = {name: read_expert_report(config.run.expert(name)).train_tokens for name in config.expert_names}
     assert (ensemble.name, ensemble.expert_names) == ("tiny", ["code", "prose"])
     assert ensemble.manifest.mixing.rule == "logit"
     for expert in ensemble.experts:
@@ -49,7 +47,7 @@ def test_run_makes_a_servable_ensemble_once(
             "tokenizer.json",
             "tokenizer_config.json",
         }
-    router_files = {file.name for file in (config.ensemble_path / "router").iterdir()}
+    router_files = {file.name for file in (config.run.ensemble / "router").iterdir()}
     assert router_files == {"router.json", "router.safetensors"}
 
     before = modified(config.work_dir)
@@ -63,7 +61,7 @@ def test_run_makes_a_servable_ensemble_once(
     assert {
         file: at for file, at in after.items() if "experts" in file.parts and "ensemble" not in file.parts
     } == {file: at for file, at in before.items() if "experts" in file.parts and "ensemble" not in file.parts}
-    assert Ensemble.load(config.ensemble_path).manifest.mixing.rule == "velocity"
+    assert Ensemble.load(config.run.ensemble).manifest.mixing.rule == "velocity"
 
 
 def test_transformers_loads_experts_and_their_chat_template(
@@ -74,7 +72,7 @@ def test_transformers_loads_experts_and_their_chat_template(
     for name in ("code", "prose"):
         assert command(monkeypatch, "expert", name, path) == 0
     assert command(monkeypatch, "export", path) == 0
-    for expert in Ensemble.load(load_config(path).ensemble_path).experts:
+    for expert in Ensemble.load(load_config(path).run.ensemble).experts:
         tokenizer = AutoTokenizer.from_pretrained(expert.path)
         model = AutoModelForCausalLM.from_pretrained(expert.path)
         assert model.dtype == torch.float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from decar.training.evaluate import CENTRALIZED, RANDOM
+from decar.training.scores import CENTRALIZED, RANDOM
 from decar.training.systems import DENSE
 from decar.training.verdict import Comparison, Estimate, Gap, Verdict, estimate, in_words, verdict
 
@@ -13,17 +13,20 @@ T_2 = 4.3027
 
 
 def test_the_interval_over_seeds_is_students() -> None:
-    of = estimate([0.1, 0.2, 0.3], [9.0, 9.0, 9.0])
-    assert (of.mean, of.sd) == (pytest.approx(0.2), pytest.approx(0.1))
+    difference = estimate([0.1, 0.2, 0.3], [9.0, 9.0, 9.0])
+    assert (difference.mean, difference.sd) == (pytest.approx(0.2), pytest.approx(0.1))
     half = T_2 * 0.1 / 3**0.5
-    assert of.low == pytest.approx(0.2 - half, rel=1e-4)
-    assert of.high == pytest.approx(0.2 + half, rel=1e-4)
+    assert difference.low == pytest.approx(0.2 - half, rel=1e-4)
+    assert difference.high == pytest.approx(0.2 + half, rel=1e-4)
 
 
 def test_the_interval_of_one_seed_is_from_its_texts() -> None:
-    of = estimate([0.2], [0.01])
-    assert of.sd is None
-    assert (of.low, of.high) == (pytest.approx(0.2 - 0.0196, abs=1e-5), pytest.approx(0.2 + 0.0196, abs=1e-5))
+    difference = estimate([0.2], [0.01])
+    assert difference.sd is None
+    assert (difference.low, difference.high) == (
+        pytest.approx(0.2 - 0.0196, abs=1e-5),
+        pytest.approx(0.2 + 0.0196, abs=1e-5),
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,9 +48,9 @@ def test_the_rule(per_seed: list[float], expected: Verdict) -> None:
 
 
 def test_a_wider_margin_is_easier_to_keep() -> None:
-    of = estimate([0.3, 0.31, 0.32], [0.0] * 3)
-    assert verdict(of, margin=0.3) == "worse"
-    assert verdict(of, margin=0.34) == "equivalent within noise"
+    difference = estimate([0.3, 0.31, 0.32], [0.0] * 3)
+    assert verdict(difference, margin=0.3) == "worse"
+    assert verdict(difference, margin=0.34) == "equivalent within noise"
 
 
 def against(second: str, difference: Estimate) -> Comparison:

@@ -13,7 +13,6 @@ u((K + 8)M + sqrt(V)). Inputs in bfloat16 and float16 are exact in float32.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -21,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import psutil
 import torch
@@ -32,7 +31,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from decar.benchmarks.machine import environment, slug
-from decar.kernels import Rows, Rule, decide, mix_rows
+from decar.benchmarks.report import lines_of
+from decar.kernels import MAX_EXPERTS, Rows, Rule, decide, mix_rows
 
 Operation = Literal["mix", "decide"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -41,8 +41,8 @@ DTYPES: dict[Dtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-OPERATIONS: tuple[Operation, ...] = ("mix", "decide")
-RULES: tuple[Rule, ...] = ("velocity", "logit")
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+RULES: tuple[Rule, ...] = get_args(Rule)
 COPY_BYTES = {"cuda": 1 << 28, "cpu": 1 << 26}
 """One buffer of the copy: far more than any cache holds."""
 CPU_SECONDS, CPU_REPEATS = 0.2, 9
@@ -150,12 +150,14 @@ def ours(case: Case) -> Implementation:
     """decar's operation: Triton on a GPU, plain torch elsewhere."""
     if case.operation == "mix":
         return Implementation(
-            "decar", lambda of: mix_rows(of.rows, of.entries, of.log_weights, case.rule), anchored=True
+            "decar",
+            lambda inputs: mix_rows(inputs.rows, inputs.entries, inputs.log_weights, case.rule),
+            anchored=True,
         )
 
-    def run(of: Inputs) -> Result:
-        greedy = of.temperatures, of.zeros, of.zeros
-        return decide(of.rows, of.entries, of.log_weights, case.rule, *greedy)
+    def run(inputs: Inputs) -> Result:
+        greedy = inputs.temperatures, inputs.zeros, inputs.zeros
+        return decide(inputs.rows, inputs.entries, inputs.log_weights, case.rule, *greedy)
 
     return Implementation("decar", run, anchored=True)
 
@@ -190,7 +192,7 @@ def naive(case: Case, compiled: bool) -> Implementation:
         torch.compiler.reset()  # past its limit of recompilations it would quietly run eagerly
         function = torch.compile(function, dynamic=False, fullgraph=True)
     name = "compiled" if compiled else "eager"
-    return Implementation(name, lambda of: function(of.stack, of.single_log_weights, case.rule))
+    return Implementation(name, lambda inputs: function(inputs.stack, inputs.single_log_weights, case.rule))
 
 
 def exact(inputs: Inputs, rule: Rule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -256,10 +258,12 @@ def _distance(result: torch.Tensor, expected: torch.Tensor) -> float:
     return (result.double() - expected).abs().max().item()
 
 
-def _demand(case: Case, of: Implementation, held: bool, what: str, allowed: float | None = None) -> None:
+def _demand(
+    case: Case, implementation: Implementation, held: bool, what: str, allowed: float | None = None
+) -> None:
     if not held:
         limit = "" if allowed is None else f", more than rounding explains ({allowed:.2e})"
-        raise WrongResult(f"{case.label}: {of.name} gives {what}{limit}; nothing was timed")
+        raise WrongResult(f"{case.label}: {implementation.name} gives {what}{limit}; nothing was timed")
 
 
 def time_of(run: Callable[[], Any], device: str) -> dict[str, float]:
@@ -275,7 +279,7 @@ def time_of(run: Callable[[], Any], device: str) -> dict[str, float]:
             started = time.perf_counter()
             run()
             times.append(time.perf_counter() - started)
-        low, _, _, high = (1e6 * of for of in statistics.quantiles(times, n=5))
+        low, _, _, high = (1e6 * seconds for seconds in statistics.quantiles(times, n=5))
         middle = 1e6 * statistics.median(times)
     return {"time_us": middle, "p20_us": low, "p80_us": high}
 
@@ -311,7 +315,7 @@ def measure(case: Case, device: str, bandwidth: float, compiled: bool) -> dict[s
             "share_of_copy": rate / bandwidth,
             "error": error,
         }
-    us = {name: of["time_us"] for name, of in measured.items()}
+    us = {name: timing["time_us"] for name, timing in measured.items()}
     return {
         **asdict(case),
         "bytes": case.bytes,
@@ -333,8 +337,8 @@ def default_grid(device: str, quick: bool) -> Grid:
 
 def doubts(results: list[dict[str, Any]], busy_percent: float) -> str:
     """Signs that something else ran on the machine, which moves medians as well."""
-    times = [of for result in results for of in result["implementations"].values()]
-    unsteady = sum(of["p80_us"] > UNSTEADY * of["p20_us"] for of in times)
+    times = [timing for result in results for timing in result["implementations"].values()]
+    unsteady = sum(timing["p80_us"] > UNSTEADY * timing["p20_us"] for timing in times)
     found = []
     if busy_percent > BUSY_PERCENT:
         found.append(f"others used {busy_percent:.0f}% of the processors as this began")
@@ -370,10 +374,14 @@ def table_of(results: list[dict[str, Any]], text: str) -> Table:
     for name in ("B", "V", "K", "MB", "µs", "of copy", "×eager", *(["×compiled"] if compiled else [])):
         table.add_column(name, justify="right")
     for result in results:
-        of = result["implementations"]["decar"]
+        timing = result["implementations"]["decar"]
         row = [result["operation"], result["rule"], result["dtype"]]
         row += [str(result[size]) for size in ("rows", "vocabulary", "experts")]
-        row += [f"{result['bytes'] / 1e6:,.2f}", f"{of['time_us']:,.1f}", f"{of['share_of_copy']:.0%}"]
+        row += [
+            f"{result['bytes'] / 1e6:,.2f}",
+            f"{timing['time_us']:,.1f}",
+            f"{timing['share_of_copy']:.0%}",
+        ]
         row += [f"{result['speedup_over_eager']:.2f}"]
         table.add_row(*row, *([f"{result['speedup_over_compiled']:.2f}"] if compiled else []))
     return table
@@ -411,12 +419,12 @@ def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
             }
             places = [n + (k - (len(experts) - 1) / 2) * width for n in range(len(sizes))]
 
-            def shares(name: str, of: dict[Any, Any] = chosen) -> list[float]:
-                return [100 * of[size][name]["share_of_copy"] for size in sizes]
+            def shares(name: str, by_size: dict[Any, Any] = chosen) -> list[float]:
+                return [100 * by_size[size][name]["share_of_copy"] for size in sizes]
 
             axis.bar(places, shares("decar"), 0.9 * width, color=f"C{k}", label=f"decar, K={count}")
             for name, mark, colour in (("eager", "v", "white"), ("compiled", "o", "gold")):
-                if all(name in of for of in chosen.values()):
+                if all(name in timings for timings in chosen.values()):
                     style = {"s": 24, "marker": mark, "color": colour, "edgecolors": "black", "zorder": 3}
                     label = f"torch, {name}" if k == len(experts) - 1 else None
                     axis.scatter(places, shares(name), label=label, **style)
@@ -431,7 +439,7 @@ def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
         if j == 0:
             axis.set_ylabel("% of a copy's bandwidth")
     highest = max(
-        100 * of["share_of_copy"] for result in results for of in result["implementations"].values()
+        100 * timing["share_of_copy"] for result in results for timing in result["implementations"].values()
     )
     if highest < 40:  # else bars far below the copy's line would be too small to read
         axes[0, 0].set_ylim(0, 1.15 * highest)
@@ -445,7 +453,7 @@ def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
 def kernel(
     rows: Annotated[list[int] | None, typer.Option(min=1, help="B, rows of a batch; repeatable.")] = None,
     vocabulary: Annotated[list[int] | None, typer.Option(min=1, help="V, tokens; repeatable.")] = None,
-    experts: Annotated[list[int] | None, typer.Option(min=1, max=16, help="K; repeatable.")] = None,
+    experts: Annotated[list[int] | None, typer.Option(min=1, max=MAX_EXPERTS, help="K; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DTYPES)}; repeatable.")] = None,
     rule: Annotated[Rule | None, typer.Option(help="Default: both.")] = None,
     operation: Annotated[Operation | None, typer.Option(help="Default: both.")] = None,
@@ -514,7 +522,7 @@ def kernel(
     }
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{slug()}-kernel.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(lines_of(report))
     console.print(f"Wrote {path}", soft_wrap=True)
     hardware = where["gpus"][0] if device == "cuda" else f"{where['cpu']}, {where['cores']} cores, no Triton"
     try:

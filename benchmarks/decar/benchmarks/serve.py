@@ -178,15 +178,15 @@ def _measure_all(
             "draw": {"route": "posterior", "sampling": "draw"},
             "top-1": {"weights": {bench.first: 1.0}},
         }
-        of = {
+        ensemble_targets = {
             system: [bench.target(ensemble, bench.name, decar=options)] for system, options in decar.items()
         }
-        checked = _check(bench, of["pruned" if "pruned" in compared else "dense"][0])
+        checked = _check(bench, ensemble_targets["pruned" if "pruned" in compared else "dense"][0])
         loaded = {  # the systems that vLLM's client puts load on
             "single": [bench.target(*plain[0])],
             "independent": [bench.target(*each) for each in plain],
             "split": [bench.target(*each) for each in plain],
-            **of,
+            **ensemble_targets,
         }
         under = {system: targets for system, targets in loaded.items() if system in ("single", *compared)}
         short = replace(most, requests=most.concurrency, output_tokens=8)
@@ -349,13 +349,13 @@ def _step(
 ) -> dict[str, Any]:
     """Where an average decode step's time went, in ms, mean over the engines; holds are counted, not timed."""
     spent = [{k: new[k] - old[k] for k in new} for old, new in zip(before, after, strict=True)]
-    steps = sum(of["steps"] for of in spent)
-    ms = {k: sum(of[f"{k}_ns"] for of in spent) / steps / 1e6 for k in TIMED}
+    steps = sum(engine["steps"] for engine in spent)
+    ms = {k: sum(engine[f"{k}_ns"] for engine in spent) / steps / 1e6 for k in TIMED}
     phases = {k: ms[k] for k in ("forward", "post", "mix")}
     phases["wait"] = ms["row_wait"] + ms["token_wait"]
     phases["sample"] = ms["sample"] - ms["token_wait"]  # the wait happens in there
     whole = 1000 * duration_s * len(spent) / steps
-    holds = sum(of["leader_holds"] + of["follower_holds"] for of in spent)
+    holds = sum(engine["leader_holds"] + engine["follower_holds"] for engine in spent)
     return {
         "load": asdict(load),
         "steps": steps / len(spent),

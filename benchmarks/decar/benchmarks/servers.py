@@ -99,8 +99,8 @@ class Bench:
             for i, (name, path) in enumerate(list(self.experts.items())[:count]):
                 command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
                 command += ["--served-model-name", name, "--max-logprobs", "-1", *self._all_flags()]
-                of = self.cores[i * share % len(self.cores) :][:share]
-                cores = () if self.on_gpu else of
+                dealt = self.cores[i * share % len(self.cores) :][:share]
+                cores = () if self.on_gpu else dealt
                 log = self.logs / f"{name}.log"
                 servers.append((stack.enter_context(serving(command, free_port(), log, cores=cores)), name))
             yield servers

@@ -65,11 +65,11 @@ class Texts:
         """The next ``count`` prompts, those of the files by turns."""
         turns = range(self._used, self._used - (-count // len(self._files)))
         self._used = turns.stop
-        return [of[turn % len(of)] for turn in turns for of in self._prompts][:count]
+        return [prompts[turn % len(prompts)] for turn in turns for prompts in self._prompts][:count]
 
     def write(self, path: Path, count: int) -> Path:
         """Write what `pick` gives as vLLM's `custom` dataset reads it; return ``path``."""
-        path.write_text("".join(json.dumps({"prompt": of}) + "\n" for of in self.pick(count)))
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in self.pick(count)))
         return path
 
 

@@ -126,7 +126,7 @@ async def over_http(
             rows = await asyncio.gather(*(row(client, server, ids) for server in servers))
             shared = set.intersection(*map(set, rows))
             mixed = {
-                token: sum(w * math.exp(of[token]) for w, of in zip(weights, rows, strict=True))
+                token: sum(w * math.exp(log_probs[token]) for w, log_probs in zip(weights, rows, strict=True))
                 for token in shared
             }
             ids.append(int(max(mixed, key=mixed.__getitem__).removeprefix("token_id:")))

@@ -108,15 +108,15 @@ def ratios(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {
         phase: [
             time / times[phase, "single", repeat]
-            for (of, system, repeat), time in times.items()
-            if (of, system) == (phase, "posterior")
+            for (run_phase, system, repeat), time in times.items()
+            if (run_phase, system) == (phase, "posterior")
         ]
         for phase in PHASES
     }
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
-    of = result["ensemble"]
+    ensemble = result["ensemble"]
     table = Table("prompts", "single, ms", "posterior, ms", "ratio", "of each repeat", box=box.SIMPLE_HEAD)
     for phase, values in result["ratios"].items():
         table.add_row(
@@ -129,7 +129,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
             ", ".join(f"{value:.2f}" for value in values),
         )
     console.print(
-        f"[bold]{of['name']}[/bold], {of['experts']} experts, {of['dtype']}: time to the first token"
+        f"[bold]{ensemble['name']}[/bold], {ensemble['experts']} experts, {ensemble['dtype']}: time to the first token"
     )
     console.print(table)
     console.print("medians of each repeat's median; one request at a time")

@@ -129,8 +129,8 @@ def show(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[P
     if not pieces:
         console.print("the answer is empty: the first token that was sampled ended it")
         return
-    weights = [of for piece in pieces for of in piece.weights]
-    leaders = [of for piece in pieces for of in piece.leaders]
+    weights = [token_weights for piece in pieces for token_weights in piece.weights]
+    leaders = [leader for piece in pieces for leader in piece.leaders]
     if console.no_color or console.color_system is None:
         _print_runs(console, names, prompt, pieces)
     else:
@@ -139,13 +139,13 @@ def show(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[P
     label = max(map(len, names))
     width = min(len(weights), max(console.width - label - 10, 8))
     for k, name in enumerate(names):
-        column = [of[k] for of in weights]
+        column = [token_weights[k] for token_weights in weights]
         mean = sum(column) / len(column)
         row = Text.assemble(
             f"{name:<{label}} ", (_sparkline(console, column, width), _colour(k)), f" {mean:6.1%}"
         )
         console.print(row, no_wrap=True)
-    active = sum(w > 0 for of in weights for w in of) / len(weights)
+    active = sum(w > 0 for token_weights in weights for w in token_weights) / len(weights)
     console.print(
         f"{describe_weights(list(names), weights)}; active experts a token: {active:.2f}", soft_wrap=True
     )
@@ -168,7 +168,7 @@ def _print_runs(console: Console, names: Sequence[str], prompt: str, pieces: Seq
     console.print(f"{'prompt':<{label}}      | {_one_line(prompt)}", markup=False, soft_wrap=True)
     for speaker, group in itertools.groupby(pieces, key=lambda piece: piece.speaker):
         run = list(group)
-        weights = [of[speaker] for piece in run for of in piece.weights]
+        weights = [token_weights[speaker] for piece in run for token_weights in piece.weights]
         text = _one_line("".join(piece.text for piece in run))
         mean = sum(weights) / len(weights)
         console.print(f"{names[speaker]:<{label}} {mean:4.0%} | {text}", markup=False, soft_wrap=True)

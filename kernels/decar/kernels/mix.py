@@ -6,6 +6,7 @@ Shapes: K experts, B rows, V vocabulary, E entries of a buffer.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import get_args
 
 import torch
 
@@ -94,9 +95,9 @@ def decide(
         ValueError: as `mix`.
     """
     _check(rows, entries, log_weights, rule)
-    for name, of in (("temperatures", temperatures), ("seeds", seeds), ("positions", positions)):
-        if of.shape != entries.shape:
-            raise ValueError(f"{name} must be [B={len(entries)}], not {tuple(of.shape)}")
+    for name, tensor in (("temperatures", temperatures), ("seeds", seeds), ("positions", positions)):
+        if tensor.shape != entries.shape:
+            raise ValueError(f"{name} must be [B={len(entries)}], not {tuple(tensor.shape)}")
     return _implementation(rows).decide(rows, entries, log_weights, rule, temperatures, seeds, positions)
 
 
@@ -105,7 +106,7 @@ def _check(rows: Rows, entries: torch.Tensor, log_weights: torch.Tensor, rule: R
         raise ValueError(
             f"log_weights must be [B={len(entries)}, K={rows.experts}], not {tuple(log_weights.shape)}"
         )
-    if rule not in ("velocity", "logit"):
+    if rule not in get_args(Rule):
         raise ValueError(f"rule must be 'velocity' or 'logit', not {rule!r}")
 
 

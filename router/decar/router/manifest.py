@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,8 +19,12 @@ from decar.router.errors import EnsembleError, did_you_mean
 from decar.router.files import router_problems
 
 MANIFEST_NAME = "ensemble.json"
+MAX_EXPERTS = 16
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+"""What an ensemble or an expert may be called."""
 Rule = Literal["velocity", "logit"]
-Route = Literal["posterior", "prior", "classifier", "centroid"]
+RouterKind = Literal["posterior", "prior", "classifier", "centroid"]
 Scope = Literal["full", "output"]
 Start = Literal["prior", "classifier", "centroid"]
 Trained = Literal["classifier", "centroid"]
@@ -54,7 +58,7 @@ class _Strict(BaseModel):
 class ExpertEntry(_Strict):
     """One expert: a Hugging Face checkpoint inside the ensemble directory and its prior mass."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    name: Name
     path: str
     prior: float = Field(
         gt=0, allow_inf_nan=False, description="share of the training data; normalised on use"
@@ -68,7 +72,7 @@ class RouterEntry(_Strict):
     from the weights that the router ``start`` gives for the prompt (``output``).
     """
 
-    kind: Route = "posterior"
+    kind: RouterKind = "posterior"
     scope: Scope = "full"
     start: Start = "prior"
 
@@ -95,8 +99,8 @@ class Manifest(_Strict):
     """``ensemble.json``."""
 
     format_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
-    experts: tuple[ExpertEntry, ...] = Field(min_length=1, max_length=16)
+    name: Name
+    experts: tuple[ExpertEntry, ...] = Field(min_length=1, max_length=MAX_EXPERTS)
     router: RouterEntry = RouterEntry()
     mixing: Mixing = Mixing()
 
@@ -119,7 +123,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> Path:
 
 
 @dataclass(frozen=True)
-class Expert:
+class ExpertCheckpoint:
     """One expert on disk, with what its files say about it."""
 
     name: str
@@ -179,7 +183,7 @@ class Ensemble:
     Use :meth:`load` to read one that has to be servable, or :meth:`inspect` to collect every problem.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, experts: tuple[Expert, ...]):
+    def __init__(self, directory: Path, manifest: Manifest, experts: tuple[ExpertCheckpoint, ...]):
         self.directory = directory
         self.manifest = manifest
         self.experts = experts
@@ -230,9 +234,11 @@ class Ensemble:
         return cls(directory, manifest, experts), problems
 
 
-def read_experts(directory: Path, entries: Sequence[ExpertEntry]) -> tuple[tuple[Expert, ...], list[str]]:
+def read_experts(
+    directory: Path, entries: Sequence[ExpertEntry]
+) -> tuple[tuple[ExpertCheckpoint, ...], list[str]]:
     """The experts in ``directory`` that could be read, and what keeps them from being served together."""
-    experts: list[Expert] = []
+    experts: list[ExpertCheckpoint] = []
     problems: list[str] = []
     for entry in entries:
         try:
@@ -323,7 +329,7 @@ def _field_names(model: type[BaseModel], seen: set[type] | None = None) -> list[
     return names
 
 
-def _read_expert(directory: Path, entry: ExpertEntry) -> Expert:
+def _read_expert(directory: Path, entry: ExpertEntry) -> ExpertCheckpoint:
     path = (directory / entry.path).resolve()
     if not path.is_relative_to(directory.resolve()):
         raise EnsembleError(
@@ -342,7 +348,7 @@ def _read_expert(directory: Path, entry: ExpertEntry) -> Expert:
         raise EnsembleError(
             f"expert {entry.name!r}: {config_path} cannot be read ({error.strerror})"
         ) from None
-    expert = Expert(entry.name, path, entry.prior, config)
+    expert = ExpertCheckpoint(entry.name, path, entry.prior, config)
     try:
         usable = expert.vocab_size > 0
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -352,7 +358,7 @@ def _read_expert(directory: Path, entry: ExpertEntry) -> Expert:
     return expert
 
 
-def _weight_problems(expert: Expert) -> list[str]:
+def _weight_problems(expert: ExpertCheckpoint) -> list[str]:
     try:
         files = expert.weight_files
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -407,7 +413,7 @@ def _count_parameters(file: Path) -> int:
     return total
 
 
-def _tokenizer_problems(experts: list[Expert]) -> list[str]:
+def _tokenizer_problems(experts: list[ExpertCheckpoint]) -> list[str]:
     problems = []
     fingerprints: dict[str, str] = {}
     for expert in experts:
@@ -434,7 +440,7 @@ def _tokenizer_problems(experts: list[Expert]) -> list[str]:
     return problems
 
 
-def _image_problems(experts: list[Expert]) -> list[str]:
+def _image_problems(experts: list[ExpertCheckpoint]) -> list[str]:
     """What would have an image stand in different places of a prompt, one expert to another."""
     problems = [
         f"expert {expert.name!r} reads images, but {expert.path / PROCESSOR_FILES[0]} is missing; export it again"
@@ -472,7 +478,7 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[
     }
 
 
-def _image_tokens(expert: Expert) -> dict[str, Any]:
+def _image_tokens(expert: ExpertCheckpoint) -> dict[str, Any]:
     """What of an expert's files decides which tokens an image becomes, and how many."""
     if not expert.reads_images:
         return {}

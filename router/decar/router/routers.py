@@ -22,7 +22,7 @@ from decar.router.files import (
     read_router,
     router_folder,
 )
-from decar.router.manifest import Ensemble, Route, Start, Trained
+from decar.router.manifest import Ensemble, RouterKind, Start, Trained
 from decar.router.posterior import Float64s, log_normalise, log_prior
 
 if TYPE_CHECKING:
@@ -149,9 +149,9 @@ def _both(trained: TrainedRouter[P], ensemble: Ensemble) -> dict[Trained, Router
     }
 
 
-def available_routers(ensemble: Ensemble) -> tuple[Route, ...]:
+def available_routers(ensemble: Ensemble) -> tuple[RouterKind, ...]:
     """What a request may ask ``ensemble`` for. One that was read without problems has all of them or no files."""
-    always: tuple[Route, ...] = ("posterior", "prior")
+    always: tuple[RouterKind, ...] = ("posterior", "prior")
     if has_router(router_folder(ensemble.directory)):
         return (*always, "classifier", "centroid")
     return always

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import decar
 from decar.router import Ensemble
 from decar.router.errors import DecarError
 from decar.server.placement import gib, place, visible_gpus
@@ -25,6 +26,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Directory = Annotated[Path, typer.Argument(help="An ensemble directory, as `decar-train export` writes it.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"decar {decar.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Nothing to do: typer wants a function to hang the options on that come before a command."""
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -20,7 +20,7 @@ from decar.router import Ensemble
 from decar.router.errors import StartError
 from decar.server.placement import CPU_KV_BYTES, Place, check_memory, place, visible_gpus
 from decar.server.protocol.machine import check_memory_order
-from decar.server.protocol.plane import Plane, remove_stale
+from decar.server.protocol.plane import Plane, prompt_unit, remove_stale
 
 if TYPE_CHECKING:
     from decar.server.gateway.ensemble import EnsembleClient
@@ -92,6 +92,9 @@ async def _running_ensemble(
         slots=configs[0].scheduler_config.max_num_seqs,
         vocab_size=ensemble.vocab_size,
         positions=configs[0].model_config.max_model_len,
+        prompt_unit=prompt_unit(
+            configs[0].model_config.max_model_len, [config.cache_config.block_size for config in configs]
+        ),
         device_dtype=None if places[0].gpu is None else row_dtype(configs),
     )
     started: list[Any] = []

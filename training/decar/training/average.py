@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from decar.router.errors import TrainingError
-from decar.router.manifest import Expert
+from decar.router.manifest import ExpertCheckpoint
 
 INDEX_NAME = "model.safetensors.index.json"
 # What may differ in the configurations of models that compute the same function of their weights.
 _NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 
 
-def average(experts: Sequence[Expert], directory: Path) -> None:
+def average(experts: Sequence[ExpertCheckpoint], directory: Path) -> None:
     """Write weights and configuration of the mean of ``experts``, each with the same share, to ``directory``.
 
     Tensors are averaged in fp32 one by one, and kept in the first expert's files and number formats.
@@ -43,7 +43,7 @@ def average(experts: Sequence[Expert], directory: Path) -> None:
         for file in experts[0].weight_files:
             with safe_open(file, framework="pt") as opened:
                 names = list(opened.keys())
-            means = {name: _mean(name, [of[name] for of in tensors.values()]) for name in names}
+            means = {name: _mean(name, [file_of[name] for file_of in tensors.values()]) for name in names}
             save_file(means, directory / file.name, metadata={"format": "pt"})
     for name in ("config.json", INDEX_NAME):
         if (experts[0].path / name).exists():
@@ -62,7 +62,7 @@ def _mean(name: str, files: Sequence[Any]) -> torch.Tensor:
     return (total / len(files)).to(first.dtype)
 
 
-def _check_configurations(experts: Sequence[Expert]) -> None:
+def _check_configurations(experts: Sequence[ExpertCheckpoint]) -> None:
     first, *others = experts
     for other in others:
         keys = sorted((first.config.keys() | other.config.keys()) - _NOT_ARCHITECTURE)

@@ -12,7 +12,6 @@ from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig
 from decar.training.expert import (
     ExpertReport,
-    expert_directory,
     expert_stage,
     read_expert_report,
     train_model,
@@ -41,7 +40,7 @@ def with_all_compute(config: TrainConfig) -> TrainConfig:
     problem = why_no_twin(config)
     if problem:
         raise TrainingError(problem)
-    reports = [read_expert_report(expert_directory(config, name)) for name in config.expert_names]
+    reports = [read_expert_report(config.run.expert(name)) for name in config.expert_names]
     steps = sum(report.steps for report in reports)
     return config.model_copy(update={"training": config.training.model_copy(update={"max_steps": steps})})
 
@@ -54,7 +53,7 @@ def centralized_stage(config: TrainConfig) -> Stage:
     """
     twin = with_all_compute(config)
     stages = [expert_stage(twin, name) for name in config.expert_names]
-    return Stage(config.work_dir / "centralized", stages[0].config, fingerprint([s.inputs for s in stages]))
+    return Stage(config.run.centralized, stages[0].config, fingerprint([s.inputs for s in stages]))
 
 
 def train_centralized(config: TrainConfig, stage: Stage, callbacks: Iterable[Any] = ()) -> ExpertReport:

@@ -25,6 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+import decar
 from decar.router.errors import DecarError, TrainingError
 from decar.training.config import TrainConfig, load_config, load_seeds
 
@@ -52,6 +53,21 @@ Overrides = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="say what training would take and show a batch; write nothing")
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"decar-train {decar.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Nothing to do: typer wants a function to hang the options on that come before a command."""
 
 
 @app.command()
@@ -116,17 +132,17 @@ def export(
 def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
     """Hold the ensemble against a centralized model, a random split and more, over seeds; makes what is missing."""
     settings = _load(config, set_)
-    runs = load_seeds(config, set_)
-    for seed_run in runs:
-        _check_models(seed_run)
-    for seed_run in runs:
-        if len(runs) > 1:
-            console.rule(f"seed {seed_run.seed}")
-        _run(seed_run)
-        _centralized(seed_run)
-        _random_split(seed_run)
-        _score(seed_run)
-    _evaluate(settings, runs)
+    configs = load_seeds(config, set_)
+    for one in configs:
+        _check_models(one)
+    for one in configs:
+        if len(configs) > 1:
+            console.rule(f"seed {one.seed}")
+        _run(one)
+        _centralized(one)
+        _random_split(one)
+        _scores(one)
+    _evaluate(settings, configs)
 
 
 def main() -> None:
@@ -180,13 +196,13 @@ def _run(config: TrainConfig) -> None:
 
 
 def _partition(config: TrainConfig) -> None:
-    from decar.training.partition import make_partition, partition_stage, read_report
-    from decar.training.partition_report import MAP_FILE
+    from decar.training.partition import make_partition, partition_stage, read_partition_report
+    from decar.training.run import plot_file
     from decar.training.tokenizer import make_tokenizer, tokenizer_stage
 
     stage = partition_stage(config)
     if stage.is_done:
-        report = read_report(stage)
+        report = read_partition_report(stage)
         console.print("partition: done before")
     else:
         with Progress(*_columns("partition:"), TimeRemainingColumn(), console=console) as bar:
@@ -199,7 +215,7 @@ def _partition(config: TrainConfig) -> None:
 
             report = make_partition(config, stage, show)
         console.print("partition: done")
-    _show_partition(report, stage.directory / MAP_FILE)
+    _show_partition(report, plot_file(stage.directory, "map"))
 
     stage = tokenizer_stage(config)
     if stage.is_done:
@@ -294,6 +310,7 @@ def _model(stage: Stage, what: str, train: Callable[[Stage, list[Any]], ExpertRe
 
 def _router(config: TrainConfig) -> None:
     from decar.training.router import read_router_report, router_stage, train_router
+    from decar.training.run import plot_file
 
     stage = router_stage(config)
     if stage.is_done:
@@ -317,7 +334,7 @@ def _router(config: TrainConfig) -> None:
             for name, quality in report.images.routers.items()
         )
         console.print(f"by images: {', '.join(by_image)}", soft_wrap=True)
-    console.print(f"router: {verb}, plot {stage.directory / 'calibration.png'}", soft_wrap=True)
+    console.print(f"router: {verb}, plot {plot_file(stage.directory, 'calibration')}", soft_wrap=True)
 
 
 def _export(config: TrainConfig) -> None:
@@ -327,37 +344,37 @@ def _export(config: TrainConfig) -> None:
 
     stage = export_stage(config)
     if is_exported(config, stage):
-        ensemble, verb = Ensemble.load(config.ensemble_path), "done before"
+        ensemble, verb = Ensemble.load(config.run.ensemble), "done before"
     else:
         ensemble, verb = write_ensemble(config, stage), "done"
     priors = ", ".join(f"{expert.name} {expert.prior:.3f}" for expert in ensemble.experts)
     console.print(f"export: {verb}, {ensemble.directory} (priors: {priors})", soft_wrap=True)
 
 
-def _score(config: TrainConfig) -> None:
-    from decar.training.evaluate import evaluate as compare
-    from decar.training.evaluate import evaluation_stage
+def _scores(config: TrainConfig) -> None:
+    from decar.training.scores import make_scores, scores_stage
 
-    stage = evaluation_stage(config)
+    stage = scores_stage(config)
     if stage.is_done:
         console.print("scores: done before")
         return
     with Progress(*_columns("scores:"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=None, note="")
-        compare(
+        make_scores(
             config, stage, lambda done, total: bar.update(task, completed=done, total=total, note="texts")
         )
     console.print("scores: done")
 
 
-def _evaluate(config: TrainConfig, runs: list[TrainConfig]) -> None:
-    from decar.training.report import PAGE_FILE, make_report, read_report, report_stage
+def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
+    from decar.training.evaluate import evaluate_stage, make_evaluation, read_evaluation
+    from decar.training.run import page_file
 
-    stage = report_stage(config, runs)
+    stage = evaluate_stage(config, configs)
     if stage.is_done:
-        report, verb = read_report(stage), "done before"
+        report, verb = read_evaluation(stage), "done before"
     else:
-        report, verb = make_report(config, runs, stage), "done"
+        report, verb = make_evaluation(config, configs, stage), "done"
     columns = (
         "system",
         "perple-\nxity",
@@ -381,7 +398,9 @@ def _evaluate(config: TrainConfig, runs: list[TrainConfig]) -> None:
                 f"{row.prompt_passes:.2f}",
             )
     console.print(table, markup=False)
-    what = "the error over texts" if len(runs) == 1 else f"the standard deviation over {len(runs)} seeds"
+    what = (
+        "the error over texts" if len(configs) == 1 else f"the standard deviation over {len(configs)} seeds"
+    )
     console.print(
         f"{sum(report.texts.values()):,} held-out texts, {sum(report.tokens.values()):,} tokens after prompts, pooled "
         f"by the experts' priors; ±: {what}; active: experts per token; passes: per prompt",
@@ -401,9 +420,7 @@ def _evaluate(config: TrainConfig, runs: list[TrainConfig]) -> None:
     console.print(f"centralized model: {report.centralized}", soft_wrap=True)
     for sentence in report.verdict:
         console.print(sentence, markup=False, soft_wrap=True)
-    console.print(
-        f"evaluate: {verb}, {stage.directory / PAGE_FILE}, json and plots beside it", soft_wrap=True
-    )
+    console.print(f"evaluate: {verb}, {page_file(stage.directory)}, json and plots beside it", soft_wrap=True)
 
 
 def _average(config: TrainConfig) -> None:

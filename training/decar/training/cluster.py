@@ -44,10 +44,10 @@ class Clustering:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Samples that move together: ``rows`` [M, D], one each; ``of`` [N], the block of each sample."""
+    """Samples that move together: ``rows`` [M, D], one each; ``block_of`` [N], the block of each sample."""
 
     rows: Rows
-    of: Ints
+    block_of: Ints
 
     @classmethod
     def single(cls, features: Rows) -> _Blocks:
@@ -56,12 +56,12 @@ class _Blocks:
 
     def scores(self, centroids: Floats) -> Floats:
         """[N, K]."""
-        return (self.rows @ centroids.T.astype(self.rows.dtype)).astype(np.float64)[self.of]
+        return (self.rows @ centroids.T.astype(self.rows.dtype)).astype(np.float64)[self.block_of]
 
     def sums(self, labels: Ints, num_clusters: int) -> Floats:
         """[K, D], over the samples of each cluster."""
         num_blocks = len(self.rows)
-        counts = np.bincount(labels * num_blocks + self.of, minlength=num_clusters * num_blocks)
+        counts = np.bincount(labels * num_blocks + self.block_of, minlength=num_clusters * num_blocks)
         counts = counts.reshape(num_clusters, num_blocks)
         return np.asarray(counts.astype(self.rows.dtype) @ self.rows, dtype=np.float64)
 
@@ -101,14 +101,14 @@ def two_stage_kmeans(
         n_init=1,
         random_state=seed,
     ).fit_predict(features)
-    _, of = np.unique(fine, return_inverse=True)
-    order = np.argsort(of, kind="stable")
-    groups = np.split(order, np.cumsum(np.bincount(of))[:-1])
+    _, block_of = np.unique(fine, return_inverse=True)
+    order = np.argsort(block_of, kind="stable")
+    groups = np.split(order, np.cumsum(np.bincount(block_of))[:-1])
     means = np.stack([features[members].mean(axis=0) for members in groups])
     rng = np.random.default_rng(seed)
-    some = rng.choice(of, min(len(of), _MERGE_SAMPLE), replace=False)
+    some = rng.choice(block_of, min(len(block_of), _MERGE_SAMPLE), replace=False)
     merged = _best_run(_Blocks(means, some), num_clusters, rng, restarts, max_iterations)
-    labels = balanced_assignment(_Blocks(means, of).scores(merged.centroids))
+    labels = balanced_assignment(_Blocks(means, block_of).scores(merged.centroids))
     for members in groups:
         shares = np.bincount(labels[members], minlength=num_clusters)
         if np.count_nonzero(shares) > 1:  # of a divided cluster, each part takes what is nearest to it
@@ -128,7 +128,7 @@ def _best_run(
 
 def _one_run(blocks: _Blocks, num_clusters: int, rng: np.random.Generator, max_iterations: int) -> Clustering:
     centroids = _spread_seeds(blocks, num_clusters, rng)
-    sizes = equal_sizes(len(blocks.of), num_clusters)
+    sizes = equal_sizes(len(blocks.block_of), num_clusters)
     labels, prices = _assign(blocks.scores(centroids), sizes, np.zeros(num_clusters))
     for _ in range(max_iterations):
         centroids = _centroids(blocks, labels, centroids)
@@ -142,16 +142,16 @@ def _one_run(blocks: _Blocks, num_clusters: int, rng: np.random.Generator, max_i
 
 def _spread_seeds(blocks: _Blocks, num_clusters: int, rng: np.random.Generator) -> Floats:
     """k-means++ seeding (Arthur and Vassilvitskii 2007) with the cosine distance."""
-    num_samples = len(blocks.of)
+    num_samples = len(blocks.block_of)
     chosen = [int(rng.integers(num_samples))]
     distance = np.full(num_samples, np.inf)
     for _ in range(num_clusters - 1):
-        seed = blocks.rows[blocks.of[chosen[-1:]]]
+        seed = blocks.rows[blocks.block_of[chosen[-1:]]]
         distance = np.minimum(distance, np.clip(1.0 - blocks.scores(seed)[:, 0], 0.0, None))
         total = distance.sum()
         weights = distance / total if total > 0 else None
         chosen.append(int(rng.choice(num_samples, p=weights)))
-    return blocks.rows[blocks.of[chosen]].astype(np.float64)
+    return blocks.rows[blocks.block_of[chosen]].astype(np.float64)
 
 
 def _centroids(blocks: _Blocks, labels: Ints, previous: Floats) -> Floats:

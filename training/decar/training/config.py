@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from decar.router.errors import TrainingError, did_you_mean
 from decar.router.files import Metric
 from decar.router.manifest import Mixing, RouterEntry, describe_validation_error
+from decar.training.run import Run
 
 Builtin = Literal["python-stdlib", "python-docstrings", "pydoc-topics"]
 Probability = Annotated[float, Field(gt=0, lt=1)]
@@ -311,8 +312,9 @@ class TrainConfig(_Strict):
         return [expert.name for expert in self.experts]
 
     @property
-    def ensemble_path(self) -> Path:
-        return self.ensemble_dir or self.work_dir / "ensemble"
+    def run(self) -> Run:
+        """Where everything of this run is."""
+        return Run(self.work_dir, self.ensemble_dir)
 
     def model_of(self, name: str) -> dict[str, Any]:
         """The model description of expert ``name``: ``{"checkpoint": path}`` or a Hugging Face configuration.
@@ -376,7 +378,7 @@ def load_seeds(path: Path, overrides: list[str] | None = None) -> list[TrainConf
 def seed_overrides(config: TrainConfig, seed: int) -> list[str]:
     """What turns ``config`` into its run of another ``seed``, as for ``--set``."""
     # As YAML, quoted only where it has to be; after a plain word comes a line that ends the document.
-    directory, *_ = yaml.safe_dump(str(config.work_dir / f"seed-{seed}"), width=math.inf).splitlines()
+    directory, *_ = yaml.safe_dump(str(config.run.seed(seed)), width=math.inf).splitlines()
     return [f"seed={seed}", f"work_dir={directory}", "ensemble_dir=null"]
 
 

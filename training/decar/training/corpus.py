@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decar.router.errors import TrainingError
+from decar.training.run import require
 from decar.training.sources import MESSAGES_FIELD, Document
 
 Ints = NDArray[np.int64]
@@ -234,8 +235,7 @@ def read_columns(file: Path) -> list[str]:
     import pyarrow
     from pyarrow import parquet
 
-    if not file.is_file():
-        raise TrainingError(f"{file} is missing; run `decar-train partition` first")
+    require(file.parents[1], file)
     try:
         return list(parquet.read_schema(file).names)
     except pyarrow.ArrowException as error:
@@ -248,8 +248,7 @@ def read_texts(file: Path) -> Iterator[str]:
     Raises:
         TrainingError: it is missing or damaged.
     """
-    if not file.is_file():
-        raise TrainingError(f"{file} is missing; run `decar-train partition` first")
+    require(file.parents[1], file)
     for rows in read_row_groups(file, ["text"]):
         yield from rows.column("text").to_pylist()
 

@@ -25,9 +25,7 @@ from decar.router.errors import TrainingError
 from decar.training.blocks import IGNORED
 from decar.training.config import TrainConfig
 from decar.training.expert import (
-    checkpoints_of,
     complete_checkpoints,
-    expert_directory,
     expert_processor,
     expert_stage,
     make_trainer,
@@ -147,9 +145,9 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
     Raises:
         TrainingError: an unusable model, shard or tokenizer.
     """
-    stage = replace(expert_stage(shards, name), directory=expert_directory(config, name))
-    checkpoints = complete_checkpoints(checkpoints_of(config, stage))
-    tokenizer = load_tokenizer(shards.work_dir / "tokenizer")
+    stage = replace(expert_stage(shards, name), directory=config.run.expert(name))
+    checkpoints = complete_checkpoints(config.run.checkpoints(stage))
+    tokenizer = load_tokenizer(shards.run.tokenizer)
     processor = expert_processor(shards, name, tokenizer)
     train = read_blocks(shards, [name], "train", tokenizer, processor)
     read_blocks(shards, [name], "held_out", tokenizer, processor)

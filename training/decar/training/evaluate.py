@@ -1,355 +1,214 @@
-"""The evaluation of one run: every way to use its ensemble, and what it has to beat, on the same held-out texts.
-
-Knows which systems are compared with which. What all seeds together say is `report.py`'s.
-
-Shapes: K experts, N texts.
-"""
+"""The evaluation: what the scores of all seeds say together, as json, plots and a page. Knows measures, no models."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pydantic
 from pydantic import BaseModel
 
-from decar.router import Ensemble, load_router, load_trained_images, log_weights_after
 from decar.router.errors import TrainingError
-from decar.router.manifest import Start
-from decar.router.posterior import Float64s, log_prior
-from decar.training.average import average
-from decar.training.centralized import centralized_stage, why_no_twin
-from decar.training.config import TrainConfig
-from decar.training.environment import environment
-from decar.training.expert import expert_directory, expert_processor, read_expert_report
-from decar.training.export import export_stage
-from decar.training.held_out import Text, load_model, read_texts, scored, scores_of
-from decar.training.measures import Difference, Pool, Row, Totals, summed
-from decar.training.random_split import random_config, why_no_random_split
-from decar.training.sampled import SampledRow, compare_pruned, sample_continuations
+from decar.training.config import TrainConfig, seed_overrides
+from decar.training.environment import command, environment
+from decar.training.evaluate_html import render
+from decar.training.evaluate_plot import plot_comparisons, plot_gaps, plot_pruning, plot_systems
+from decar.training.measures import Row, perplexity
+from decar.training.run import page_file, plot_file, read_report, report_file
+from decar.training.sampled import SampledRow
+from decar.training.scores import CENTRALIZED, SeedReport, read_scores, scores_stage
 from decar.training.stages import Stage, fingerprint, read_marker
-from decar.training.systems import DENSE, ROUTERS, Outcome, Scores, System, served, systems
-from decar.training.tokenizer import load_tokenizer
+from decar.training.verdict import Comparison, Gap, comparisons, gaps, in_words
 
-CENTRALIZED = "centralized model"
-AVERAGE = "parameter average"
-RANDOM = "random split"
-BEST = "best expert alone"
-# One expert for each input: the one whose cluster is nearest, as the paper serves, and the surest that there is.
-TOP_1 = ("centroid, top-1", f"{DENSE}, top-1")
-_FIX = "run `decar-train evaluate CONFIG.yaml`, which makes all that is missing"
-_REPORT = "report.json"
-Progress = Callable[[int, int], None]
+# Of a row, the fields whose spread over seeds is shown.
+_SPREAD = ("perplexity", "nll", "above_dense", "accuracy", "exact")
 
 
-class Trained(BaseModel):
-    """What a model's training took."""
+class EvaluationReport(BaseModel):
+    """``report.json`` of an evaluation.
 
-    model: str
-    num_parameters: int
-    documents: int | None
-    train_tokens: int
-    steps: int
-    tokens_per_step: int
-
-
-class SeedReport(BaseModel):
-    """One run. ``texts``, ``answers`` (those of the texts that are), ``tokens`` (continuations') by whose they are.
-
-    ``served``: the system that the ensemble's manifest makes the default. ``best``: the expert that needs the fewest
-    nats per token. ``undefined``: why a system is not among the rows. ``sampled``: the pruned posterior on
-    continuations of plain texts that the ensemble itself wrote.
+    ``rows`` and ``sampled`` are means over ``seeds``, which hold what each of them says. ``texts`` and ``tokens`` count
+    those of all seeds. ``commands``: what gives the numbers of each seed alone, in the order of ``seeds``;
+    ``environment`` has the command of all. ``config`` is the configuration's own seed's.
     """
 
+    ensemble: str
     seed: int
     experts: list[str]
-    priors: list[float]
     model: str
     served: str
-    best: str
-    trained: list[Trained]
-    texts: dict[str, int]
-    answers: dict[str, int]
-    tokens: dict[str, int]
-    too_short: int
-    too_long: int
+    centralized: str
+    verdict: list[str]
+    margin: float
+    comparisons: list[Comparison]
+    gaps: list[Gap]
+    prompt_tokens: int
     max_tokens: int
+    texts: dict[str, int]
+    tokens: dict[str, int]
     rows: list[Row]
-    differences: list[Difference]
-    undefined: dict[str, str]
     sampled_tokens: int
     sampled: list[SampledRow]
+    undefined: dict[str, str]
+    seeds: list[SeedReport]
+    commands: list[str]
+    config: dict[str, Any]
     environment: dict[str, Any]
 
 
-def evaluation_stage(config: TrainConfig) -> Stage:
-    """The stage as ``config``, the exported ensemble and the models that it is compared with are now.
+def evaluate_stage(config: TrainConfig, configs: Sequence[TrainConfig]) -> Stage:
+    """The stage as ``config`` and the scores of ``configs``, one for each seed, are now.
 
     Raises:
-        TrainingError: something of it is missing, or was made with another configuration.
+        TrainingError: something of them is missing, or was made with another configuration.
     """
-    inputs: list[Any] = [export_stage(config).inputs]
-    if why_no_twin(config) is None:
-        twin = centralized_stage(config)
-        if not twin.is_done:
-            raise TrainingError(f"the centralized model is not trained; {_FIX}")
-        inputs.append(read_marker(twin.directory))
-    if why_no_random_split(config) is None:
-        split = export_stage(random_config(config))
-        if not split.is_done:
-            raise TrainingError(f"the random split is not exported; {_FIX}")
-        inputs.append(split.inputs)
-    # How runs are summed up does not change what one of them measures.
-    settings = config.evaluate.model_dump(mode="json", exclude={"seeds", "margin"})
+    stages = [scores_stage(one) for one in configs]
+    for one, stage in zip(configs, stages, strict=True):
+        if not stage.is_done:
+            raise TrainingError(f"seed {one.seed} is not evaluated; run `decar-train evaluate CONFIG.yaml`")
     return Stage(
-        config.work_dir / "scores",
-        fingerprint(settings, config.router.entry, config.mixing, config.seed),
-        fingerprint(inputs),
+        config.run.evaluate,
+        fingerprint(config.evaluate, config.seed),
+        fingerprint([read_marker(stage.directory) for stage in stages]),
     )
 
 
-def read_evaluation(stage: Stage) -> SeedReport:
-    """The report of a finished evaluation of one run.
+def read_evaluation(stage: Stage) -> EvaluationReport:
+    """The report of a finished evaluation.
 
     Raises:
         TrainingError: its file is missing or damaged.
     """
-    file = stage.directory / _REPORT
-    try:
-        return SeedReport.model_validate_json(file.read_text())
-    except (OSError, pydantic.ValidationError):
-        raise TrainingError(f"{file} cannot be read; delete {stage.directory} and run again") from None
+    return read_report(stage.directory, EvaluationReport)
 
 
-def evaluate(config: TrainConfig, stage: Stage, progress: Progress = lambda done, total: None) -> SeedReport:
-    """Score the held-out texts of one run and derive what every system makes of them.
-
-    Args:
-        progress: is called with the number of texts done, and of all; a text counts once for every pass over it.
+def make_evaluation(config: TrainConfig, configs: Sequence[TrainConfig], stage: Stage) -> EvaluationReport:
+    """Sum up the finished scores of ``configs``, and write json, plots and page.
 
     Raises:
-        TrainingError: an expert's held-out texts are all shorter than a prompt, or a model says NaN.
-        EnsembleError: the exported ensemble has no router or cannot be read.
+        TrainingError: scores are missing or damaged.
     """
     settings = config.evaluate
-    ensemble = Ensemble.load(config.ensemble_path)
-    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    max_tokens = min(settings.max_tokens, ensemble.max_positions or settings.max_tokens)
-    processor = expert_processor(config, config.expert_names[0], tokenizer)
-    held_out = read_texts(config, tokenizer, max_tokens, processor)
-    texts = held_out.texts
-    plain = [i for i, text in enumerate(texts) if not text.is_answer]
-    compared = systems(len(ensemble.experts), sorted({*settings.prune, *settings.prune_grid}, reverse=True))
-    default = served(config.router.entry, config.mixing, compared)
-    compared += [] if default in compared else [default]
-    no_split = why_no_random_split(config)
+    seeds = [read_scores(scores_stage(one)) for one in configs]
+    first = seeds[0]
+    compared, parts = comparisons(seeds, settings.margin), gaps(seeds)
+    undefined = {name: why for seed in reversed(seeds) for name, why in seed.undefined.items()}
+    report = EvaluationReport(
+        ensemble=config.name,
+        seed=config.seed,
+        experts=config.expert_names,
+        model=first.model,
+        served=first.served,
+        centralized=_how_compute_is_matched(config, seeds),
+        verdict=in_words(compared, parts[0] if parts else None, undefined, len(seeds), settings.margin),
+        margin=settings.margin,
+        comparisons=compared,
+        gaps=parts,
+        prompt_tokens=settings.prompt_tokens,
+        max_tokens=first.max_tokens,
+        texts={name: sum(seed.texts[name] for seed in seeds) for name in config.expert_names},
+        tokens={name: sum(seed.tokens[name] for seed in seeds) for name in config.expert_names},
+        rows=mean_rows([seed.rows for seed in seeds]),
+        sampled_tokens=first.sampled_tokens,
+        sampled=_mean_sampled([seed.sampled for seed in seeds]),
+        undefined=undefined,
+        seeds=seeds,
+        commands=[_command(config, one.seed) for one in configs],
+        config=config.model_dump(mode="json"),
+        environment=environment(),
+    )
     with stage.writing() as directory:
-        singles, undefined = _single_models(config, ensemble, directory / "average")
-        num_steps = len(texts) * (1 + len(singles) + (no_split is None)) + len(plain)
-        forward = _Forward(settings.batch_size, ensemble.vocab_size, processor, num_steps, progress)
-        totals: dict[str, Totals] = {}
-        for name, path in singles.items():
-            way = {name: partial(Outcome.alone, expert=0)}
-            totals |= _totals(forward([load_model(path)], texts, {}), way)
-        shutil.rmtree(directory / "average", ignore_errors=True)
-        if no_split is None:
-            # As the ensemble is served, but that no router can tell by a prompt which of such experts has learned it.
-            alike = System(RANDOM, bayes=default.bayes, rule=default.rule)
-            totals |= _random_split(random_config(config), alike, texts, forward)
-        else:
-            undefined[RANDOM] = no_split
-
-        starts = _starts(ensemble, tokenizer, texts)
-        experts = [load_model(expert.path) for expert in ensemble.experts]
-        alone = {
-            f"{name} alone": partial(Outcome.alone, expert=k) for k, name in enumerate(config.expert_names)
-        }
-        after_prompt: list[Float64s] = []
-        totals |= _totals(
-            _noting(after_prompt, forward(experts, texts, starts)),
-            alone | {system.name: system.outcome for system in compared},
-        )
-        sampled_tokens = min(settings.sampled_tokens, max_tokens - settings.prompt_tokens)
-        sampled: list[SampledRow] = []
-        if plain:
-            ids = sample_continuations(
-                experts,
-                [texts[i].ids[: settings.prompt_tokens] for i in plain],
-                np.array(after_prompt)[plain],
-                sampled_tokens,
-                ensemble.vocab_size,
-                config.seed,
-            )
-            own = [
-                Text(texts[i].domain, of, settings.prompt_tokens) for i, of in zip(plain, ids, strict=True)
-            ]
-            prior: dict[Start, Float64s] = {"prior": starts["prior"][plain]}
-            sampled = _pruned(forward(experts, own, prior), [s for s in compared if s.family == DENSE])
-
-        pool = Pool(texts, {expert.name: expert.prior for expert in ensemble.experts})
-        best = min(alone, key=lambda name: pool.excess(totals[name], totals[DENSE])[0])
-        order = [CENTRALIZED, *alone, AVERAGE, RANDOM, *(system.name for system in compared)]
-        first = ensemble.experts[0]
-        report = SeedReport(
-            seed=config.seed,
-            experts=ensemble.expert_names,
-            priors=[expert.prior for expert in ensemble.experts],
-            model=f"{first.architecture}, {first.num_parameters / 1e6:.1f}M parameters",
-            served=default.name,
-            best=best,
-            trained=_trained(config),
-            texts=pool.counts(np.ones(len(texts))),
-            answers=pool.counts(pool.is_answer.astype(np.float64)),
-            tokens=pool.counts(totals[DENSE].tokens),
-            too_short=held_out.too_short,
-            too_long=held_out.too_long,
-            max_tokens=max_tokens,
-            rows=_rows(pool, {name: totals[name] for name in order if name in totals}, compared),
-            differences=_differences(pool, totals, default, best, compared),
-            undefined=undefined,
-            sampled_tokens=sampled_tokens,
-            sampled=sampled,
-            environment=environment(),
-        )
-        (directory / _REPORT).write_text(report.model_dump_json(indent=1) + "\n")
+        report_file(directory).write_text(report.model_dump_json(indent=1) + "\n")
+        title = f"{report.ensemble}: {len(report.experts)} experts, {report.model}"
+        shown = [row for row in report.rows if row.prune in (0.0, *settings.prune)]
+        points = [(row.system, row.active_experts, row.perplexity, row.prompt_passes) for row in shown]
+        plot_systems(points, title, plot_file(directory, "systems"))
+        plot_comparisons(report.comparisons, report.margin, title, plot_file(directory, "comparisons"))
+        if report.gaps:
+            plot_gaps(report.gaps, title, plot_file(directory, "gaps"))
+        if report.sampled:
+            curves: dict[str, list[tuple[float, float, float]]] = {}
+            for row in report.rows:
+                if row.prune:
+                    curves.setdefault(row.family, []).append((row.prune, row.active_experts, row.dropped_max))
+            measured = [(row.prune, row.total_variation, row.standard_error) for row in report.sampled]
+            plot_pruning(curves, measured, title, plot_file(directory, "pruning"))
+        page_file(directory).write_text(render(report, directory), encoding="utf-8")
     return report
 
 
-@dataclass
-class _Forward:
-    """Runs models over texts and counts the texts that are done."""
-
-    batch_size: int
-    vocab_size: int
-    processor: Any
-    num_steps: int
-    progress: Progress
-    done: int = field(default=0, init=False)
-
-    def __call__(
-        self, models: Sequence[Any], texts: Sequence[Text], starts: Mapping[Start, Float64s]
-    ) -> Iterator[Scores]:
-        """``starts``: log weights [N, K] of the routers."""
-        rows_of = scored(models, texts, self.batch_size, self.vocab_size, self.processor)
-        for i, (text, rows) in enumerate(rows_of):
-            yield scores_of(text, rows, {start: log_weights[i] for start, log_weights in starts.items()})
-            self.done += 1
-            self.progress(self.done, self.num_steps)
+def _command(config: TrainConfig, seed: int) -> str:
+    others = seed_overrides(config, seed) if seed != config.seed else []
+    return command([*others, f"evaluate.seeds=[{seed}]"])
 
 
-def _starts(ensemble: Ensemble, tokenizer: Any, texts: Sequence[Text]) -> dict[Start, Float64s]:
-    """Log weights [N, K] that each router gives for the prompts: for their images, if any, and else for their text."""
-    prompts = [tokenizer.decode(text.ids[: text.prompt_tokens], skip_special_tokens=True) for text in texts]
-    starts = {start: load_router(ensemble, start).log_weights(prompts) for start in ROUTERS}
-    with_images = [i for i, text in enumerate(texts) if text.places]
-    for start, router in load_trained_images(ensemble).items():
-        if with_images:
-            starts[start][with_images] = router.log_weights([texts[i].images() for i in with_images])
-    return starts
-
-
-def _totals(scores: Iterable[Scores], ways: Mapping[str, Callable[[Scores], Outcome]]) -> dict[str, Totals]:
-    sums: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
-    for of_text in scores:
-        for name, outcome in ways.items():
-            sums[name].append(summed(outcome(of_text)))
-    return {name: Totals.of(rows) for name, rows in sums.items()}
-
-
-def _noting(after_prompt: list[Float64s], scores: Iterable[Scores]) -> Iterator[Scores]:
-    """``scores``, and in ``after_prompt`` the posterior log weights [K] that each text's prompt leaves."""
-    for of_text in scores:
-        after_prompt.append(log_weights_after(of_text.starts["prior"], of_text.prompt))
-        yield of_text
-
-
-def _single_models(
-    config: TrainConfig, ensemble: Ensemble, directory: Path
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """Where the models beside the experts are, the average in ``directory``; and why one is not defined."""
-    found: dict[str, Path] = {}
-    undefined: dict[str, str] = {}
-    no_twin = why_no_twin(config)
-    if no_twin is None:
-        found[CENTRALIZED] = config.work_dir / "centralized"
-    else:
-        undefined[CENTRALIZED] = no_twin
-    directory.mkdir()
-    try:
-        average(ensemble.experts, directory)
-        found[AVERAGE] = directory
-    except TrainingError as error:
-        undefined[AVERAGE] = str(error)
-    return found, undefined
-
-
-def _random_split(
-    split: TrainConfig, system: System, texts: Sequence[Text], forward: _Forward
-) -> dict[str, Totals]:
-    """``system`` with experts whose documents were dealt out by chance."""
-    ensemble = Ensemble.load(split.ensemble_path)
-    prior = np.tile(log_prior([expert.prior for expert in ensemble.experts]), (len(texts), 1))
-    models = [load_model(expert.path) for expert in ensemble.experts]
-    return _totals(forward(models, texts, {"prior": prior}), {system.name: system.outcome})
-
-
-def _pruned(scores: Iterable[Scores], compared: Sequence[System]) -> list[SampledRow]:
-    """Each budget of ``compared`` against none, on texts that the ensemble wrote."""
-    outcomes: dict[float, list[Outcome]] = {system.prune: [] for system in compared}
-    for of_text in scores:
-        for system in compared:
-            outcomes[system.prune].append(system.outcome(of_text))
-    return [compare_pruned(budget, outcomes[0.0], of) for budget, of in outcomes.items() if budget]
-
-
-def _rows(pool: Pool, totals: Mapping[str, Totals], compared: Sequence[System]) -> list[Row]:
-    rows = {name: pool.row(name, total, totals[DENSE]) for name, total in totals.items()}
-    for system in compared:
-        rows[system.name].family, rows[system.name].prune = system.family, system.prune
-    return list(rows.values())
-
-
-def _differences(
-    pool: Pool, totals: Mapping[str, Totals], default: System, best: str, compared: Sequence[System]
-) -> list[Difference]:
-    """All that the report states: the default against what it has to beat, clusters against chance, and the gap of
-    every way to weight experts, in two parts."""
-    named = {**totals, BEST: totals[best]}
-    pairs = [(default.name, other) for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, BEST)]
-    pairs += [
-        (s.name, other) for s in compared if not s.prune or s is default for other in (DENSE, CENTRALIZED)
-    ]
-    return [
-        Difference(first=first, second=second, nats=nats, standard_error=error)
-        for first, second in dict.fromkeys(pairs)
-        if second in named and first != second
-        for nats, error in [pool.excess(named[first], named[second])]
-    ]
-
-
-def _trained(config: TrainConfig) -> list[Trained]:
-    """The experts, the centralized model and the experts of the random split, as far as there are any."""
-    found = {name: expert_directory(config, name) for name in config.expert_names}
-    if why_no_twin(config) is None:
-        found[CENTRALIZED] = config.work_dir / "centralized"
-    if why_no_random_split(config) is None:
-        split = random_config(config)
-        found |= {f"{RANDOM}: {name}": expert_directory(split, name) for name in config.expert_names}
-    reports = {name: read_expert_report(directory) for name, directory in found.items()}
+def _how_compute_is_matched(config: TrainConfig, seeds: Sequence[SeedReport]) -> str:
+    if CENTRALIZED in seeds[0].undefined:
+        return f"none: {seeds[0].undefined[CENTRALIZED]}"
+    steps = {trained.steps for seed in seeds for trained in seed.trained if trained.model == CENTRALIZED}
+    took = f"{min(steps):,}" if len(steps) == 1 else f"{min(steps):,} to {max(steps):,}"
     training = config.training
+    blocks = training.batch_size * training.gradient_accumulation
+    start = config.model_of(config.expert_names[0]).get("checkpoint")
+    return (
+        f"the same architecture on all shards, {took} steps of {blocks} × {training.sequence_length} tokens, "
+        f"as many as all experts took together, from {'fresh weights' if start is None else f'the checkpoint {start}'} "
+        "as they do"
+    )
+
+
+def mean_rows(seeds: Sequence[Sequence[Row]]) -> list[Row]:
+    """Rows that all ``seeds`` have, averaged over them; perplexities are those of the mean nats per token."""
+    by_name = [{row.system: row for row in rows} for rows in seeds]
+    if len(seeds) == 1:
+        return list(seeds[0])
     return [
-        Trained(
-            model=name,
-            num_parameters=report.num_parameters,
-            documents=report.train_documents,
-            train_tokens=report.train_tokens,
-            steps=report.steps,
-            tokens_per_step=training.batch_size * training.gradient_accumulation * training.sequence_length,
+        _mean_row([rows[name] for rows in by_name])
+        for name in by_name[0]
+        if all(name in rows for rows in by_name)
+    ]
+
+
+def _mean_row(rows: Sequence[Row]) -> Row:
+    def mean(field: str) -> float:
+        return float(np.mean([getattr(row, field) for row in rows]))
+
+    means = {
+        field: mean(field)
+        for field in ("nll", "above_dense", "accuracy", "active_experts", "prompt_passes", "dropped_mean")
+    }
+    has_exact = all(row.exact is not None for row in rows)
+    errors = np.array([row.standard_error for row in rows])
+    return rows[0].model_copy(
+        update={
+            **means,
+            "perplexity": perplexity(means["nll"]),
+            "exact": mean("exact") if has_exact else None,
+            "nll_by_domain": {
+                name: float(np.mean([row.nll_by_domain[name] for row in rows]))
+                for name in rows[0].nll_by_domain
+            },
+            "standard_error": float(np.sqrt(np.square(errors).sum()) / len(rows)),
+            "dropped_max": max(row.dropped_max for row in rows),
+            "spread": {
+                field: float(np.std([getattr(row, field) for row in rows], ddof=1))
+                for field in _SPREAD
+                if field != "exact" or has_exact
+            },
+        }
+    )
+
+
+def _mean_sampled(seeds: Sequence[Sequence[SampledRow]]) -> list[SampledRow]:
+    if not all(seeds):  # a seed whose held-out documents are all chats
+        return []
+    return [
+        SampledRow(
+            prune=rows[0].prune,
+            total_variation=float(np.mean([row.total_variation for row in rows])),
+            standard_error=float(np.sqrt(np.sum([row.standard_error**2 for row in rows])) / len(rows)),
+            active_experts=float(np.mean([row.active_experts for row in rows])),
+            dropped_max=max(row.dropped_max for row in rows),
         )
-        for name, report in reports.items()
+        for rows in zip(*seeds, strict=True)
     ]

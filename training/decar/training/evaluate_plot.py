@@ -122,13 +122,13 @@ def plot_comparisons(comparisons: Sequence[Comparison], margin: float, title: st
     axis.axvspan(-margin, margin, color="#55a868", alpha=0.15, label=f"the margin, ±{margin:g}")
     axis.axvline(0, color="grey", lw=0.8)
     for place, comparison in enumerate(comparisons):
-        of, colour = comparison.difference, _COLOURS[comparison.verdict]
-        axis.plot([of.low, of.high], [place, place], color=colour, lw=2.5, alpha=0.6)
-        axis.scatter(of.per_seed, [place] * len(of.per_seed), color=colour, s=14, alpha=0.7)
-        axis.scatter(of.mean, place, color=colour, marker="D", zorder=3)
+        difference, colour = comparison.difference, _COLOURS[comparison.verdict]
+        axis.plot([difference.low, difference.high], [place, place], color=colour, lw=2.5, alpha=0.6)
+        axis.scatter(difference.per_seed, [place] * len(difference.per_seed), color=colour, s=14, alpha=0.7)
+        axis.scatter(difference.mean, place, color=colour, marker="D", zorder=3)
         axis.annotate(
             comparison.verdict,
-            (of.high, place),
+            (difference.high, place),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",

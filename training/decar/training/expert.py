@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import torch
 from pydantic import BaseModel
 
@@ -31,15 +30,12 @@ from decar.training.partition import (
     has_column,
     partition_fingerprint,
     read_examples,
-    shard_file,
 )
 from decar.training.processor import load_processor, processor_files, reads_images
+from decar.training.run import SPLITS, adapter_folder, complete_file, read_report, report_file, require
 from decar.training.stages import Stage, digest, fingerprint, sha256, write_atomically
 from decar.training.tokenizer import load_tokenizer
 
-ADAPTER_FOLDER = "adapter"
-_COMPLETE = "COMPLETE"
-_SPLITS = ("train", "held_out")
 # What the trained weights do not depend on.
 _NOT_IN_WEIGHTS = {"save_steps", "save_total_limit", "log_steps", "tensorboard", "gradient_checkpointing"}
 # Settings that are younger than experts which are finished. Unset they count for nothing, so that those stay finished.
@@ -72,21 +68,14 @@ def expert_stage(config: TrainConfig, name: str) -> Stage:
     Raises:
         TrainingError: no such expert, or its shard or the tokenizer is missing or was made with another configuration.
     """
-    files = [shard_file(config, name, split) for split in _SPLITS]
-    files.append(config.work_dir / "tokenizer" / "tokenizer.json")
-    files.append(config.work_dir / "tokenizer" / "tokenizer_config.json")
-    settings = expert_fingerprint(config, name)
-    for file in files:
-        if not file.is_file():
-            raise TrainingError(f"{file} is missing; run `decar-train partition` first")
-    check_marker(config.work_dir / "partition", partition_fingerprint(config))
-    check_marker(config.work_dir / "tokenizer", fingerprint(config.tokenizer))
-    files += processor_files(config.work_dir / "tokenizer")
-    return Stage(expert_directory(config, name), settings, digest(*files))
-
-
-def expert_directory(config: TrainConfig, name: str) -> Path:
-    return config.work_dir / "experts" / name
+    run, settings = config.run, expert_fingerprint(config, name)
+    files = [run.shard(name, split) for split in SPLITS]
+    require(run.partition, *files)
+    require(run.tokenizer, *run.tokenizer_files)
+    check_marker(run.partition, partition_fingerprint(config))
+    check_marker(run.tokenizer, fingerprint(config.tokenizer))
+    files += run.tokenizer_files + processor_files(run.tokenizer)
+    return Stage(run.expert(name), settings, digest(*files))
 
 
 def expert_fingerprint(config: TrainConfig, name: str) -> str:
@@ -108,11 +97,7 @@ def read_expert_report(directory: Path) -> ExpertReport:
     Raises:
         TrainingError: it is missing or damaged.
     """
-    file = directory / "report.json"
-    try:
-        return ExpertReport.model_validate_json(file.read_text())
-    except (OSError, pydantic.ValidationError):
-        raise TrainingError(f"{file} cannot be read; delete its directory and train again") from None
+    return read_report(directory, ExpertReport)
 
 
 def train_expert(config: TrainConfig, name: str, stage: Stage, callbacks: Iterable[Any] = ()) -> ExpertReport:
@@ -137,12 +122,12 @@ def train_model(
     """
     from transformers.integrations import TensorBoardCallback
 
-    tokenizer = load_tokenizer(config.work_dir / "tokenizer")
+    tokenizer = load_tokenizer(config.run.tokenizer)
     processor = expert_processor(config, name, tokenizer)
-    blocks = {split: read_blocks(config, shards, split, tokenizer, processor) for split in _SPLITS}
+    blocks = {split: read_blocks(config, shards, split, tokenizer, processor) for split in SPLITS}
     train, held_out = blocks["train"], blocks["held_out"]
     model = build_model(config, name, tokenizer)
-    directory = checkpoints_of(config, stage)
+    directory = config.run.checkpoints(stage)
     trainer = make_trainer(config, model, train, directory)
     accelerator = trainer.accelerator
     if accelerator.is_main_process:
@@ -151,8 +136,7 @@ def train_model(
     last = next(reversed(complete_checkpoints(directory)), None)
     writer = None
     if config.training.tensorboard and accelerator.is_main_process:
-        logs = config.work_dir / "logs" / stage.directory.relative_to(config.work_dir)
-        writer = _tensorboard_writer(logs, last)
+        writer = _tensorboard_writer(config.run.logs(stage), last)
         callbacks = [*callbacks, TensorBoardCallback(writer)]
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -160,7 +144,7 @@ def train_model(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-    adapter = directory / ADAPTER_FOLDER
+    adapter = adapter_folder(directory)
     if config.training.lora is not None:
         if accelerator.is_main_process:
             model.save_pretrained(adapter)
@@ -191,10 +175,10 @@ def train_model(
                 with_vision_model(target)
                 processor.save_pretrained(target)
             if adapter.is_dir():
-                shutil.copytree(adapter, target / ADAPTER_FOLDER)
-            for file in sorted((config.work_dir / "tokenizer").glob("*token*")):
+                shutil.copytree(adapter, adapter_folder(target))
+            for file in sorted(config.run.tokenizer.glob("*token*")):
                 shutil.copyfile(file, target / file.name)
-            (target / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+            report_file(target).write_text(report.model_dump_json(indent=2) + "\n")
         shutil.rmtree(directory.parent, ignore_errors=True)
     accelerator.end_training()
     return report
@@ -230,7 +214,7 @@ def read_blocks(
             "image-text model, e.g. llava"
         )
     if processor is not None:
-        files = [shard_file(config, shard, split) for shard in shards]
+        files = [config.run.shard(shard, split) for shard in shards]
         blocks = read_image_blocks(examples, files, processor, length)
     else:
         blocks = pack([example for shard in examples for example in shard], tokenizer, length)
@@ -309,15 +293,10 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def checkpoints_of(config: TrainConfig, stage: Stage) -> Path:
-    """Where the unfinished ``stage`` keeps its checkpoints; those of another configuration or shard lie elsewhere."""
-    parent = config.work_dir / "checkpoints" / stage.directory.relative_to(config.work_dir)
-    return parent / f"{stage.config}-{stage.inputs}"
-
-
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in ``directory`` that were written to their end, the oldest first."""
-    return sorted((marker.parent for marker in directory.glob(f"checkpoint-*/{_COMPLETE}")), key=step_of)
+    checkpoints = directory.glob("checkpoint-*")
+    return sorted((each for each in checkpoints if complete_file(each).is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -342,7 +321,7 @@ def _keep_checkpoints(directory: Path, limit: int) -> Any:
             # Every process writes its own state of the random numbers.
             PartialState().wait_for_everyone()
             if state.is_world_process_zero:
-                write_atomically(directory / f"checkpoint-{state.global_step}" / _COMPLETE, "")
+                write_atomically(complete_file(directory / f"checkpoint-{state.global_step}"), "")
                 for old in complete_checkpoints(directory)[:-limit]:
                     shutil.rmtree(old)
 
@@ -360,11 +339,11 @@ def _tensorboard_writer(directory: Path, last: Path | None) -> Any:
 def _num_documents(config: TrainConfig, shards: Sequence[str], split: str) -> int:
     import pyarrow.parquet as parquet
 
-    return sum(parquet.read_metadata(shard_file(config, shard, split)).num_rows for shard in shards)
+    return sum(parquet.read_metadata(config.run.shard(shard, split)).num_rows for shard in shards)
 
 
 def _hashes(config: TrainConfig, shards: Sequence[str]) -> dict[str, str]:
-    files = [shard_file(config, shard, split) for shard in shards for split in _SPLITS]
+    files = [config.run.shard(shard, split) for shard in shards for split in SPLITS]
     return {f"{file.parent.name}/{file.name}": sha256(file) for file in files}
 
 

@@ -16,7 +16,7 @@ from decar.router.files import router_folder
 from decar.router.manifest import (
     MANIFEST_NAME,
     Ensemble,
-    Expert,
+    ExpertCheckpoint,
     ExpertEntry,
     Manifest,
     read_experts,
@@ -25,11 +25,11 @@ from decar.router.manifest import (
 from decar.training.average import average
 from decar.training.card import CARD_NAME, average_card, ensemble_card
 from decar.training.config import TrainConfig
-from decar.training.expert import ADAPTER_FOLDER, expert_directory, expert_fingerprint, read_expert_report
-from decar.training.router import router_directory, router_fingerprint
-from decar.training.stages import MARKER, Stage, fingerprint, read_marker, replaced_directory
+from decar.training.expert import expert_fingerprint, read_expert_report
+from decar.training.router import router_fingerprint
+from decar.training.run import NOT_EXPORTED, expert_path
+from decar.training.stages import Stage, fingerprint, read_marker, replaced_directory
 
-_NOT_EXPORTED = (MARKER, "report.json", "*.png", ADAPTER_FOLDER)
 _COPIED = ("generation_config.json", "chat_template.jinja")
 # What of a tokenizer's settings decides how a prompt is rendered and where an answer ends.
 _RENDERING = ("chat_template", "bos_token", "eos_token", "pad_token")
@@ -43,7 +43,7 @@ def export_stage(config: TrainConfig) -> Stage:
             with another configuration.
     """
     markers = [_expert_marker(config, name) for name in config.expert_names]
-    router = read_marker(router_directory(config))
+    router = read_marker(config.run.router)
     if router is None and config.router.reads_text:
         raise TrainingError("the router is not trained; run `decar-train router` first")
     if router is not None and router["config"] != router_fingerprint(config):
@@ -51,20 +51,20 @@ def export_stage(config: TrainConfig) -> Stage:
             "the router was trained with another configuration; run `decar-train router` again"
         )
     return Stage(
-        config.work_dir / "export",
+        config.run.export,
         fingerprint(
             config.name,
             config.expert_names,
             config.router.entry,
             config.mixing,
-            config.ensemble_path.resolve(),
+            config.run.ensemble.resolve(),
         ),
         fingerprint(markers, router),
     )
 
 
 def _expert_marker(config: TrainConfig, name: str) -> dict[str, str]:
-    marker = read_marker(expert_directory(config, name))
+    marker = read_marker(config.run.expert(name))
     if marker is None:
         raise TrainingError(f"expert {name!r} is not trained; run `decar-train expert {name}` first")
     if marker["config"] != expert_fingerprint(config, name):
@@ -76,7 +76,7 @@ def _expert_marker(config: TrainConfig, name: str) -> dict[str, str]:
 
 def is_exported(config: TrainConfig, stage: Stage) -> bool:
     """Whether the ensemble directory holds what ``stage`` would write."""
-    return stage.is_done and not Ensemble.inspect(config.ensemble_path)[1]
+    return stage.is_done and not Ensemble.inspect(config.run.ensemble)[1]
 
 
 def export(config: TrainConfig, stage: Stage) -> Ensemble:
@@ -88,22 +88,22 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
         TrainingError: the target holds something that is not an ensemble, or the experts' chat templates differ.
         EnsembleError: the experts do not fit together, e.g. their tokenizers differ.
     """
-    target = config.ensemble_path
+    target = config.run.ensemble
     _check_target(target, MANIFEST_NAME, "an ensemble")
-    reports = {name: read_expert_report(expert_directory(config, name)) for name in config.expert_names}
+    reports = {name: read_expert_report(config.run.expert(name)) for name in config.expert_names}
     num_tokens = sum(report.train_tokens for report in reports.values())
     entries = tuple(
-        ExpertEntry(name=name, path=f"experts/{name}", prior=report.train_tokens / num_tokens)
+        ExpertEntry(name=name, path=expert_path(name), prior=report.train_tokens / num_tokens)
         for name, report in reports.items()
     )
     experts = _read_fitting(config, entries)
     with replaced_directory(target) as directory:
         for name in config.expert_names:
-            _copy(expert_directory(config, name), directory / "experts" / name)
-        if read_marker(router_directory(config)) is None:
+            _copy(config.run.expert(name), directory / expert_path(name))
+        if read_marker(config.run.router) is None:
             router_folder(directory).mkdir()
         else:
-            _copy(router_directory(config), router_folder(directory))
+            _copy(config.run.router, router_folder(directory))
         manifest = Manifest(
             name=config.name,
             experts=entries,
@@ -126,12 +126,12 @@ def export_average(config: TrainConfig) -> Path:
         TrainingError: an expert is not trained, experts differ in more than weights, or the target is no model.
         EnsembleError: an expert is damaged, or tokenizers differ.
     """
-    target = config.ensemble_path.with_name(f"{config.ensemble_path.name}-average")
+    target = config.run.ensemble_average
     _check_target(target, "config.json", "a model")
     for name in config.expert_names:
         _expert_marker(config, name)
-    reports = {name: read_expert_report(expert_directory(config, name)) for name in config.expert_names}
-    entries = [ExpertEntry(name=name, path=f"experts/{name}", prior=1.0) for name in config.expert_names]
+    reports = {name: read_expert_report(config.run.expert(name)) for name in config.expert_names}
+    entries = [ExpertEntry(name=name, path=expert_path(name), prior=1.0) for name in config.expert_names]
     experts = _read_fitting(config, entries)
     with replaced_directory(target) as directory:
         average(experts, directory)
@@ -148,7 +148,7 @@ def _check_target(target: Path, sign: str, what: str) -> None:
         raise TrainingError(f"{target} exists and is not {what}; move it away or change ensemble_dir")
 
 
-def _read_fitting(config: TrainConfig, entries: Sequence[ExpertEntry]) -> tuple[Expert, ...]:
+def _read_fitting(config: TrainConfig, entries: Sequence[ExpertEntry]) -> tuple[ExpertCheckpoint, ...]:
     experts, problems = read_experts(config.work_dir, entries)
     if problems:
         raise EnsembleError(problems[0])
@@ -164,7 +164,7 @@ def _read_fitting(config: TrainConfig, entries: Sequence[ExpertEntry]) -> tuple[
     return experts
 
 
-def _rendering(expert: Expert) -> dict[str, Any]:
+def _rendering(expert: ExpertCheckpoint) -> dict[str, Any]:
     file = expert.path / "tokenizer_config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
@@ -175,5 +175,5 @@ def _rendering(expert: Expert) -> dict[str, Any]:
 
 def _copy(source: Path, target: Path) -> None:
     # copyfile: safetensors are written for their owner only, but whoever serves the ensemble may be another user.
-    ignore = shutil.ignore_patterns(*_NOT_EXPORTED)
+    ignore = shutil.ignore_patterns(*NOT_EXPORTED)
     shutil.copytree(source, target, ignore=ignore, copy_function=shutil.copyfile)

@@ -26,7 +26,7 @@ from decar.training.blocks import IGNORED, render_chat
 from decar.training.config import TrainConfig
 from decar.training.corpus import IMAGES_FIELD
 from decar.training.image_blocks import ImageRenderer, ShardImages, image_inputs, image_sizes
-from decar.training.partition import has_column, read_examples, shard_file
+from decar.training.partition import has_column, read_examples
 from decar.training.processor import reads_images
 from decar.training.systems import Scores
 
@@ -72,16 +72,16 @@ def read_texts(config: TrainConfig, tokenizer: Any, max_tokens: int, processor: 
     for domain, name in enumerate(config.expert_names):
         examples = read_examples(config, name, "held_out")
         drawn = rng.permutation(len(examples))[: settings.max_texts].tolist()
-        texts = [of for of in (examples[i] for i in drawn) if isinstance(of, str)]
+        texts = [example for example in (examples[i] for i in drawn) if isinstance(example, str)]
         encoded = tokenizer(texts, truncation=True, max_length=max_tokens, verbose=False) if texts else {}
         long_enough = [ids for ids in encoded.get("input_ids", []) if len(ids) > settings.prompt_tokens]
-        chats = {i: of for i in drawn if not isinstance(of := examples[i], str)}
+        chats = {i: example for i in drawn if not isinstance(example := examples[i], str)}
         answers = []
         if processor is None:
             for messages in chats.values():
                 answers += _answers(domain, *render_chat(messages, tokenizer))
         else:
-            render, file = ImageRenderer(processor), shard_file(config, name, "held_out")
+            render, file = ImageRenderer(processor), config.run.shard(name, "held_out")
             any_images = has_column(config, name, "held_out", IMAGES_FIELD)
             sizes = list(image_sizes(file)) if any_images else [[] for _ in examples]
             of_shard = ShardImages(file)
@@ -150,10 +150,12 @@ def scored(
         batch = texts[start : start + batch_size]
         # Padding is on the right, where no token of the text attends to it.
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text.ids) for text in batch], batch_first=True)
-        inputs = {"input_ids": ids} | image_inputs([of for text in batch for of in text.images()], processor)
+        inputs = {"input_ids": ids} | image_inputs(
+            [image for text in batch for image in text.images()], processor
+        )
         rows = []
         for model in models:
-            logits = model(**{name: of.to(model.device) for name, of in inputs.items()}).logits
+            logits = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits
             rows.append(logits[:, :-1, :vocab_size].float().log_softmax(-1).cpu())
             if rows[-1][..., 0].isnan().any():  # one NaN makes its whole row NaN
                 raise TrainingError(

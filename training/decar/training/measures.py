@@ -96,13 +96,13 @@ class Pool:
         self.names = list(priors)
         self.share = np.array(list(priors.values())) / sum(priors.values())
         self.is_answer = np.array(is_answer)
-        self.of = [np.array(domains) == domain for domain in range(len(priors))]
+        self.texts_of = [np.array(domains) == domain for domain in range(len(priors))]
 
     def row(self, name: str, total: Totals, dense: Totals) -> Row:
         each = np.ones(len(total.nats))
         nll = self._ratio(total.nats, total.tokens)
         above, error = self.excess(total, dense)
-        by_domain = [total.nats[mine].sum() / total.tokens[mine].sum() for mine in self.of]
+        by_domain = [total.nats[mine].sum() / total.tokens[mine].sum() for mine in self.texts_of]
         answers = self.is_answer.astype(np.float64)
         return Row(
             system=name,
@@ -127,19 +127,19 @@ class Pool:
         variances = [
             np.square(excess[mine] - excess[mine].sum() / tokens[mine].sum() * tokens[mine]).sum()
             / tokens[mine].sum() ** 2
-            for mine in self.of
+            for mine in self.texts_of
         ]
         return self._ratio(excess, tokens), float(np.sqrt(np.square(self.share) @ variances))
 
     def counts(self, values: Floats) -> dict[str, int]:
         """The sum of ``values`` [N] over each expert's texts."""
-        return {name: int(values[mine].sum()) for name, mine in zip(self.names, self.of, strict=True)}
+        return {name: int(values[mine].sum()) for name, mine in zip(self.names, self.texts_of, strict=True)}
 
     def _ratio(self, values: Floats, counts: Floats) -> float:
         """Experts none of whose texts count have no part in it."""
         pairs = [
             (share, values[mine].sum() / counts[mine].sum())
-            for share, mine in zip(self.share, self.of, strict=True)
+            for share, mine in zip(self.share, self.texts_of, strict=True)
             if counts[mine].any()
         ]
         shares, ratios = np.array(pairs).T

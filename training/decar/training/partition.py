@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import pydantic
 from numpy.typing import NDArray
 
 from decar.router.errors import TrainingError
@@ -35,9 +34,6 @@ from decar.training.corpus import (
 )
 from decar.training.features import DocumentFeatures, document_features, embedding_files
 from decar.training.partition_report import (
-    MAP_FILE,
-    NEAREST_FILE,
-    REPORT_FILE,
     SHEET_COLUMNS,
     PartitionReport,
     ShardReport,
@@ -49,6 +45,7 @@ from decar.training.partition_report import (
     silhouette,
     top_terms,
 )
+from decar.training.run import SPLITS, plot_file, read_report, report_file, shard_file, spool_file
 from decar.training.sources import (
     MESSAGES_FIELD,
     BadLines,
@@ -61,7 +58,6 @@ from decar.training.stages import Stage, digest, fingerprint, read_marker
 
 Labels = NDArray[np.int64]
 Rows = NDArray[np.float32]
-_SPLITS = ("train", "held_out")
 _NAMED_IN_ERRORS = 10
 _SHEET_CANDIDATES = 8 * SHEET_COLUMNS
 
@@ -76,7 +72,7 @@ def partition_stage(config: TrainConfig) -> Stage:
     files += embedding_files(config.partition.embedding, "partition.embedding")
     files += embedding_files(config.partition.image_embedding, "partition.image_embedding")
     return Stage(
-        config.work_dir / "partition",
+        config.run.partition,
         partition_fingerprint(config),
         # The built-in sources change with Python.
         fingerprint(digest(*files), sys.version if config.data.builtin else ""),
@@ -102,22 +98,13 @@ def check_marker(directory: Path, wanted: str) -> None:
         )
 
 
-def shard_file(config: TrainConfig, expert: str, split: str) -> Path:
-    """The parquet file of a shard; ``split`` is ``train`` or ``held_out``.
-
-    Its columns are ``text``, ``source``; where there are chats, ``messages`` (JSON, or null); where there are images,
-    ``images`` (encoded as they came, a list in each row).
-    """
-    return config.work_dir / "partition" / expert / f"{split}.parquet"
-
-
 def iter_shard(config: TrainConfig, expert: str, split: str) -> Iterator[str]:
     """The texts of a shard, read as they are asked for.
 
     Raises:
         TrainingError: the partition has not been made, or is damaged.
     """
-    return read_texts(shard_file(config, expert, split))
+    return read_texts(config.run.shard(expert, split))
 
 
 def read_shard(config: TrainConfig, expert: str, split: str) -> list[str]:
@@ -135,7 +122,7 @@ def has_column(config: TrainConfig, expert: str, split: str, name: str) -> bool:
     Raises:
         TrainingError: the shard is missing or damaged.
     """
-    return name in read_columns(shard_file(config, expert, split))
+    return name in read_columns(config.run.shard(expert, split))
 
 
 def read_examples(config: TrainConfig, expert: str, split: str) -> list[str | Messages]:
@@ -149,23 +136,19 @@ def read_examples(config: TrainConfig, expert: str, split: str) -> list[str | Me
         return list(texts)
     chats = [
         chat
-        for rows in read_row_groups(shard_file(config, expert, split), [MESSAGES_FIELD])
+        for rows in read_row_groups(config.run.shard(expert, split), [MESSAGES_FIELD])
         for chat in rows.column(MESSAGES_FIELD).to_pylist()
     ]
     return [text if chat is None else json.loads(chat) for text, chat in zip(texts, chats, strict=True)]
 
 
-def read_report(stage: Stage) -> PartitionReport:
+def read_partition_report(stage: Stage) -> PartitionReport:
     """The report of a finished partition.
 
     Raises:
         TrainingError: its file is missing or damaged.
     """
-    file = stage.directory / REPORT_FILE
-    try:
-        return PartitionReport.model_validate_json(file.read_text())
-    except (OSError, pydantic.ValidationError):
-        raise TrainingError(f"{file} cannot be read; delete {stage.directory} and run again") from None
+    return read_report(stage.directory, PartitionReport)
 
 
 def make_partition(
@@ -181,7 +164,7 @@ def make_partition(
     bad = BadLines(skip=config.data.on_bad_line == "skip")
     with stage.writing() as directory:
         documents = read_documents(config.data, config.documents, config.seed, settings.field, bad)
-        corpus = spool(documents, directory / "documents.parquet", settings.sample, config.seed, progress)
+        corpus = spool(documents, spool_file(directory), settings.sample, config.seed, progress)
         if len(corpus) < len(config.experts):
             raise TrainingError(
                 f"{len(corpus)} documents cannot be split among {len(config.experts)} experts; "
@@ -195,11 +178,13 @@ def make_partition(
         progress("report", 0, None)
         report = _report(config, corpus, labels, held_out, sample_features, bad)
         if corpus.has_images:
-            _draw_nearest(config, corpus, labels, sample_features, directory / NEAREST_FILE)
-        (directory / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n")
+            _draw_nearest(config, corpus, labels, sample_features, plot_file(directory, "nearest"))
+        report_file(directory).write_text(report.model_dump_json(indent=2) + "\n")
         title = f"{config.name}: {settings.method}, {len(corpus.sample):,} of {len(corpus):,} documents"
         sampled = labels[corpus.sampled]
-        draw_map(sample_features, sampled, config.expert_names, title, config.seed, directory / MAP_FILE)
+        draw_map(
+            sample_features, sampled, config.expert_names, title, config.seed, plot_file(directory, "map")
+        )
         corpus.file.unlink()
         progress("report", 1, 1)
     return report
@@ -370,8 +355,8 @@ def _write_shards(
     with ExitStack() as stack:
         writers = [
             [
-                stack.enter_context(DocumentWriter(directory / name / f"{split}.parquet", corpus.columns))
-                for split in _SPLITS
+                stack.enter_context(DocumentWriter(shard_file(directory, name, split), corpus.columns))
+                for split in SPLITS
             ]
             for name in config.expert_names
         ]

@@ -19,9 +19,6 @@ from decar.training.features import fit_tfidf
 Labels = NDArray[np.int64]
 Rows = NDArray[np.float32]
 
-MAP_FILE = "map.png"
-NEAREST_FILE = "nearest.png"
-REPORT_FILE = "report.json"
 SHEET_COLUMNS = 12
 _TOP_TERMS = 12
 _NEAREST = 3

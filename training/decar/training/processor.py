@@ -30,7 +30,7 @@ def load_processor(config: TrainConfig, model_config: Any, tokenizer: Any) -> An
     Raises:
         TrainingError: there is none and transformers makes none, or tokenizer, chat template and processor do not fit.
     """
-    directory = config.work_dir / "tokenizer"
+    directory = config.run.tokenizer
     if processor_files(directory):
         processor = _read(directory)
     elif model_config.model_type == "llava" and model_config.vision_config.model_type == "clip_vision_model":

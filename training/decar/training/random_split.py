@@ -26,10 +26,10 @@ def random_config(config: TrainConfig) -> TrainConfig:
     """
     # `field` stays, which method random does not look at: rows without it are no documents there either.
     partition = config.partition.model_copy(update={"method": "random", "name_by": {}, "domains": {}})
-    tokenizer = config.tokenizer.model_copy(update={"path": config.work_dir / "tokenizer"})
+    tokenizer = config.tokenizer.model_copy(update={"path": config.run.tokenizer})
     return config.model_copy(
         update={
-            "work_dir": config.work_dir / "random",
+            "work_dir": config.run.random,
             "ensemble_dir": None,
             "partition": partition,
             "tokenizer": tokenizer,

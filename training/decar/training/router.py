@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-import pydantic
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from decar.router.errors import TrainingError
 from decar.router.features import EmbeddingFeatures, Features
 from decar.router.files import (
     EMBEDDING_FOLDER,
@@ -42,8 +40,8 @@ from decar.training.partition import (
     has_column,
     iter_shard,
     partition_fingerprint,
-    shard_file,
 )
+from decar.training.run import SPLITS, plot_file, read_report, report_file, require
 from decar.training.stages import Stage, digest, fingerprint
 
 if TYPE_CHECKING:
@@ -120,26 +118,18 @@ def router_fingerprint(config: TrainConfig) -> str:
     return fingerprint(settings, partition_fingerprint(config))
 
 
-def router_directory(config: TrainConfig) -> Path:
-    return config.work_dir / "router"
-
-
 def router_stage(config: TrainConfig) -> Stage:
     """The stage as ``config``, the shards and the embedding model are now.
 
     Raises:
         TrainingError: shards are missing or made with another configuration, or there is no usable embedding model.
     """
-    files = [
-        shard_file(config, name, split) for name in config.expert_names for split in ("train", "held_out")
-    ]
-    for file in files:
-        if not file.is_file():
-            raise TrainingError(f"{file} is missing; run `decar-train partition` first")
-    check_marker(config.work_dir / "partition", partition_fingerprint(config))
+    files = [config.run.shard(name, split) for name in config.expert_names for split in SPLITS]
+    require(config.run.partition, *files)
+    check_marker(config.run.partition, partition_fingerprint(config))
     files += embedding_files(config.router.embedding, "router.embedding")
     files += embedding_files(config.router.image_embedding, "router.image_embedding")
-    return Stage(router_directory(config), router_fingerprint(config), digest(*files))
+    return Stage(config.run.router, router_fingerprint(config), digest(*files))
 
 
 def read_router_report(config: TrainConfig) -> RouterReport:
@@ -148,11 +138,7 @@ def read_router_report(config: TrainConfig) -> RouterReport:
     Raises:
         TrainingError: it is missing or damaged.
     """
-    file = router_directory(config) / "report.json"
-    try:
-        return RouterReport.model_validate_json(file.read_text())
-    except (OSError, pydantic.ValidationError):
-        raise TrainingError(f"{file} cannot be read; delete its directory and run again") from None
+    return read_report(config.run.router, RouterReport)
 
 
 @dataclass(frozen=True)
@@ -215,8 +201,8 @@ def train_router(config: TrainConfig, stage: Stage) -> RouterReport:
             _write(
                 images.router, directory / IMAGE_FOLDER, settings.image_embedding, "router.image_embedding"
             )
-        (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
-        _plot(report, directory / "calibration.png")
+        report_file(directory).write_text(report.model_dump_json(indent=2) + "\n")
+        _plot(report, plot_file(directory, "calibration"))
     return report
 
 
@@ -263,9 +249,9 @@ def _texts(config: TrainConfig) -> tuple[list[str], Labels, list[list[str]]]:
     What is said of an image says little of whose it is, but in a corpus of images it is all that a text can go by.
     Of a large corpus they are a sample: every n-th document of every shard.
     """
-    train, held_out = (_sampled(config, split, _texts_without_images) for split in ("train", "held_out"))
+    train, held_out = (_sampled(config, split, _texts_without_images) for split in SPLITS)
     if not all([*train, *held_out]):
-        train, held_out = (_sampled(config, split, iter_shard) for split in ("train", "held_out"))
+        train, held_out = (_sampled(config, split, iter_shard) for split in SPLITS)
     labels = np.repeat(np.arange(len(train)), [len(texts) for texts in train])
     return [text for shard in train for text in shard], labels, held_out
 
@@ -290,11 +276,8 @@ def _texts_without_images(config: TrainConfig, name: str, split: str) -> Iterato
 def _fit_images(config: TrainConfig) -> tuple[Fitted[Sequence[Image]] | None, ImageReport | None]:
     """The router for images and its report, or None where an expert has no image to train on or none held out."""
     settings, names = config.router, config.expert_names
-    counts = {
-        split: [sum(map(bool, _encoded(config, name, split))) for name in names]
-        for split in ("train", "held_out")
-    }
-    if not all(count for of in counts.values() for count in of):
+    counts = {split: [sum(map(bool, _encoded(config, name, split))) for name in names] for split in SPLITS}
+    if not all(count for per_expert in counts.values() for count in per_expert):
         return None, None
     features: Features[Sequence[Image]]
     if settings.image_embedding is not None:
@@ -304,7 +287,7 @@ def _fit_images(config: TrainConfig) -> tuple[Fitted[Sequence[Image]] | None, Im
         groups = (group for name in names for group in _encoded(config, name, "train") if group)
         images = ([decode_image(image) for image in group] for group in islice(groups, None, None, step))
         features = fit_pixels(images, settings.image_side, settings.num_components, config.seed)
-    train, held_out = (_image_features(config, split, features) for split in ("train", "held_out"))
+    train, held_out = (_image_features(config, split, features) for split in SPLITS)
     fitted = _fit(config, features, train, train, held_out)
     report = ImageReport(
         train_documents=len(train.rows),
@@ -329,7 +312,7 @@ def _image_features(config: TrainConfig, split: str, features: Features[Sequence
 
 def _encoded(config: TrainConfig, name: str, split: str) -> Iterator[list[bytes]]:
     """The images of each document of a shard."""
-    file = shard_file(config, name, split)
+    file = config.run.shard(name, split)
     if IMAGES_FIELD in read_columns(file):
         for rows in read_row_groups(file, [IMAGES_FIELD]):
             yield from rows.column(IMAGES_FIELD).to_pylist()

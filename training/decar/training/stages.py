@@ -19,8 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
-
-MARKER = "DONE"
+from decar.training.run import marker_file
 
 
 def fingerprint(*parts: Any) -> str:
@@ -108,15 +107,14 @@ class Stage:
         """A directory to fill, put in place with its marker on success."""
         with replaced_directory(self.directory) as temporary:
             yield temporary
-            write_atomically(
-                temporary / MARKER, json.dumps({"config": self.config, "inputs": self.inputs}) + "\n"
-            )
+            marker = {"config": self.config, "inputs": self.inputs}
+            write_atomically(marker_file(temporary), json.dumps(marker) + "\n")
 
 
 def read_marker(directory: Path) -> dict[str, str] | None:
     """The marker of a finished stage in ``directory``, or None."""
     try:
-        data = json.loads((directory / MARKER).read_text())
+        data = json.loads(marker_file(directory).read_text())
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None

@@ -167,11 +167,11 @@ def greedy_is_right(log_weights: Float64s, scores: Scores, rule: Rule) -> Float6
     right = scores.right[np.arange(len(log_weights)), log_weights.argmax(axis=1)].copy()
     if mixed.any():
         where = torch.from_numpy(np.flatnonzero(mixed))
-        of = scores.probabilities if rule == "velocity" else scores.rows
-        of = of if mixed.all() else of[where]
-        weights = torch.from_numpy(np.exp(log_weights[mixed])).to(of.dtype)
+        summands = scores.probabilities if rule == "velocity" else scores.rows
+        summands = summands if mixed.all() else summands[where]
+        weights = torch.from_numpy(np.exp(log_weights[mixed])).to(summands.dtype)
         # Neither rule's normalisation changes which token comes first.
-        best = torch.einsum("tk,tkv->tv", weights, of).argmax(dim=-1)
+        best = torch.einsum("tk,tkv->tv", weights, summands).argmax(dim=-1)
         right[mixed] = (best == scores.ids[where]).double().numpy()
     return right
 

@@ -10,8 +10,9 @@ from typing import Any
 from decar.router.errors import TrainingError
 from decar.training.config import CONTINUATION_TEMPLATE, IMAGE_TEMPLATE, TokenizerConfig, TrainConfig
 from decar.training.corpus import IMAGES_FIELD
-from decar.training.partition import has_column, iter_shard, shard_file
+from decar.training.partition import has_column, iter_shard
 from decar.training.processor import processor_files
+from decar.training.run import require
 from decar.training.stages import Stage, digest, fingerprint
 
 
@@ -26,11 +27,9 @@ def tokenizer_stage(config: TrainConfig) -> Stage:
         check_given(config.tokenizer)
         files = sorted(file for file in given.glob("*token*") if file.is_file()) + processor_files(given)
     else:
-        files = [shard_file(config, name, "train") for name in config.expert_names]
-        for file in files:
-            if not file.is_file():
-                raise TrainingError(f"{file} is missing; run `decar-train partition` first")
-    return Stage(config.work_dir / "tokenizer", fingerprint(config.tokenizer), digest(*files))
+        files = [config.run.shard(name, "train") for name in config.expert_names]
+        require(config.run.partition, *files)
+    return Stage(config.run.tokenizer, fingerprint(config.tokenizer), digest(*files))
 
 
 def check_given(config: TokenizerConfig) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
-from decar.training.evaluate import AVERAGE, BEST, CENTRALIZED, RANDOM, TOP_1, SeedReport
+from decar.training.scores import AVERAGE, BEST, CENTRALIZED, RANDOM, TOP_1, SeedReport
 from decar.training.systems import DENSE
 
 CONFIDENCE = 0.95

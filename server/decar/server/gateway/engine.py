@@ -104,8 +104,9 @@ class ExpertEngine:
 class Relay(Protocol):
     """Gives a user what several engines say, one after another, as one engine's output."""
 
-    def begin(self, member: Member, on_first: Callable[[], None] | None = None) -> Any:
-        """A request whose leader may change, or whose first token is news: then ``on_first`` is called."""
+    def begin(self, member: Member, on_tokens: Callable[[int], None]) -> Any:
+        """A request whose leader may change; ``on_tokens`` is told, as tokens come, how many there are by now, also
+        where the user gets only the whole answer."""
         ...
 
     def follow(self, relayed: Any, expert: int, request_id: str) -> None:

@@ -35,8 +35,8 @@ from decar.server.gateway.sampling import (
     without_prompt_logprobs,
 )
 from decar.server.gateway.slots import Slots
-from decar.server.gateway.traces import Traces
 from decar.server.gateway.trained_routers import TrainedRouters
+from decar.server.gateway.weights import WeightsReader
 from decar.server.metrics import EnsembleMetrics
 from decar.server.protocol.cores import GatewayThread
 from decar.server.protocol.member import Member
@@ -88,9 +88,8 @@ class EnsembleClient(AllEngines):
         self.thread = thread
         self._core_policy = CorePolicy(engines, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
-        self._scorer = PromptScorer(engines, ensemble.vocab_size)
+        self._scorer = PromptScorer(engines, ensemble.vocab_size, plane.spec.prompt_unit)
         self._trained_routers = TrainedRouters(ensemble, engines[0])
-        self._traces = Traces(ensemble.expert_names, plane.blocks)
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
@@ -260,8 +259,8 @@ class EnsembleClient(AllEngines):
             )
             trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
             call.choices[asked.first_choice] = trace
-            learn = None if beginning is None else partial(self._learn, beginning, slot)
-            relayed = self._relay.begin(member, learn)
+            reader = WeightsReader(self.plane, member, self.ensemble.expert_names)
+            relayed = self._relay.begin(member, partial(self._keep_up, reader, beginning, slot))
             queues: dict[int, OutputQueue] = {}
             finished = False
             produced = 0
@@ -281,9 +280,9 @@ class EnsembleClient(AllEngines):
                     produced += sum(len(completion.token_ids) for completion in output.outputs)
                     self.thread.hurry(slot, member.may_release or not produced)
                     if produced and not start and beginning is not None:
-                        self._traces.begin(trace, member)
+                        reader.begin(trace)
                     if call.trace:
-                        self._traces.extend(trace, member, start, produced)
+                        reader.extend(trace, start, produced)
                     yield output
             finally:
                 self.leaders.end(member)
@@ -294,7 +293,7 @@ class EnsembleClient(AllEngines):
                 # Its own engine has ended it, unless another has led before, which may not know yet.
                 ended = leader if finished and not member.led_before else None
                 await asyncio.shield(self._cancel(k for k in queues.items() if k[0] != ended))
-                self._metrics.observe(self._traces.weights(member, 0, produced))
+                self._metrics.observe(reader.between(0, produced))
 
     async def _fan_out(
         self, asked: Asked, member: Member, relayed: Any, queues: dict[int, OutputQueue]
@@ -310,7 +309,7 @@ class EnsembleClient(AllEngines):
                 arrival_time=arrival_s,
                 **asked.kwargs,
             )
-            if member.may_release or (k == leader and member.scored is not None):
+            if member.may_release or k == leader:
                 self._relay.follow(relayed, k, queues[k].request_id)
 
     def _next_arrival(self) -> float:
@@ -323,10 +322,9 @@ class EnsembleClient(AllEngines):
             if self.experts[k].up:
                 await self.experts[k].engine.cancel(queue.request_id)
 
-    def _learn(self, beginning: Beginning, slot: int) -> None:
-        """Keep what the experts have said of a prompt, as soon as its first token is there."""
-        beginning.learn([block.prompt[slot] for block in self.plane.blocks])
-
-    async def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        self._scorer.forget()
-        return await super().reset_prefix_cache(*args, **kwargs)
+    def _keep_up(self, reader: WeightsReader, beginning: Beginning | None, slot: int, produced: int) -> None:
+        """Tokens have come, ``produced`` by now: the first one says what experts have found of a new prompt."""
+        if beginning is not None and not beginning.learned.is_set():
+            fields = self.plane.fields
+            beginning.learn(fields["prompt_sums"][:, slot], fields["prompt_sum"][:, slot])
+        reader.keep_up(produced)

@@ -56,10 +56,13 @@ class Beginning:
         """log p_k of the known part [K], the first token given."""
         return [total for _, total in self.scored]
 
-    def learn(self, said: Sequence[np.ndarray]) -> None:
-        """Take in what the experts said of the prompt's tokens: K x [T], of which the known part is not read."""
-        for scores, (known, total), log_probs in zip(self._scores, self.scored, said, strict=True):
-            scores.learn(self._ids, known, total, log_probs[known:].tolist(), self._salt)
+    def learn(self, sums: np.ndarray, wholes: np.ndarray) -> None:
+        """Take in what the experts said of the prompt beyond what was known: log p up to each unit's end [K, U], of
+        which those in the known part are not read, and in all [K]."""
+        for scores, (known, total), of_units, whole in zip(
+            self._scores, self.scored, sums.tolist(), wholes.tolist(), strict=True
+        ):
+            scores.learn(self._ids, known, total, of_units, whole, self._salt)
         self.learned.set()
 
 
@@ -69,12 +72,13 @@ class PromptScorer:
     Args:
         engines: in manifest order.
         vocab_size: V, the ids that all experts share.
+        unit: tokens between the places of a prompt up to which its log-likelihood is kept.
     """
 
-    def __init__(self, engines: Sequence[Engine], vocab_size: int):
+    def __init__(self, engines: Sequence[Engine], vocab_size: int, unit: int):
         self._engines = engines
         self._vocab_size = vocab_size
-        self._scores = [PrefixScores(engine.client.vllm_config.cache_config.block_size) for engine in engines]
+        self._scores = [PrefixScores(unit) for _ in engines]
         self._under_way: dict[_Key, Beginning] = {}
         memory = os.statvfs(DIRECTORY)
         share = memory.f_bavail * memory.f_frsize // (2 * PROMPTS_AT_ONCE)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool
 
 from decar.router import Ensemble, active_experts, available_routers, log_prior
 from decar.router.errors import RequestError, did_you_mean
-from decar.router.manifest import Route, Rule, Scope, Start, Trained, describe_validation_error
+from decar.router.manifest import RouterKind, Rule, Scope, Start, Trained, describe_validation_error
 
 Sampling = Literal["mixture", "draw"]
 
@@ -27,7 +27,7 @@ class DecarOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    route: Route | None = None
+    route: RouterKind | None = None
     scope: Scope | None = None
     start: Start | None = None
     weights: dict[str, Annotated[float, Strict()]] | None = None
@@ -153,7 +153,7 @@ def _route_by_posterior(ensemble: Ensemble, parsed: DecarOptions, call: Call) ->
         call.router = _trained(ensemble, parsed.start or router.start, "decar.start")
 
 
-def _trained(ensemble: Ensemble, kind: Route, field_name: str) -> Trained | None:
+def _trained(ensemble: Ensemble, kind: RouterKind, field_name: str) -> Trained | None:
     """``kind`` if it is a router that this ensemble has been given by training; None for the prior."""
     if kind in ("prior", "posterior"):
         return None

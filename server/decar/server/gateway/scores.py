@@ -1,10 +1,10 @@
 """What each expert thought of prompts before, so that no prompt is scored twice. Knows tokens, and no engines.
 
 A prompt's log-likelihood is a sum over its tokens, so a prefix's is where the sum of a longer text begins. Kept are
-the sums at the ends of KV blocks, which an engine finds in its prefix cache and does not compute again, and of whole
-prompts.
+the sums at the ends of units, whole KV blocks that an engine finds in its prefix cache and does not compute again, and
+of whole prompts.
 
-T tokens, B tokens of a KV block.
+T tokens, U units of a prompt.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class PrefixScores:
     """One expert's log-likelihoods of text beginnings, the least recently used forgotten first.
 
     Args:
-        block_size: B.
+        unit: its tokens.
         max_entries: how many are kept.
     """
 
-    def __init__(self, block_size: int, max_entries: int = MAX_ENTRIES):
-        self._block_size = block_size
+    def __init__(self, unit: int, max_entries: int = MAX_ENTRIES):
+        self._unit = unit
         self._max_entries = max_entries
         self._sums: OrderedDict[bytes, float] = OrderedDict()
 
@@ -52,34 +52,35 @@ class PrefixScores:
         prompt: Sequence[int],
         start: int,
         total: float,
-        log_likelihoods: Sequence[float],
+        sums: Sequence[float],
+        whole: float,
         salt: bytes = b"",
-    ) -> float:
-        """Keep what a scoring found out, and return the whole prompt's score.
+    ) -> None:
+        """Keep what a scoring found out.
 
         Args:
             start, total: what `known` said.
-            log_likelihoods: [T - start], log p of each token from ``start`` on.
+            sums: [U], Σ log p of the tokens from ``start`` to each unit's end and one token more; not read before
+                ``start``.
+            whole: the same of all tokens from ``start`` on.
         """
-        sums = total + np.cumsum(np.asarray(log_likelihoods, dtype=np.float64))
-        whole = float(sums[-1]) if len(sums) else total
         for length, key in self._beginnings(prompt, salt):
             if length > start:
-                self._sums[key] = float(sums[length - 1 - start])
+                said = whole if length == len(prompt) else sums[(length - 1) // self._unit - 1]
+                self._sums[key] = total + said
         while len(self._sums) > self._max_entries:
             self._sums.popitem(last=False)
-        return whole
 
     def forget(self) -> None:
         """As when the engine's weights have changed."""
         self._sums.clear()
 
     def _beginnings(self, prompt: Sequence[int], salt: bytes) -> Iterator[tuple[int, bytes]]:
-        """(length, key) of the beginnings that are kept, in growing order: one token beyond each block, and all."""
+        """(length, key) of the beginnings that are kept, in growing order: one token beyond each unit, and all."""
         ids = np.asarray(prompt, dtype="<i8")
         digest = hashlib.blake2b(salt, digest_size=16)
         end = 0
-        for length in [*range(self._block_size + 1, len(ids), self._block_size), len(ids)]:
+        for length in [*range(self._unit + 1, len(ids), self._unit), len(ids)]:
             digest.update(ids[end:length].tobytes())
             end = length
             yield length, digest.digest()

@@ -4,19 +4,22 @@ Every engine runs this after its forward pass, for the requests it shares with o
 by what the peer is doing, never by a clock: a row or a token is worth waiting for only while the peer runs
 the very step that makes it. What is not worth waiting for is a *hold*: no token this step.
 
-Shapes: K experts, B batch rows, V vocabulary.
+A step's work is done on arrays, one entry a request: what stamps, tokens and weights are anyway.
+
+Shapes: n turns of one step, K experts, S slots, V vocabulary.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
+import numpy as np
 import torch
 
-from decar.kernels import mix_rows
+from decar.kernels import Rule, mix_rows
 from decar.router import active_experts, moved_on, prune, restricted
 from decar.server.protocol.cores import yield_core
 from decar.server.protocol.member import Member
@@ -24,26 +27,20 @@ from decar.server.protocol.plane import (
     NOTHING,
     Block,
     Plane,
-    entry_of,
     membership_word,
     read_membership_word,
     stamp_of,
 )
 from decar.server.protocol.transport import Transport
 
-
-@dataclass
-class Turn:
-    """One request's part in one step: the position to decide, and its row in this engine's batch."""
-
-    member: Member
-    position: int
-    row: int = -1
-
-    def __post_init__(self) -> None:
-        self.stamp = stamp_of(self.member.generation, self.position)
-        self.entry = entry_of(self.member.slot, self.stamp)
-        self.leader = self.member.leader_at(self.position)
+HELD = -1
+"""In place of a token: there is none this step."""
+RULES: tuple[Rule, ...] = get_args(Rule)
+_NEVER = np.iinfo(np.int64).max
+# A peer's row is often microseconds away: look again at once, and leave the core to whoever wants it, this many times
+# (about 0.1 ms) before sleeping, which on Linux takes 50 µs and more however little is asked for.
+_SPINS = 200
+_SLEEP_S = 20e-6
 
 
 def follow_membership(blocks: Sequence[Block], member: Member) -> None:
@@ -64,131 +61,310 @@ def follow_membership(blocks: Sequence[Block], member: Member) -> None:
         member.leader = leader
 
 
-class Lockstep:
-    """An engine's side of the plane.
+class Observer:
+    """What one engine's scheduler asks about one request: it reads the plane, and writes nothing.
 
     Args:
         plane: attached shared memory.
         expert: this engine's index.
-        transport: where rows lie; a scheduler, which only follows stamps, has none.
     """
 
-    def __init__(self, plane: Plane, expert: int, transport: Transport | None = None):
+    def __init__(self, plane: Plane, expert: int):
         self.expert = expert
-        self._transport = transport
+        self.mine: Block = plane.blocks[expert]
+        self._blocks = plane.blocks
+        self._ring = plane.spec.ring
+        self._weights_read = plane.weights_read.data
+
+    def takes_part(self, member: Member) -> bool:
+        """Whether this engine still does, as far as leaders have decided; brings ``member`` up to date."""
+        follow_membership(self._blocks, member)
+        return self.expert in member.active
+
+    def decided(self, member: Member, position: int) -> int | None:
+        """The leader's token for ``position``, if it has published it."""
+        leader = self._blocks[member.leader_at(position)]
+        return leader.published(member.slot, stamp_of(member.generation, position))
+
+    def rows_may_come(self, member: Member, position: int) -> bool:
+        """Whether a held turn that this engine leads is worth running again: every follower has given its row, or is
+        about to, and the gateway has read what the weights of ``position`` would overwrite."""
+        slot, stamp = member.slot, stamp_of(member.generation, position)
+        return stamp - self._weights_read[slot] <= self._ring and all(
+            self._blocks[follower].has_row(slot, stamp) or self._blocks[follower].running[slot] == stamp
+            for follower in member.followers
+        )
+
+
+@dataclass
+class Turns:
+    """The parts of n requests in one step; every attribute is [n] int64.
+
+    Attributes:
+        slots, positions: which position of which request is to be decided.
+        stamps, entries: those of its row and its token.
+        leaders: who decides it.
+        rows: its row in this engine's batch, which is known after the forward pass.
+    """
+
+    slots: np.ndarray
+    positions: np.ndarray
+    stamps: np.ndarray
+    entries: np.ndarray
+    leaders: np.ndarray
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, chosen: np.ndarray | slice) -> Turns:
+        """Those at indices, where a mask is true, or of a slice."""
+        return Turns(*(values[chosen] for values in vars(self).values()))
+
+
+class Lockstep:
+    """An engine's steps. What it knows of a slot's tenant it keeps in arrays [S]; the tenant is the newest that joined.
+
+    Args:
+        plane: attached shared memory.
+        expert: this engine's index.
+        transport: where rows lie.
+    """
+
+    def __init__(self, plane: Plane, expert: int, transport: Transport):
+        slots, experts = plane.spec.slots, plane.spec.experts
+        self.expert = expert
         self.vocab_size = plane.spec.vocab_size
+        self.prompt_unit = plane.spec.prompt_unit
+        self.transport = transport
         self.blocks = plane.blocks
         self.mine: Block = plane.blocks[expert]
-        self.alive = plane.alive
-        self._tenants = [0] * plane.spec.slots  # newest generation seen per slot
+        self._fields, self._alive, self._weights_read = plane.fields, plane.alive, plane.weights_read
+        self._own = {name: field[expert] for name, field in plane.fields.items()}
+        self._ring = plane.spec.ring
 
-    @property
-    def transport(self) -> Transport:
-        assert self._transport is not None, "a scheduler neither posts nor mixes"
-        return self._transport
+        self.generation = np.zeros(slots, np.int64)
+        self.produced = np.zeros(slots, np.int64)  # tokens of the answer that this engine knows
+        self.leader = np.zeros(slots, np.int64)
+        self.log_weights = np.full((slots, experts), -np.inf)
+        self.budget = np.zeros(slots)  # weight that may still be pruned
+        self.may_release = np.zeros(slots, bool)
+        self.alone_from = np.full(slots, _NEVER)
+        self._active = np.zeros((slots, experts), bool)
+        self._led_until = np.zeros(slots, np.int64)  # up to which position earlier leaders decide
+        self._seen = np.zeros(slots, np.int64)  # the membership word that the above is by
+        self._posterior = np.zeros(slots, bool)
+        self._unweighed = np.zeros(slots, bool)  # the prompt has still to move the weights
+        self._rules = np.zeros(slots, np.int64)
+        self._members: list[Member | None] = [None] * slots
+
+    # --- who takes part -----------------------------------------------------------------------------------
 
     def join(self, member: Member) -> None:
         """Take part in a request. A newer tenant of a slot silences the older one, which is being aborted."""
-        self._tenants[member.slot] = max(self._tenants[member.slot], member.generation)
+        slot = member.slot
+        if member.generation <= self.generation[slot]:
+            return
+        self._members[slot] = member
+        self.generation[slot] = member.generation
+        self.produced[slot] = 0
+        self.may_release[slot] = member.may_release
+        self._posterior[slot] = member.posterior
+        self._unweighed[slot] = member.scored is not None
+        self._rules[slot] = RULES.index(member.rule)
+        self._seen[slot] = NOTHING
+        self._load(slot)
 
     def holds_slot(self, member: Member) -> bool:
-        return self._tenants[member.slot] == member.generation
+        return bool(self.generation[member.slot] == member.generation)
 
-    def announce(self, turns: Iterable[Turn]) -> None:
+    def take_part(self, slots: np.ndarray) -> np.ndarray:
+        """Whether this engine still does in each of ``slots``, as far as leaders have decided; [n] bool."""
+        words = self._fields["membership"][self.leader[slots], slots]
+        news = (words >> 32 == self.generation[slots]) & (words != self._seen[slots])
+        for slot in slots[news].tolist():
+            follow_membership(self.blocks, self._member(slot))
+            self._load(slot)
+        return self._active[slots, self.expert]
+
+    def turns(self, slots: np.ndarray, positions: np.ndarray) -> Turns:
+        """The turns of a step that is to decide ``positions`` of ``slots``."""
+        stamps = self.generation[slots] << 32 | (positions + 1)
+        leaders = self.leader[slots]
+        for i in np.flatnonzero(positions < self._led_until[slots]):
+            leaders[i] = self._member(slots[i]).leader_at(int(positions[i]))
+        return Turns(slots, positions, stamps, 2 * slots + (stamps & 1), leaders, np.full_like(slots, -1))
+
+    def decided(self, slot: int) -> int | None:
+        """The leader's token for the next position that this engine does not know, if it has been published."""
+        position = int(self.produced[slot])
+        leader = self.blocks[self._member(slot).leader_at(position)]
+        return leader.published(slot, stamp_of(int(self.generation[slot]), position))
+
+    def _member(self, slot: int) -> Member:
+        member = self._members[slot]
+        assert member is not None, "nobody has joined in this slot"
+        return member
+
+    def _load(self, slot: int) -> None:
+        """Take over what a slot's member says of who takes part, and with which weights."""
+        member = self._member(slot)
+        self.leader[slot] = member.leader
+        self.log_weights[slot] = member.log_weights
+        self.budget[slot] = member.prune
+        self.alone_from[slot] = _NEVER if member.alone_from is None else member.alone_from
+        self._active[slot] = False
+        self._active[slot, list(member.active)] = True
+        self._led_until[slot] = member.led_before[-1][0] if member.led_before else 0
+        self._seen[slot] = self.blocks[member.leader].membership[slot]
+
+    # --- a step, in this order ----------------------------------------------------------------------------
+
+    def announce(self, turns: Turns) -> None:
         """Say, before the forward pass, which rows it will give."""
-        for turn in turns:
-            if self.holds_slot(turn.member):
-                self.mine.running[turn.member.slot] = turn.stamp
+        self._own["running"][turns.slots] = turns.stamps
         self.mine.count("steps")
 
-    def finish(self, turns: Sequence[Turn]) -> None:
-        """Say that this step gives nothing more."""
-        for turn in turns:
-            self.mine.running[turn.member.slot] = NOTHING
-
-    def post(self, turns: Sequence[Turn], logits: torch.Tensor) -> None:
+    def post(self, turns: Turns, logits: torch.Tensor) -> None:
         """Write rows of ``logits`` [B, V'] (V' >= V) that are not there yet, then stamp them."""
-        new = [turn for turn in turns if not self.mine.has_row(turn.member.slot, turn.stamp)]
-        if not new:
+        new = turns[self._own["row_stamp"][turns.entries] != turns.stamps]
+        if not len(new):
             return
-        rows, of = logits[:, : self.vocab_size], [turn.row for turn in new]
-        if of != list(range(len(rows))):  # else the whole batch is posted, as it lies
-            rows = rows.index_select(0, torch.tensor(of, device=logits.device))
-        self.transport.post([turn.entry for turn in new], rows)
-        for turn in new:
-            self.mine.row_stamp[turn.entry] = turn.stamp
+        rows = logits[:, : self.vocab_size]
+        if not np.array_equal(new.rows, np.arange(len(rows))):  # else the whole batch is posted, as it lies
+            rows = rows.index_select(0, torch.from_numpy(new.rows).to(logits.device))
+        self.transport.post(new.entries, rows)
+        self._own["row_stamp"][new.entries] = new.stamps
 
-    def wait_for_rows(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Of the turns this engine leads, those whose rows have all come. The rest are holds."""
-        ready: list[Turn] = []
-        held: list[Turn] = []
+    def wait_for_rows(self, turns: Turns) -> Turns:
+        """Of the turns this engine leads, those whose rows have all come. The rest are holds.
+
+        So is a turn whose weights the gateway has no room for: it is the ring's length behind.
+        """
         with self.mine.timed("row_wait_ns"):
-            for turn in turns:
-                (ready if all(self._row_comes(f, turn) for f in turn.member.followers) else held).append(turn)
-        self.mine.count("leader_holds", len(held))
-        self.finish(held)  # so that no follower waits for their tokens
-        return ready
+            wanted = self._active[turns.slots]
+            wanted[:, self.expert] = False
+            room = turns.stamps - self._weights_read[turns.slots] <= self._ring
+            wanted &= room[:, None]
+            slots, entries, stamps = turns.slots, turns.entries, turns.stamps[:, None]
+            while True:
+                # In this order: a row that is not there once its engine no longer runs that step will not come.
+                running = (stamps == self._fields["running"][:, slots].T) & (self._alive == 1)
+                missing = wanted & (stamps != self._fields["row_stamp"][:, entries].T)
+                held = (missing & ~running).any(axis=1)
+                waiting = np.argwhere(missing & ~held[:, None])
+                if not len(waiting):
+                    break
+                i, peer = waiting[0]
+                self._wait(self.blocks[peer].row_stamp, int(peer), turns, int(i))
+        ready = room & ~held
+        holds = turns[~ready]
+        self.mine.count("leader_holds", len(holds))
+        self.finish(holds)  # so that no follower waits for their tokens
+        return turns[ready] if len(holds) else turns
 
-    def weigh(self, turns: Sequence[Turn]) -> None:
+    def weigh(self, turns: Turns) -> None:
         """Where experts have scored a prompt as they computed it: its weights, and who stays active with them."""
-        for turn in turns:
-            member = turn.member
-            if turn.position or member.scored is None:
-                continue
-            sums = [
-                known + block.prompt_sum[member.slot]
-                for (_, known), block in zip(member.scored, self.blocks, strict=True)
-            ]
-            log_weights = moved_on(member.log_weights, sums)
-            log_weights, member.prune = restricted(log_weights, member.top_k, member.prune, member.uniform)
-            member.log_weights = log_weights.tolist()
+        for slot in turns.slots[(turns.positions == 0) & self._unweighed[turns.slots]].tolist():
+            member = self._member(slot)
+            assert member.scored is not None
+            said = self._fields["prompt_sum"][:, slot] + [known for _, known in member.scored]
+            log_weights = moved_on(self.log_weights[slot], said)
+            self.log_weights[slot], self.budget[slot] = restricted(
+                log_weights, member.top_k, member.prune, member.uniform
+            )
+            self._unweighed[slot] = False
 
-    def mixed(self, turns: Sequence[Turn]) -> torch.Tensor:
-        """Mixture logits [len(turns), V] float32, on the transport's device, of turns whose rows have all come.
+    def mixed(self, turns: Turns) -> torch.Tensor:
+        """Mixture logits [n, V] float32, on the transport's device, of turns whose rows have all come.
 
         K identical experts give exactly that expert's logits: softmax would not need it, a repetition penalty does.
         """
         rows, device = self.transport.rows, self.transport.device
-        entries = torch.tensor([turn.entry for turn in turns], device=device)
-        log_weights = torch.tensor(
-            [turn.member.log_weights for turn in turns], dtype=torch.float64, device=device
-        )
-        rules = [turn.member.rule for turn in turns]
-        if len(set(rules)) == 1:
-            result = mix_rows(rows, entries, log_weights, rules[0])
+        log_weights = self.log_weights[turns.slots]
+        entries, weights = (torch.from_numpy(values).to(device) for values in (turns.entries, log_weights))
+        rules = self._rules[turns.slots]
+        if (rules == rules[0]).all():
+            result = mix_rows(rows, entries, weights, RULES[rules[0]])
         else:
             result = torch.empty(len(turns), self.vocab_size, device=device)
-            for rule in set(rules):
-                chosen = [i for i, other in enumerate(rules) if other == rule]
-                result[chosen] = mix_rows(rows, entries[chosen], log_weights[chosen], rule)
-        for turn in turns:
-            self.mine.log_weights[turn.member.slot, turn.position] = turn.member.log_weights
+            for i, rule in enumerate(RULES):
+                chosen = torch.from_numpy(np.flatnonzero(rules == i)).to(device)
+                result[chosen] = mix_rows(rows, entries[chosen], weights[chosen], rule)
+        self._own["log_weights"][turns.slots, turns.positions % self._ring] = log_weights
         self.mine.count("mixed_tokens", len(turns))
         return result
 
-    def publish(self, turns: Sequence[Turn], tokens: Sequence[int]) -> None:
-        """Tell the followers the token of each turn this engine decided, and move its weights on.
+    def publish(self, turns: Turns, tokens: np.ndarray) -> None:
+        """Tell the followers the tokens [n] of the turns this engine decided, and move their weights on.
 
-        Where experts may be pruned, who goes on is decided first: whoever has seen a token knows who takes part next.
+        Where experts may be released, who goes on is decided first: whoever has seen a token knows who takes part next.
         """
-        pruning = [turn.member.prune > 0 or (not turn.position and turn.member.may_release) for turn in turns]
-        self._stamp_tokens(turns, tokens, [not of for of in pruning])
-        moving = [i for i, turn in enumerate(turns) if turn.member.posterior]
-        if moving:
-            self._move_weights([turns[i] for i in moving], [tokens[i] for i in moving])
-        if any(pruning):
-            for turn in itertools.compress(turns, pruning):
-                self._prune(turn.member, turn.position + 1)
-            self._stamp_tokens(turns, tokens, pruning)
+        slots = turns.slots
+        pruning = self.budget[slots] > 0
+        beginning = (turns.positions == 0) & self.may_release[slots]
+        self._stamp_tokens(turns, tokens, ~(pruning | beginning))
+        moving = self._posterior[slots]
+        if moving.any():
+            self._move_weights(turns[moving], tokens[moving])
+        if (pruning | beginning).any():
+            lightest = np.where(self._active[slots], self.log_weights[slots], np.inf).min(axis=1)
+            for i in np.flatnonzero(beginning | (pruning & (np.exp(lightest) <= self.budget[slots]))):
+                self._release(int(slots[i]), int(turns.positions[i]) + 1)
+            self._stamp_tokens(turns, tokens, pruning | beginning)
+        self.produced[slots] = turns.positions + 1
 
-    def _stamp_tokens(self, turns: Sequence[Turn], tokens: Sequence[int], chosen: Sequence[bool]) -> None:
-        for turn, token in itertools.compress(zip(turns, tokens, strict=True), chosen):
-            self.mine.token[turn.entry] = token
-            self.mine.token_stamp[turn.entry] = turn.stamp
+    def adopt(self, turns: Turns) -> np.ndarray:
+        """The leaders' tokens [n] for turns this engine follows, `HELD` where there is none."""
+        leaders, slots, entries, stamps = turns.leaders, turns.slots, turns.entries, turns.stamps
+        with self.mine.timed("token_wait_ns"):
+            while True:
+                running = (self._fields["running"][leaders, slots] == stamps) & (self._alive[leaders] == 1)
+                there = self._fields["token_stamp"][leaders, entries] == stamps
+                waiting = np.flatnonzero(running & ~there)
+                if not len(waiting):
+                    break
+                i = waiting[0]
+                self._wait(self.blocks[leaders[i]].token_stamp, int(leaders[i]), turns, int(i))
+        self.mine.count("follower_holds", len(turns) - int(there.sum()))
+        self.produced[slots[there]] = turns.positions[there] + 1
+        return np.where(there, self._fields["token"][leaders, entries], HELD)
 
-    def _prune(self, member: Member, position: int) -> None:
+    def finish(self, turns: Turns) -> None:
+        """Say that this step gives nothing more."""
+        self._own["running"][turns.slots] = NOTHING
+
+    # --- parts of it --------------------------------------------------------------------------------------
+
+    def _wait(self, stamps: memoryview, peer: int, turns: Turns, i: int) -> None:
+        """Wait until the ``i``-th turn's entry of ``stamps`` has its stamp, while ``peer`` lives and runs that step.
+
+        The caller looks once more afterwards.
+        """
+        entry, slot, stamp = int(turns.entries[i]), int(turns.slots[i]), int(turns.stamps[i])
+        running, alive = self.blocks[peer].running, self._alive
+        spins = 0
+        while stamps[entry] != stamp and running[slot] == stamp and alive[peer]:
+            spins += 1
+            if spins > _SPINS:
+                time.sleep(_SLEEP_S)
+            else:
+                yield_core()
+
+    def _stamp_tokens(self, turns: Turns, tokens: np.ndarray, chosen: np.ndarray) -> None:
+        entries = turns.entries[chosen]
+        self._own["token"][entries] = tokens[chosen]
+        self._own["token_stamp"][entries] = turns.stamps[chosen]
+
+    def _move_weights(self, turns: Turns, tokens: np.ndarray) -> None:
+        """Bayes. Experts that are not active have no weight to move, whatever their rows hold."""
+        likelihoods = self.transport.log_likelihoods(turns.entries, tokens)
+        self.log_weights[turns.slots] = moved_on(self.log_weights[turns.slots], likelihoods)
+
+    def _release(self, slot: int, position: int) -> None:
         """Release the experts that the weights of ``position`` allow to; this engine may be one of them."""
-        log_weights, left = prune(member.log_weights, member.prune)
+        member = self._member(slot)
+        log_weights, left = prune(self.log_weights[slot], float(self.budget[slot]))
         active = tuple(active_experts(log_weights))
         if active == member.active:
             return
@@ -196,60 +372,8 @@ class Lockstep:
         self.mine.count("pruned", len(member.active) - len(active))
         self.mine.count("handed_over", int(leader != member.leader))
         member.log_weights, member.prune = log_weights.tolist(), left
-        self.mine.membership_weights[member.slot] = [*member.log_weights, left]
-        self.mine.membership_from[member.slot] = position
-        self.mine.membership[member.slot] = membership_word(member.generation, leader, active)
+        self._own["membership_weights"][slot] = [*member.log_weights, left]
+        self._own["membership_from"][slot] = position
+        self._own["membership"][slot] = membership_word(member.generation, leader, active)
         follow_membership(self.blocks, member)
-
-    def adopt(self, turns: Sequence[Turn]) -> list[int | None]:
-        """The leaders' tokens for turns this engine follows; None is a hold."""
-        with self.mine.timed("token_wait_ns"):
-            tokens = [self._token_comes(turn) for turn in turns]
-        self.mine.count("follower_holds", tokens.count(None))
-        return tokens
-
-    def rows_may_come(self, member: Member, position: int) -> bool:
-        """Whether every follower has given its row, or is about to: time to run a held turn again."""
-        stamp = stamp_of(member.generation, position)
-        return all(
-            self.blocks[f].has_row(member.slot, stamp) or self.blocks[f].running[member.slot] == stamp
-            for f in member.followers
-        )
-
-    def takes_part(self, member: Member) -> bool:
-        """Whether this engine still does, as far as leaders have decided; brings ``member`` up to date."""
-        follow_membership(self.blocks, member)
-        return self.expert in member.active
-
-    def decided(self, member: Member, position: int) -> int | None:
-        """The leader's token for ``position``, if it has published it."""
-        leader = self.blocks[member.leader_at(position)]
-        return leader.published(member.slot, stamp_of(member.generation, position))
-
-    def _row_comes(self, follower: int, turn: Turn) -> bool:
-        block, slot, stamp = self.blocks[follower], turn.member.slot, turn.stamp
-        self._wait(lambda: block.has_row(slot, stamp), follower, slot, stamp)
-        return block.has_row(slot, stamp)
-
-    def _token_comes(self, turn: Turn) -> int | None:
-        block, slot, stamp = self.blocks[turn.leader], turn.member.slot, turn.stamp
-        self._wait(lambda: block.published(slot, stamp) is not None, turn.leader, slot, stamp)
-        return block.published(slot, stamp)
-
-    def _wait(self, there: Callable[[], bool], peer: int, slot: int, stamp: int) -> None:
-        """Wait while ``peer`` lives and runs the step of ``stamp``. The caller looks once more afterwards."""
-        running = self.blocks[peer].running
-        spins = 0
-        while not there() and running[slot] == stamp and self.alive[peer]:
-            spins += 1
-            if spins > 200:
-                time.sleep(20e-6)
-            else:
-                yield_core()
-
-    def _move_weights(self, turns: Sequence[Turn], tokens: Sequence[int]) -> None:
-        """Bayes. Experts that are not active have no weight to move, whatever their rows hold."""
-        likelihoods = self.transport.log_likelihoods([turn.entry for turn in turns], list(tokens))
-        moved = moved_on([turn.member.log_weights for turn in turns], likelihoods)
-        for turn, weights in zip(turns, moved.tolist(), strict=True):
-            turn.member.log_weights = weights
+        self._load(slot)

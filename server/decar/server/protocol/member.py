@@ -50,7 +50,7 @@ class LockstepConfig:
         return "decar"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Member:
     """One request's part in the lockstep, as an engine sees it.
 

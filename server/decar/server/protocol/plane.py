@@ -1,9 +1,9 @@
 """The plane: shared memory in which engines exchange tokens, what they are doing, and on CPU their rows.
 
-Knows slots, stamps and experts; knows nothing about vLLM. Every word is written by one engine only, so
+Knows slots, stamps and experts; knows nothing about vLLM. Every word is written by one process only, so
 nothing here needs a lock.
 
-Shapes: K experts, S slots, V vocabulary, T positions.
+Shapes: K experts, S slots, V vocabulary, T positions, R positions of a ring, U units of a prompt.
 
 A *stamp* is ``generation << 32 | position + 1``: the slot's tenant and how many tokens it has produced.
 Data is written first and stamped after; x86 and the interpreter keep that order. A row, once stamped, is
@@ -14,16 +14,18 @@ follower's row at t + 1 before it publishes token t + 1, so nobody is ever two p
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from decar.kernels.rows import MAX_EXPERTS
 from decar.router.errors import StartError
 
 DIRECTORY = Path("/dev/shm")
@@ -47,6 +49,10 @@ COUNTERS = (
     "token_wait_ns",
 )
 HANDLE_BYTES = 128  # of memory on a device, as CUDA IPC names it
+RING_POSITIONS = 256
+"""R: how far the weights of a request may run ahead of the gateway, which reads them as the tokens come."""
+PROMPT_UNITS = 512
+"""U: places in a prompt up to which its log-likelihood is given, so that a longer one may begin there."""
 _ALIGNMENT = 64
 
 
@@ -60,14 +66,21 @@ def stamp_of(generation: int, position: int) -> int:
     return generation << 32 | (position + 1)
 
 
+def prompt_unit(positions: int, block_sizes: Sequence[int]) -> int:
+    """Tokens between two places of `PROMPT_UNITS`: a multiple of every engine's KV block, which is what may be read
+    from its cache, and large enough for prompts of ``positions`` tokens."""
+    block_size = math.lcm(*block_sizes)
+    return block_size * max(-(-positions // (block_size * PROMPT_UNITS)), 1)
+
+
 def membership_word(generation: int, leader: int, active: Iterable[int]) -> int:
-    """Who takes part in a slot's tenant, in one word, so that nobody reads half of it. K is at most 16."""
+    """Who takes part in a slot's tenant, in one word, so that nobody reads half of it."""
     return generation << 32 | leader << 16 | sum(1 << expert for expert in active)
 
 
 def read_membership_word(word: int) -> tuple[int, tuple[int, ...]]:
     """(leader, active) of a `membership_word`."""
-    return word >> 16 & 0xFFFF, tuple(k for k in range(16) if word >> k & 1)
+    return word >> 16 & 0xFFFF, tuple(k for k in range(MAX_EXPERTS) if word >> k & 1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,8 @@ class PlaneSpec:
         experts: K.
         slots: S, requests that can be mixed at once.
         vocab_size: V.
-        positions: T, tokens one request can generate.
+        positions: T, tokens one request can have.
+        prompt_unit: tokens between the places of a prompt up to which its log-likelihood is given.
         on_device: rows lie in GPU memory, and the plane holds only where.
         dtype: of rows on a device; in the plane they are float32.
     """
@@ -89,15 +103,21 @@ class PlaneSpec:
     slots: int
     vocab_size: int
     positions: int
+    prompt_unit: int = 16
     on_device: bool = False
     dtype: str = "float32"
 
+    @property
+    def ring(self) -> int:
+        """R."""
+        return min(self.positions, RING_POSITIONS)
+
     def fields(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Name, shape and dtype of one engine's block."""
-        s, v, t, k = self.slots, self.vocab_size, self.positions, self.experts
+        s, v, k = self.slots, self.vocab_size, self.experts
         rows: dict[str, tuple[tuple[int, ...], type]] = {
-            "log_normaliser": ((s, 2), np.float32),
-            "rows": ((s, 2, v), np.float32),
+            "log_normaliser": ((2 * s,), np.float32),
+            "rows": ((2 * s, v), np.float32),
         }
         handle: dict[str, tuple[tuple[int, ...], type]] = {
             "handle": ((HANDLE_BYTES,), np.uint8),
@@ -105,78 +125,72 @@ class PlaneSpec:
         }
         return {
             "running": ((s,), np.int64),  # the stamp whose row this engine is computing now
-            "row_stamp": ((s, 2), np.int64),
-            "token_stamp": ((s, 2), np.int64),
-            "token": ((s, 2), np.int64),
+            "row_stamp": ((2 * s,), np.int64),
+            "token_stamp": ((2 * s,), np.int64),
+            "token": ((2 * s,), np.int64),
             "counters": ((len(COUNTERS),), np.int64),
-            "log_weights": ((s, t, k), np.float32),  # weights that mixed each position; leaders write it
-            "membership": (
-                (s,),
-                np.int64,
-            ),  # who takes part from a position on, see `membership_word`; leaders write it
+            # The weights that mixed each position, leaders write them: a ring, since the gateway reads along.
+            "log_weights": ((s, self.ring, k), np.float32),
+            # Who takes part from a position on, see `membership_word`; leaders write it.
+            "membership": ((s,), np.int64),
             "membership_from": ((s,), np.int64),
             "membership_weights": ((s, k + 1), np.float64),  # log weights there, and what may still be pruned
-            "prompt": ((s, t), np.float32),  # log p of each prompt token, as far as it had to be computed
-            "prompt_sum": ((s,), np.float64),  # their sum; there before the row of position 0
+            # Σ log p of a prompt's tokens, as far as it had to be computed, up to each unit's end and one token more;
+            # and up to its own end, which is there before the row of position 0.
+            "prompt_sums": ((s, -(-self.positions // self.prompt_unit)), np.float64),
+            "prompt_sum": ((s,), np.float64),
             **(handle if self.on_device else rows),
         }
 
     @property
     def header_bytes(self) -> int:
-        """The gateway's own page: one word per expert, 1 while its engine lives."""
-        return mmap.PAGESIZE
+        """The gateway's own part: one word per expert, 1 while its engine lives, and one per slot."""
+        return _whole_pages(8 * (self.experts + self.slots))
 
     def offsets(self) -> tuple[dict[str, int], int]:
         """Byte offset of each field in an engine's block, and the block's size in bytes."""
         offsets, end = {}, 0
         for name, (shape, dtype) in self.fields().items():
             offsets[name] = end
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            size = math.prod(shape) * np.dtype(dtype).itemsize
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return offsets, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+        return offsets, _whole_pages(end)
 
     @property
     def size_bytes(self) -> int:
         return self.header_bytes + self.experts * self.offsets()[1]
 
 
+def _whole_pages(size_bytes: int) -> int:
+    return -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
 class Block:
-    """One engine's part of the plane.
+    """One engine's part of the plane, word by word. Its fields are flat memoryviews, the fastest scalar access that
+    Python has: for waits, which look at one word again and again, and for schedulers, which ask about one request."""
 
-    ``running``, ``row_stamp``, ``token_stamp`` and ``token`` are flat memoryviews, the fastest scalar
-    access Python has; entry ``2 * slot + parity`` of the three doubled ones.
-    """
-
-    def __init__(self, spec: PlaneSpec, memory: mmap.mmap, expert: int):
-        self._offsets, size = spec.offsets()
-        self._base = spec.header_bytes + expert * size
-        self._spec, self._memory = spec, memory
-        self.running = self.view("running").data
-        self.row_stamp = self.view("row_stamp").reshape(-1).data
-        self.token_stamp = self.view("token_stamp").reshape(-1).data
-        self.token = self.view("token").reshape(-1).data
-        self.log_weights = self.view("log_weights")
-        self.membership = self.view("membership").data
-        self.membership_from = self.view("membership_from").data
-        self.membership_weights = self.view("membership_weights")
-        self.prompt = self.view("prompt")
-        self.prompt_sum = self.view("prompt_sum").data
-        self._counters = self.view("counters")
-
-    def view(self, name: str) -> np.ndarray:
-        """A field of `PlaneSpec.fields`, in place."""
-        shape, dtype = self._spec.fields()[name]
-        count = int(np.prod(shape))
-        return np.frombuffer(self._memory, dtype, count, self._base + self._offsets[name]).reshape(shape)
+    def __init__(self, plane: Plane, expert: int):
+        self._fields = {name: field[expert] for name, field in plane.fields.items()}
+        self.running = self._fields["running"].data
+        self.row_stamp = self._fields["row_stamp"].data
+        self.token_stamp = self._fields["token_stamp"].data
+        self.token = self._fields["token"].data
+        self.membership = self._fields["membership"].data
+        self.membership_from = self._fields["membership_from"].data
+        self.membership_weights = self._fields["membership_weights"]
+        self.log_weights = self._fields["log_weights"]
+        self.prompt_sums = self._fields["prompt_sums"]
+        self.prompt_sum = self._fields["prompt_sum"].data
+        self._counters = self._fields["counters"]
 
     def offer(self, handle: bytes) -> None:
         """Tell the peers where on its device this engine's rows lie."""
-        self.view("handle")[: len(handle)] = np.frombuffer(handle, np.uint8)
-        self.view("has_handle")[0] = 1
+        self._fields["handle"][: len(handle)] = np.frombuffer(handle, np.uint8)
+        self._fields["has_handle"][0] = 1
 
     def offered(self) -> bytes | None:
         """The handle of this engine's rows, padded to HANDLE_BYTES; None until it has started."""
-        return self.view("handle").tobytes() if self.view("has_handle")[0] else None
+        return self._fields["handle"].tobytes() if self._fields["has_handle"][0] else None
 
     def count(self, name: str, by: int = 1) -> None:
         self._counters[COUNTERS.index(name)] += by
@@ -203,16 +217,42 @@ class Block:
 
 
 class Plane:
-    """The shared memory of one ensemble. The gateway creates it; every engine attaches."""
+    """The shared memory of one ensemble. The gateway creates it; every engine attaches.
+
+    Attributes:
+        alive: [K], 1 while an expert's engine lives; the gateway writes it.
+        weights_read: [S], the stamp up to which the gateway has read a slot's weights; it writes it.
+        fields: by name of `PlaneSpec.fields`, all experts' [K, ...], in place: a step looks at many words at once.
+        blocks: the same by expert, word by word.
+    """
 
     def __init__(self, spec: PlaneSpec, memory: mmap.mmap):
         self.spec = spec
-        self.alive = np.frombuffer(memory, np.int64, spec.experts).data
-        self.blocks = [Block(spec, memory, expert) for expert in range(spec.experts)]
+        words = np.frombuffer(memory, np.int64, spec.experts + spec.slots)
+        self.alive, self.weights_read = words[: spec.experts], words[spec.experts :]
+        offsets, block_bytes = spec.offsets()
+        self.fields = {}
+        for name, (shape, dtype) in spec.fields().items():
+            within = tuple(math.prod(shape[i + 1 :]) * np.dtype(dtype).itemsize for i in range(len(shape)))
+            self.fields[name] = np.ndarray(
+                (spec.experts, *shape),
+                dtype,
+                memory,
+                offset=spec.header_bytes + offsets[name],
+                strides=(block_bytes, *within),
+            )
+        self.blocks = [Block(self, expert) for expert in range(spec.experts)]
 
     @classmethod
     def create(
-        cls, experts: int, slots: int, vocab_size: int, positions: int, device_dtype: str | None = None
+        cls,
+        experts: int,
+        slots: int,
+        vocab_size: int,
+        positions: int,
+        *,
+        prompt_unit: int = 16,
+        device_dtype: str | None = None,
     ) -> Plane:
         """Make the segment, owner-only readable; with ``device_dtype``, for rows of that dtype in GPU memory.
 
@@ -221,7 +261,9 @@ class Plane:
         """
         name = new_name()
         on_device = device_dtype is not None
-        spec = PlaneSpec(name, experts, slots, vocab_size, positions, on_device, device_dtype or "float32")
+        spec = PlaneSpec(
+            name, experts, slots, vocab_size, positions, prompt_unit, on_device, device_dtype or "float32"
+        )
         free = os.statvfs(DIRECTORY).f_bavail * os.statvfs(DIRECTORY).f_frsize
         if spec.size_bytes > free:
             raise StartError(
@@ -230,8 +272,7 @@ class Plane:
                 f"{positions}), or enlarge it (docker run --shm-size)"
             )
         plane = cls(spec, create_segment(name, spec.size_bytes))
-        for expert in range(experts):
-            plane.alive[expert] = 1
+        plane.alive[:] = 1
         return plane
 
     @classmethod

@@ -28,10 +28,10 @@ class Transport(Protocol):
     def rows(self) -> Rows:
         """Every expert's rows [2S, V], entry 2 * slot + parity."""
 
-    def post(self, entries: list[int], logits: torch.Tensor) -> None:
-        """Write ``logits`` [n, V] and their log-normalisers as this engine's rows in ``entries``."""
+    def post(self, entries: np.ndarray, logits: torch.Tensor) -> None:
+        """Write ``logits`` [n, V] and their log-normalisers as this engine's rows in ``entries`` [n]."""
 
-    def log_likelihoods(self, entries: list[int], tokens: list[int]) -> np.ndarray:
+    def log_likelihoods(self, entries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """log p_k(token) [n, K] float64; not finite where a row allows no such token, or is broken."""
 
 
@@ -49,33 +49,21 @@ class HostTransport:
     device = torch.device("cpu")
 
     def __init__(self, plane: Plane, expert: int):
-        self._mine = plane.blocks[expert]
-        self._vocab_size = plane.spec.vocab_size
-        views = [(block.view("rows"), block.view("log_normaliser").reshape(-1)) for block in plane.blocks]
+        self._logits, self._log_normalisers = plane.fields["rows"], plane.fields["log_normaliser"]
         self.rows = Rows(
-            [torch.from_numpy(rows.reshape(-1, self._vocab_size)) for rows, _ in views],
-            [torch.from_numpy(log_normaliser) for _, log_normaliser in views],
+            [torch.from_numpy(logits) for logits in self._logits],
+            [torch.from_numpy(log_normalisers) for log_normalisers in self._log_normalisers],
         )
         self._own = self.rows.logits[expert], self.rows.log_normalisers[expert]
-        # Flat memoryviews: the fastest scalar access that Python has.
-        self._scalars = [(rows.reshape(-1).data, log_normaliser.data) for rows, log_normaliser in views]
 
-    def post(self, entries: list[int], logits: torch.Tensor) -> None:
-        of, values = torch.tensor(entries), logits.float().cpu()
-        self._own[0].index_copy_(0, of, values)
-        self._own[1].index_copy_(0, of, values.logsumexp(dim=-1))
+    def post(self, entries: np.ndarray, logits: torch.Tensor) -> None:
+        places, values = torch.from_numpy(entries), logits.float().cpu()
+        self._own[0].index_copy_(0, places, values)
+        self._own[1].index_copy_(0, places, values.logsumexp(dim=-1))
 
-    def log_likelihoods(self, entries: list[int], tokens: list[int]) -> np.ndarray:
-        return np.array(
-            [
-                [
-                    logits[entry * self._vocab_size + token] - log_normaliser[entry]
-                    for logits, log_normaliser in self._scalars
-                ]
-                for entry, token in zip(entries, tokens, strict=True)
-            ],
-            dtype=np.float64,
-        )
+    def log_likelihoods(self, entries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        found = self._logits[:, entries, tokens] - self._log_normalisers[:, entries]
+        return found.T.astype(np.float64)
 
 
 def buffer_bytes(slots: int, vocab_size: int, dtype: str) -> int:
@@ -127,24 +115,26 @@ class DeviceTransport:
     @property
     def rows(self) -> Rows:
         if self._rows is None:
-            buffers = [self._views(self._of(k, block)) for k, block in enumerate(self._plane.blocks)]
-            self._rows = Rows([logits for logits, _ in buffers], [of for _, of in buffers])
+            buffers = [self._views(self._buffer_of(k, block)) for k, block in enumerate(self._plane.blocks)]
+            self._rows = Rows(
+                [logits for logits, _ in buffers], [log_normalisers for _, log_normalisers in buffers]
+            )
         return self._rows
 
-    def post(self, entries: list[int], logits: torch.Tensor) -> None:
-        of, values = torch.tensor(entries, device=self.device), logits.to(self._dtype)
-        self._own[0].index_copy_(0, of, values)
-        self._own[1].index_copy_(0, of, values.float().logsumexp(dim=-1))
+    def post(self, entries: np.ndarray, logits: torch.Tensor) -> None:
+        places, values = torch.from_numpy(entries).to(self.device), logits.to(self._dtype)
+        self._own[0].index_copy_(0, places, values)
+        self._own[1].index_copy_(0, places, values.float().logsumexp(dim=-1))
         self._memory.settle()
 
-    def log_likelihoods(self, entries: list[int], tokens: list[int]) -> np.ndarray:
-        of, ids = (torch.tensor(values, device=self.device) for values in (entries, tokens))
-        logits = torch.stack([rows[of, ids].float() for rows in self.rows.logits], dim=1)
-        log_normalisers = torch.stack([values[of] for values in self.rows.log_normalisers], dim=1)
+    def log_likelihoods(self, entries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        places, ids = (torch.from_numpy(values).to(self.device) for values in (entries, tokens))
+        logits = torch.stack([rows[places, ids].float() for rows in self.rows.logits], dim=1)
+        log_normalisers = torch.stack([values[places] for values in self.rows.log_normalisers], dim=1)
         found: np.ndarray = (logits - log_normalisers).double().cpu().numpy()
         return found
 
-    def _of(self, expert: int, block: Block) -> torch.Tensor:
+    def _buffer_of(self, expert: int, block: Block) -> torch.Tensor:
         if expert == self._expert:
             return self._buffer
         handle = block.offered()

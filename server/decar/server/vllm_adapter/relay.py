@@ -22,21 +22,24 @@ from decar.server.protocol.plane import Block
 
 @dataclass
 class RelayedRequest:
-    """A request whose leader may change, or whose first token is news.
+    """A request whose leader may change, and whose weights are read along.
 
     Attributes:
         member: its part in the lockstep, as far as the gateway has followed.
         speaker: whose processor has the user's state.
+        on_tokens: called when tokens are there, with how many there are by now; also where the user gets only the
+            whole answer.
         ids: expert -> the id that its engine knows the request by.
         early: expert -> outputs of tokens that come after ones which are still on their way from another engine.
-        on_first: to be called when its first token is there, also where the user gets only the whole answer.
+        heard: how many tokens there are.
     """
 
     member: Member
     speaker: int
+    on_tokens: Callable[[int], None]
     ids: dict[int, str] = field(default_factory=dict)
     early: dict[int, list[Any]] = field(default_factory=dict)
-    on_first: Callable[[], None] | None = None
+    heard: int = 0
 
 
 LATE_S = 0.02
@@ -55,9 +58,9 @@ class Relay:
         for expert, processor in enumerate(self._processors):
             processor.process_outputs = partial(self._process_outputs, expert)
 
-    def begin(self, member: Member, on_first: Callable[[], None] | None = None) -> RelayedRequest:
+    def begin(self, member: Member, on_tokens: Callable[[int], None]) -> RelayedRequest:
         """A request that its leader is about to be given."""
-        return RelayedRequest(member, member.leader, on_first=on_first)
+        return RelayedRequest(member, member.leader, on_tokens)
 
     def follow(self, relayed: RelayedRequest, expert: int, request_id: str) -> None:
         """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
@@ -85,25 +88,20 @@ class Relay:
             else:
                 relayed.early.setdefault(expert, []).append(output)
             if relayed is not None:
-                touched.append(relayed)
+                if relayed.member.may_release:
+                    touched.append(relayed)
                 if output.new_token_ids:
-                    self._first(relayed)
+                    relayed.heard += len(output.new_token_ids)
+                    relayed.on_tokens(relayed.heard)
         processed = self._process[expert](now, *args, **kwargs)
         for relayed in touched:
             self._hand_over(relayed, *args, **kwargs)
         return processed
 
-    def _first(self, relayed: RelayedRequest) -> None:
-        if relayed.on_first is not None:
-            relayed.on_first()
-            relayed.on_first = None
-            if not relayed.member.may_release:
-                self.forget(relayed)  # its leader stays
-
     def _hand_over(self, relayed: RelayedRequest, *args: Any, **kwargs: Any) -> None:
         """Move the user's state to whoever decides the next token, and give it what has come early.
 
-        A stop string in there ends the request here, not in the engine: whoever follows the relayed aborts it.
+        A stop string in there ends the request here, not in the engine: whoever waits for its output aborts it.
         """
         while True:
             old = self._processors[relayed.speaker].request_states

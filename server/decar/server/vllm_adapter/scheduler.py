@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from decar.server.protocol.lockstep import Lockstep
+from decar.server.protocol.lockstep import Observer
 from decar.server.protocol.member import LockstepConfig, Member, PromptRows
 from decar.server.protocol.plane import Plane
 
@@ -26,7 +26,7 @@ class LockstepScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config: LockstepConfig = self.vllm_config.additional_config
-        self.lockstep = Lockstep(Plane.attach(config.plane), config.expert)
+        self.lockstep = Observer(Plane.attach(config.plane), config.expert)
         self._members: dict[str, Member] = {}  # of requests in lockstep
         self._held: dict[str, Request] = {}
         self._stats_due = 0.0
@@ -114,7 +114,7 @@ class LockstepScheduler(Scheduler):
         request.append_output_token_ids(token)
         self.structured_output_manager.accept_tokens(request, [token])
 
-    def _cached_blocks_of(self, request: Request) -> Any:
+    def _cached_blocks_of(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Cached blocks of a request; of one whose prompt is looked at, only those that need no look.
 
         What is read from the cache is not computed, and what is not computed has no log-likelihood.
@@ -124,7 +124,7 @@ class LockstepScheduler(Scheduler):
         if member is not None and member.scored is not None and not request.num_output_tokens:
             known, _ = member.scored[self.lockstep.expert]
             self._readable = known - 1  # the last of these tokens predicts the first that is not known
-        return self._cached_blocks(request)
+        return self._cached_blocks(request, *args, **kwargs)
 
     def _longest_readable_hit(self, block_hashes: Any, max_length: int) -> Any:
         if self._readable is not None:

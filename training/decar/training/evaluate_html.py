@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from decar.training.evaluate import AVERAGE, CENTRALIZED, RANDOM, TOP_1
 from decar.training.measures import Row
+from decar.training.run import plot_files
+from decar.training.scores import AVERAGE, CENTRALIZED, RANDOM, TOP_1
 from decar.training.verdict import CONFIDENCE, Estimate
 
 if TYPE_CHECKING:
-    from decar.training.report import EvaluationReport
+    from decar.training.evaluate import EvaluationReport
 
 _TEMPLATE = "report.html.jinja"
 
@@ -34,7 +35,7 @@ def render(report: EvaluationReport, directory: Path) -> str:
         shown=[row for row in report.rows if row.prune in (0.0, *report.config["evaluate"]["prune"])],
         pictures={
             file.stem: "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-            for file in sorted(directory.glob("*.png"))
+            for file in plot_files(directory)
         },
         config_yaml=yaml.safe_dump(report.config, sort_keys=False),
     )

@@ -1,0 +1,80 @@
+"""What mixed each token of a request, read along as tokens come, and what the response says of it. Knows no engines.
+
+Shapes: K experts, T tokens of an answer, R positions of the plane's ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from decar.server.gateway.request import ChoiceTrace
+from decar.server.protocol.lockstep import follow_membership
+from decar.server.protocol.member import Member
+from decar.server.protocol.plane import Plane
+
+
+class WeightsReader:
+    """Reads what a request's leaders write into rings of R positions, and lets them go on.
+
+    Args:
+        plane: whose ``weights_read`` is the caller's to write.
+        member: the request's part in the lockstep, brought up to date here.
+        names: of the experts [K].
+    """
+
+    def __init__(self, plane: Plane, member: Member, names: Sequence[str]):
+        self._plane, self._member, self._names = plane, member, names
+        self._ring = plane.spec.ring
+        self._weights = np.empty((self._ring, plane.spec.experts))
+        self._end = 0  # positions that have been read
+        self._let_go_on()
+
+    def keep_up(self, produced: int) -> None:
+        """Note that ``produced`` tokens are there: no leader waits as long as this is called often enough."""
+        if produced - self._end >= self._ring // 2:
+            self._read(produced)
+
+    def between(self, start: int, end: int) -> np.ndarray:
+        """Weights [end - start, K] that mixed the tokens from ``start`` to ``end``, which are there."""
+        if end > self._end:
+            self._read(end)
+        return self._weights[start:end]
+
+    def begin(self, trace: ChoiceTrace) -> None:
+        """A prompt has been scored as it was computed: only now is it known who takes part."""
+        [weights] = self.between(0, 1)
+        trace.experts = [self._names[k] for k in np.flatnonzero(weights)]
+        trace.leader = self._leader(0, weights)
+
+    def extend(self, trace: ChoiceTrace, start: int, end: int) -> None:
+        """Note what mixed the tokens from ``start`` to ``end``."""
+        weights = self.between(start, end)
+        trace.weights += weights.tolist()
+        trace.leaders += [self._leader(position, row) for position, row in enumerate(weights, start)]
+
+    def _leader(self, position: int, weights: np.ndarray) -> str:
+        """Who leads at a position mixed by ``weights`` [K]. A leader that the prompt leaves without any still decides
+        the first token; it does so for the next one."""
+        leader = self._member.leader_at(position)
+        return self._names[leader if weights[leader] else self._member.leader_at(position + 1)]
+
+    def _read(self, end: int) -> None:
+        member, blocks = self._member, self._plane.blocks
+        follow_membership(blocks, member)
+        if end > len(self._weights):
+            grown = np.empty((max(end, 2 * len(self._weights)), len(blocks)))
+            grown[: self._end] = self._weights[: self._end]
+            self._weights = grown
+        for until, leader in [*member.led_before, (end, member.leader)]:
+            positions = np.arange(self._end, min(until, end))
+            said = blocks[leader].log_weights[member.slot, positions % self._ring]
+            self._weights[positions] = np.exp(said.astype(np.float64))
+            self._end = max(self._end, min(until, end))
+        if member.alone_from is not None:
+            self._weights[member.alone_from : end] = np.eye(len(blocks))[member.leader]
+        self._let_go_on()
+
+    def _let_go_on(self) -> None:
+        self._plane.weights_read[self._member.slot] = self._member.generation << 32 | self._end

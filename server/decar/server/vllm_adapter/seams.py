@@ -1,0 +1,534 @@
+"""Every name of vLLM's that decar relies on, and a check of vLLM's source against that list. Runs none of vLLM.
+
+    python tools/seams.py                     # the installed vLLM
+    python tools/seams.py --version 0.33.0    # that version's wheel, downloaded
+
+To add one, add a line to `SEAMS`: what `reads` or `is_a` names has to be there; what decar `calls` has to take what it
+passes; what decar `replaces`, by overriding or by assignment, has to have the parameters that decar's own takes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from decar.server.vllm_adapter.source_tree import Function, Signature, SourceTree, mentions
+from decar.server.vllm_adapter.versions import MOVED, release
+
+Kind = Literal["reads", "calls", "replaces", "implements"]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One name of vLLM's that decar relies on.
+
+    Attributes:
+        module, name: where it is: "function", "Class", "CONSTANT", "Class.member"; inherited ones count.
+        kind: "reads": uses it as it is, or inherits from it. "calls": calls it with these ``parameters``. "replaces":
+            puts a function that takes these ``parameters`` in its place. "implements": defines what it declares
+            abstract, of which ``parameters`` are the names.
+        parameters: as in a ``def``, without self: "async first, *, by_name"; "=" is any default. A replacement that
+            passes on whatever else comes has "*args, **kwargs".
+        used_by: which of decar's files relies on it, and where that is not plain, for what.
+        called_in: "Class.member" of that module, or "module:Class.member", that has to call it: what is replaced and
+            never called does nothing.
+        since, before: the versions that have it there.
+    """
+
+    module: str
+    name: str
+    kind: Kind
+    parameters: str = ""
+    used_by: str = ""
+    called_in: str = ""
+    since: str = ""
+    before: str = ""
+
+    def is_of(self, version: str) -> bool:
+        """Whether it concerns this version."""
+        return (not self.since or release(version) >= release(self.since)) and (
+            not self.before or release(version) < release(self.before)
+        )
+
+
+def reads(module: str, owner: str, members: str, **more: str) -> Iterator[Seam]:
+    """``members`` of a class, by name; with no ``owner``, names of the module."""
+    for member in members.split():
+        yield Seam(module, f"{owner}.{member}" if owner else member, "reads", **more)
+
+
+def calls(module: str, name: str, parameters: str = "", **more: str) -> Iterator[Seam]:
+    yield Seam(module, name, "calls", parameters, **more)
+
+
+def replaces(module: str, name: str, parameters: str = "", **more: str) -> Iterator[Seam]:
+    yield Seam(module, name, "replaces", parameters, **more)
+
+
+def implements(module: str, name: str, members: str) -> Iterator[Seam]:
+    yield Seam(module, name, "implements", members)
+
+
+def moved(name: str, parameters: str) -> Iterator[Seam]:
+    """What is called, or in a class of, `versions.MOVED`: a seam for each place that it has been in."""
+    before = ""
+    for since, module in MOVED[name.partition(".")[0]]:
+        yield Seam(module, name, "calls", parameters, since=since, before=before)
+        before = since
+
+
+def used_by(file: str, *groups: Iterable[Seam]) -> Iterator[Seam]:
+    """The seams that one of decar's files relies on."""
+    for group in groups:
+        for seam in group:
+            yield replace(seam, used_by=f"{file}: {seam.used_by}" if seam.used_by else file)
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_BATCH = "vllm.v1.worker.gpu_input_batch"
+_V2 = "vllm.v1.worker.gpu.model_runner"
+_V2_STATES = "vllm.v1.worker.gpu.states"
+_V2_BUFFERS = "vllm.v1.worker.gpu.buffer_utils"
+_V2_BATCH = "vllm.v1.worker.gpu.input_batch"
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
+_STEP = "vllm.v1.core.sched.output"
+_ENGINE = "vllm.v1.engine.async_llm"
+_CLIENT = "vllm.v1.engine.core_client"
+_PROCESSOR = "vllm.v1.engine.output_processor"
+_RENDERER = "vllm.renderers.base"
+_CUDA = "vllm.distributed.device_communicators.cuda_wrapper"
+
+SEAMS: tuple[Seam, ...] = (
+    *used_by(
+        "worker",
+        *(
+            seams
+            for module, worker in (
+                ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+                ("vllm.v1.worker.gpu_worker", "Worker"),
+            )
+            for seams in (
+                replaces(module, f"{worker}.init_device"),
+                replaces(module, f"{worker}.load_model", "*args, **kwargs"),
+                replaces(module, f"{worker}.execute_model", "scheduler_output"),
+                replaces(module, f"{worker}.sample_tokens", "grammar_output"),
+                reads(module, worker, "vllm_config device model_runner"),
+            )
+        ),
+        replaces("vllm.v1.executor.uniproc_executor", "UniProcExecutor._init_executor"),
+        reads(
+            "vllm.v1.executor.uniproc_executor", "", "Lock", used_by="its lock would have a name in /dev/shm"
+        ),
+        reads(
+            _STEP,
+            "SchedulerOutput",
+            "finished_req_ids scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens",
+        ),
+        reads(_STEP, "NewRequestData", "req_id prompt_token_ids sampling_params num_computed_tokens"),
+        reads(_STEP, "CachedRequestData", "req_ids num_computed_tokens num_output_tokens"),
+        reads("vllm.multimodal.inputs", "MultiModalFeatureSpec", "mm_position"),
+        replaces(
+            "vllm.model_executor.models.interfaces_base",
+            "VllmModelForTextGeneration.compute_logits",
+            "hidden_states, *args, **kwargs",
+        ),
+        reads("vllm.platforms", "", "current_platform"),
+    ),
+    *used_by(
+        "worker (V1)",
+        replaces(
+            _RUNNER,
+            "GPUModelRunner._sample",
+            "logits, spec_decode_metadata",
+            called_in="GPUModelRunner.sample_tokens",
+            used_by="tokens are published and adopted before the runner keeps them",
+        ),
+        reads(
+            "vllm.v1.worker.cpu_model_runner",
+            "CPUModelRunner",
+            "_sample execute_model_state discard_request_mask",
+        ),
+        reads(
+            _RUNNER,
+            "GPUModelRunner",
+            "execute_model_state model requests input_batch query_start_loc sampler",
+        ),
+        reads(
+            _RUNNER, "GPUModelRunner", "discard_request_mask", used_by="marks rows whose sample is dropped"
+        ),
+        reads(_RUNNER, "ExecuteModelState", "logits hidden_states scheduler_output"),
+        reads("vllm.v1.utils", "CpuGpuBuffer", "np"),
+        reads(_BATCH, "InputBatch", "req_id_to_index num_reqs generators vocab_size"),
+        reads(
+            _BATCH,
+            "InputBatch",
+            "num_tokens_no_spec token_ids_cpu is_token_ids",
+            used_by="tokens adopted late",
+        ),
+        reads(
+            _BATCH, "CachedRequestState", "prompt_token_ids output_token_ids num_tokens num_computed_tokens"
+        ),
+        reads(_BATCH, "CachedRequestState", "sampling_params generator mm_features"),
+        reads("vllm.v1.sample.sampler", "Sampler", "topk_topp_sampler"),
+        *(
+            calls(
+                "vllm.v1.sample.ops.topk_topp_sampler", f"TopKTopPSampler.{name}", "logits, generators, k, p"
+            )
+            for name in ("forward_native", "forward_cpu", "forward_cuda")
+        ),
+        reads("vllm.v1.sample.ops.topk_topp_sampler", "TopKTopPSampler", "use_fp64_gumbel"),
+        reads("vllm.v1.outputs", "SamplerOutput", "sampled_token_ids logprobs_tensors"),
+    ),
+    *used_by(
+        "worker (V2)",
+        replaces(
+            _V2,
+            "GPUModelRunner.sample",
+            "hidden_states, input_batch, grammar_output",
+            called_in="GPUModelRunner.sample_tokens",
+            used_by="logits are mixed before grammar and sampler, tokens published and adopted after",
+        ),
+        reads(
+            _V2, "GPUModelRunner", "execute_model_state model req_states sampler structured_outputs_worker"
+        ),
+        calls(_V2, "GPUModelRunner.sample_tokens", "grammar_output"),
+        calls(_V2, "GPUModelRunner.execute_model", "scheduler_output"),
+        reads(_V2, "ExecuteModelState", "input_batch hidden_states"),
+        reads(_V2_BATCH, "InputBatch", "req_ids num_reqs idx_mapping idx_mapping_np num_scheduled_tokens"),
+        reads(_V2_BATCH, "InputBatch", "query_start_loc query_start_loc_np logits_indices seq_lens"),
+        reads(_V2_STATES, "RequestState", "req_id_to_index last_sampled_tokens all_token_ids total_len"),
+        reads(_V2_STATES, "RequestState", "prompt_len prefill_len num_computed_tokens"),
+        calls(_V2_STATES, "RequestState.apply_staged_writes"),
+        calls(_V2_BUFFERS, "StagedWriteTensor.stage_write", "index, start, x"),
+        calls(_V2_BUFFERS, "StagedWriteTensor.stage_write_elem", "index, x"),
+        calls(_V2_BUFFERS, "StagedWriteTensor.apply_write"),
+        reads(_V2_BUFFERS, "StagedWriteTensor", "gpu"),
+        reads(_V2_BUFFERS, "UvaBackedTensor", "np"),
+        reads(
+            "vllm.v1.worker.gpu.sample.output",
+            "SamplerOutput",
+            "sampled_token_ids num_sampled num_rejected",
+            used_by="num_sampled 0 is a hold, num_rejected 1 a position to run again",
+        ),
+        reads("vllm.v1.worker.gpu.sample.output", "SamplerOutput", "logprobs_tensors"),
+    ),
+    *used_by(
+        "scheduler",
+        replaces(_SCHEDULER, "Scheduler.__init__", "*args, **kwargs"),
+        replaces(_SCHEDULER, "Scheduler.add_request", "request"),
+        replaces(_SCHEDULER, "Scheduler.schedule", "*args, **kwargs"),
+        replaces(_SCHEDULER, "Scheduler.update_from_output", "scheduler_output, model_runner_output"),
+        replaces(
+            _SCHEDULER, "Scheduler.make_stats", "*args, **kwargs", called_in="Scheduler.update_from_output"
+        ),
+        replaces(_SCHEDULER, "Scheduler._free_request", "request, *args, **kwargs", called_in="Scheduler"),
+        calls(_SCHEDULER, "Scheduler.finish_requests", "request_ids, finished_status"),
+        calls(_SCHEDULER, "Scheduler._preempt_request", "request, timestamp"),
+        reads(
+            _SCHEDULER,
+            "Scheduler",
+            "requests running waiting vllm_config kv_cache_manager structured_output_manager",
+        ),
+        calls("vllm.v1.core.sched.request_queue", "RequestQueue.peek_request"),
+        replaces(
+            "vllm.v1.core.kv_cache_manager",
+            "KVCacheManager.get_computed_blocks",
+            "request, *args, **kwargs",
+            called_in=f"{_SCHEDULER}:Scheduler",
+            used_by="what is to be scored may not come from the cache",
+        ),
+        *(
+            replaces(
+                "vllm.v1.core.kv_cache_coordinator",
+                f"{owner}.find_longest_cache_hit",
+                "block_hashes, max_cache_hit_length",
+                called_in="vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks",
+            )
+            for owner in (
+                "UnitaryKVCacheCoordinator",
+                "HybridKVCacheCoordinator",
+                "KVCacheCoordinatorNoPrefixCache",
+            )
+        ),
+        reads("vllm.v1.core.kv_cache_manager", "KVCacheManager", "coordinator"),
+        reads("vllm.v1.request", "Request", "request_id sampling_params status priority arrival_time"),
+        reads("vllm.v1.request", "Request", "num_computed_tokens num_tokens num_output_tokens"),
+        calls("vllm.v1.request", "Request.append_output_token_ids", "token_ids"),
+        reads("vllm.v1.request", "RequestStatus", "WAITING RUNNING PREEMPTED FINISHED_ABORTED"),
+        reads("vllm.v1.engine", "EngineCoreOutputs", "outputs finished_requests scheduler_stats"),
+        reads("vllm.v1.engine", "EngineCoreOutput", "request_id new_token_ids finish_reason"),
+        calls(
+            "vllm.v1.structured_output",
+            "StructuredOutputManager.accept_tokens",
+            "request, new_token_ids",
+            since="0.30",
+        ),
+        calls(
+            "vllm.v1.structured_output", "StructuredOutputManager.should_advance", "request", before="0.30"
+        ),
+        calls(
+            "vllm.v1.structured_output",
+            "StructuredOutputManager.trim_reasoning_for_advance",
+            "request, new_token_ids",
+            before="0.30",
+        ),
+        calls(
+            "vllm.v1.structured_output.backend_types",
+            "StructuredOutputGrammar.accept_tokens",
+            "request_id, tokens",
+        ),
+    ),
+    *used_by(
+        "engines",
+        calls(
+            _ENGINE,
+            "AsyncLLM.from_vllm_config",
+            "vllm_config, *, stat_loggers, disable_log_stats",
+            used_by="starts engines",
+        ),
+        calls(_ENGINE, "AsyncLLM.generate", "async prompt, sampling_params, request_id, **kwargs"),
+        calls(_ENGINE, "AsyncLLM.add_request", "async request_id, prompt, params, *, arrival_time, **kwargs"),
+        calls(_ENGINE, "AsyncLLM._run_output_handler", used_by="starts noticing that an engine dies"),
+        reads(_ENGINE, "AsyncLLM", "output_handler output_processor engine_core errored"),
+        reads(_ENGINE, "AsyncLLM", "vllm_config model_config renderer input_processor"),
+        calls(_ENGINE, "AsyncLLM.shutdown", "*, timeout"),
+        calls(_ENGINE, "AsyncLLM.check_admission", "n, request_id", since="0.29"),
+        calls(_ENGINE, "AsyncLLM.release_kv_cache_memory", "async ", since="0.31"),
+        *(
+            calls(_ENGINE, f"AsyncLLM.{name}", "async ")
+            for name in (
+                *(
+                    "get_supported_tasks",
+                    "is_tracing_enabled",
+                    "do_log_stats",
+                    "reset_mm_cache",
+                    "reset_encoder_cache",
+                ),
+                *(
+                    "reset_prefix_cache",
+                    "start_profile",
+                    "stop_profile",
+                    "pause_generation",
+                    "resume_generation",
+                ),
+                *("is_paused", "is_sleeping", "sleep", "wake_up"),
+            )
+        ),
+        calls(_ENGINE, "AsyncLLM.abort", "async request_id"),
+        reads(_CLIENT, "AsyncMPClient", "resources", used_by="engine processes"),
+        reads(_CLIENT, "BackgroundResources", "engine_manager", used_by="engine processes"),
+        reads("vllm.v1.engine.utils", "CoreEngineProcManager", "processes", used_by="engine processes"),
+        calls(_CLIENT, "AsyncMPClient.abort_requests_async", "async request_ids"),
+        calls(_PROCESSOR, "OutputProcessor.abort_requests", "request_ids, *, internal"),
+        calls(_PROCESSOR, "RequestOutputCollector.get", "async "),
+        calls(_PROCESSOR, "RequestOutputCollector.get_nowait"),
+        calls(_PROCESSOR, "RequestOutputCollector.put", "output"),
+        reads(_PROCESSOR, "RequestOutputCollector", "request_id"),
+        reads("vllm.v1.engine.exceptions", "", "EngineDeadError"),
+    ),
+    *used_by(
+        "relay",
+        replaces(
+            _PROCESSOR,
+            "OutputProcessor.process_outputs",
+            "engine_core_outputs, engine_core_timestamp, *args, **kwargs",
+            called_in=f"{_ENGINE}:AsyncLLM._run_output_handler",
+        ),
+        reads(_PROCESSOR, "OutputProcessor", "request_states"),
+        reads(_PROCESSOR, "RequestState", "request_id detokenizer"),
+        calls("vllm.v1.engine.detokenizer", "IncrementalDetokenizer.num_output_tokens"),
+    ),
+    *used_by(
+        "client",
+        implements(
+            "vllm.engine.protocol",
+            "EngineClient",
+            "generate encode abort is_running is_stopped errored dead_error check_health shutdown "
+            "is_tracing_enabled do_log_stats reset_mm_cache reset_encoder_cache reset_prefix_cache "
+            "start_profile stop_profile pause_generation resume_generation is_paused is_sleeping sleep wake_up "
+            "add_lora notify_kv_transfer_request_rejected release_kv_cache_memory",
+        ),
+        reads("vllm.engine.protocol", "EngineClient", "vllm_config model_config renderer input_processor"),
+        reads("vllm.config", "ModelConfig", "max_logprobs is_hybrid is_attention_free max_model_len dtype"),
+        reads("vllm.outputs", "RequestOutput", "request_id outputs finished prompt_logprobs"),
+        reads("vllm.outputs", "CompletionOutput", "index token_ids"),
+        reads(
+            "vllm.sampling_params",
+            "SamplingParams",
+            "extra_args output_kind detokenize skip_reading_prefix_cache",
+        ),
+        reads(
+            "vllm.sampling_params", "SamplingParams", "logprobs prompt_logprobs logit_bias allowed_token_ids"
+        ),
+        reads("vllm.sampling_params", "RequestOutputKind", "FINAL_ONLY DELTA"),
+        calls("vllm.exceptions", "VLLMValidationError.__init__", "message, *, parameter"),
+    ),
+    *used_by(
+        "prompt",
+        calls("vllm.tokenizers.detokenizer_utils", "convert_ids_list_to_tokens", "tokenizer, token_ids"),
+        reads("vllm.logprobs", "Logprob", "logprob rank decoded_token"),
+        reads("vllm.config", "CacheConfig", "block_size"),
+    ),
+    *used_by(
+        "images",
+        *(
+            replaces(
+                module,
+                f"{renderer}._process_tokens_async",
+                "async prompt, **kwargs",
+                called_in=f"{_RENDERER}:BaseRenderer",
+            )
+            for module, renderer in ((_RENDERER, "BaseRenderer"), ("vllm.renderers.hf", "HfRenderer"))
+        ),
+        reads(_RENDERER, "BaseRenderer", "_executor _mm_executor", used_by="their threads are started early"),
+        reads(
+            _RENDERER,
+            "_SwappableExecutor",
+            "_max_workers",
+            since="0.32",
+            used_by="their threads are started early",
+        ),
+        reads(_RENDERER, "BaseRenderer", "get_tokenizer get_mm_processor model_config"),
+        reads("vllm.multimodal.inputs", "PlaceholderRange", "offset length"),
+        reads("vllm.config", "ModelConfig", "supports_multimodal_inputs", since="0.31"),
+        calls(
+            "vllm.multimodal.registry",
+            "MultiModalRegistry.supports_multimodal_inputs",
+            "model_config",
+            before="0.31",
+        ),
+        calls(
+            "vllm.multimodal.processing",
+            "BaseMultiModalProcessor.get_dummy_mm_inputs",
+            "mm_counts",
+            since="0.31",
+        ),
+        calls(
+            "vllm.multimodal.registry",
+            "MultiModalRegistry.get_dummy_mm_inputs",
+            "model_config, mm_counts, *, processor",
+            before="0.31",
+        ),
+        reads("vllm.multimodal", "", "MULTIMODAL_REGISTRY", before="0.31"),
+        reads("vllm.multimodal.processing", "BaseMultiModalProcessor", "info"),
+        reads("vllm.multimodal.processing", "BaseProcessingInfo", "allowed_mm_limits"),
+    ),
+    *used_by(
+        "media",
+        reads("vllm.multimodal.media", "", "MEDIA_CONNECTOR_REGISTRY MediaConnector"),
+        calls("vllm.utils.registry", "ExtensionManager.register", "name"),
+        replaces("vllm.multimodal.media", "MediaConnector.load_from_url_async", "async url, *args, **kwargs"),
+        reads("vllm.multimodal.media", "MediaConnector", "allowed_media_domains"),
+        reads("vllm.exceptions", "", "VLLMUnprocessableEntityError VLLMValidationError"),
+        reads("vllm.envs", "", "VLLM_MEDIA_CONNECTOR VLLM_MEDIA_URL_ALLOW_REDIRECTS VLLM_MAX_IMAGE_PIXELS"),
+    ),
+    *used_by(
+        "metrics",
+        replaces("vllm.v1.metrics.loggers", "PrometheusStatLogger.__init__", "vllm_config, engine_indexes="),
+        replaces("vllm.v1.metrics.loggers", "PrometheusStatLogger.record", "*args, **kwargs"),
+        reads("vllm.v1.metrics.loggers", "PrometheusStatLogger", "record_sleep_state log_engine_initialized"),
+        calls("vllm.v1.metrics.loggers", "PrometheusStatLogger.record", "*, engine_idx, **kwargs"),
+        reads("vllm.v1.metrics.loggers", "PrometheusStatLogger", "record_admission_rejection", since="0.32"),
+    ),
+    *used_by(
+        "app",
+        *(
+            moved(name, parameters)
+            for name, parameters in (
+                ("build_app", "args, supported_tasks, model_config"),
+                ("init_app_state", "async engine_client, state, args, supported_tasks"),
+                ("serve_http", "async app, *, sock, **kwargs"),
+                ("create_server_socket", "addr, *, reuse_port"),
+                ("get_uvicorn_log_config", "args"),
+                ("make_arg_parser", "parser"),
+                ("validate_parsed_serve_args", "args"),
+                ("AuthenticationMiddleware.__init__", "app, tokens"),
+                ("AuthenticationMiddleware.verify_token", "headers"),
+            )
+        ),
+        reads("vllm.utils.argparse_utils", "", "FlexibleArgumentParser"),
+        calls("vllm.utils.system_utils", "set_ulimit"),
+        calls("vllm.envs", "enable_envs_cache"),
+        reads("vllm.envs", "", "VLLM_API_KEY VLLM_USE_V2_MODEL_RUNNER VLLM_WORKER_MULTIPROC_METHOD"),
+        calls("vllm.engine.arg_utils", "AsyncEngineArgs.from_cli_args", "args"),
+        calls("vllm.engine.arg_utils", "AsyncEngineArgs.create_engine_config"),
+        reads(
+            "vllm.engine.arg_utils", "AsyncEngineArgs", "model tokenizer generation_config served_model_name"
+        ),
+        reads(
+            "vllm.engine.arg_utils",
+            "AsyncEngineArgs",
+            "worker_cls scheduler_cls async_scheduling scheduling_policy",
+        ),
+        reads(
+            "vllm.engine.arg_utils",
+            "AsyncEngineArgs",
+            "mm_processor_cache_gb max_model_len use_fp64_gumbel",
+        ),
+        reads(
+            "vllm.engine.arg_utils", "AsyncEngineArgs", "kv_cache_memory_bytes distributed_executor_backend"
+        ),
+        reads("vllm.config", "VllmConfig", "additional_config cache_config scheduler_config model_config"),
+        reads("vllm.config", "CacheConfig", "kv_cache_memory_bytes gpu_memory_utilization"),
+        reads("vllm.config", "SchedulerConfig", "max_num_seqs"),
+    ),
+    *used_by(
+        "transport",
+        calls(_CUDA, "CudaRTLibrary.cudaMalloc", "size"),
+        calls(_CUDA, "CudaRTLibrary.cudaMemset", "devPtr, value, count"),
+        calls(_CUDA, "CudaRTLibrary.cudaIpcGetMemHandle", "devPtr"),
+        calls(_CUDA, "CudaRTLibrary.cudaIpcOpenMemHandle", "handle"),
+        reads(_CUDA, "", "cudaIpcMemHandle_t"),
+    ),
+)
+
+
+def check(root: Path, version: str) -> list[str]:
+    """What is not as decar takes it to be in ``root``/vllm, which is of this version: a line for each name."""
+    tree = SourceTree(root)
+    found = (_problem(tree, seam) for seam in SEAMS if seam.is_of(version))
+    return [problem for problem in found if problem is not None]
+
+
+def version_of(root: Path) -> str | None:
+    """The version of the vLLM in ``root``, as its own source says."""
+    path = root / "vllm" / "_version.py"
+    for node in ast.walk(ast.parse(path.read_bytes())) if path.is_file() else ():
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if "__version__" in names:
+                return str(node.value.value)
+    return None
+
+
+def _problem(tree: SourceTree, seam: Seam) -> str | None:
+    """One line on what is wrong with a seam; None if nothing is."""
+    where, relies = f"{tree.path(seam.module)}: {seam.name}", f"[{seam.used_by}]"
+    if not tree.has(seam.module):
+        return f"{where}: there is no such module {relies}"
+    found = tree.find(seam.module, seam.name)
+    if found is None:
+        return f"{where}: not found {relies}"
+    if found.module != seam.module:
+        where = f"{where} (in {tree.path(found.module)})"
+    wrong = None
+    if seam.kind == "implements":
+        new = sorted(tree.abstract_members(found) - set(seam.parameters.split()))
+        wrong = f"has abstract members that decar does not define: {', '.join(new)}" if new else None
+    elif seam.kind != "reads":
+        if not isinstance(found.node, Function):
+            return f"{where}: expected a function, found `{ast.unparse(found.node).splitlines()[0]}` {relies}"
+        theirs = Signature.read(found.node, method="." in seam.name)
+        ours = Signature.parse(seam.parameters)
+        wrong = ours.unlike_call_of(theirs) if seam.kind == "calls" else ours.unlike_replaced(theirs)
+        if wrong is not None:
+            wrong += f"; decar {seam.kind} {ours}, found {theirs}"
+    if wrong is None and seam.called_in:
+        module, _, caller = seam.called_in.rpartition(":")
+        source = tree.find(module or seam.module, caller)
+        if source is None or not mentions(source.node, seam.name.rpartition(".")[2]):
+            wrong = f"nothing in {module or seam.module}.{caller} calls it any more"
+    return f"{where}: {wrong} {relies}" if wrong is not None else None
