@@ -50,6 +50,9 @@ def serve(
     placement: Annotated[
         str | None, typer.Option(help="Which GPU each expert runs on: code=0,prose=1.")
     ] = None,
+    allow_untested_vllm: Annotated[
+        bool, typer.Option("--allow-untested-vllm", help="Try a vLLM that decar is not tested with.")
+    ] = False,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
@@ -59,7 +62,7 @@ def serve(
     from decar.server.serve import raise_on_sigterm, serve
 
     raise_on_sigterm()
-    serve(directory, context.args, placement)
+    serve(directory, context.args, placement, allow_untested_vllm)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is stopped; native libraries would only report their leaks from here on

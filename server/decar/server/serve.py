@@ -21,6 +21,7 @@ from decar.router.errors import StartError
 from decar.server.placement import CPU_KV_BYTES, Place, check_memory, place, visible_gpus
 from decar.server.protocol.machine import check_memory_order
 from decar.server.protocol.plane import Plane, prompt_unit, remove_stale
+from decar.server.vllm_adapter.versions import check_version
 
 if TYPE_CHECKING:
     from decar.server.gateway.ensemble import EnsembleClient
@@ -28,18 +29,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger("decar")
 
 
-def serve(directory: Path, flags: Sequence[str], placement: str | None = None) -> None:
+def serve(
+    directory: Path,
+    flags: Sequence[str],
+    placement: str | None = None,
+    allow_untested_vllm: bool = False,
+) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM.
 
     Args:
         flags: vLLM's own server and engine flags, given to every engine.
         placement: "EXPERT=GPU,..."; None leaves it to decar.
+        allow_untested_vllm: go on with a vLLM of any version.
 
     Raises:
         EnsembleError: the directory cannot be served.
-        StartError: processor, flags, port, memory or an engine.
+        StartError: processor, vLLM's version, flags, port, memory or an engine.
     """
     check_memory_order()
+    check_version(allow_untested_vllm)
     ensemble = Ensemble.load(directory)
 
     from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment

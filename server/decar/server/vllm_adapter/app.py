@@ -20,8 +20,9 @@ def bound_socket(args: Namespace) -> Iterator[socket.socket]:
     Raises:
         StartError: it is taken.
     """
-    from vllm.entrypoints.launchers.launcher import create_server_socket
     from vllm.utils.system_utils import set_ulimit
+
+    from decar.server.vllm_adapter.versions import create_server_socket
 
     # Two sockets may be bound to one port as long as neither listens, and a server listens only once it is warm.
     claim = socket.socket(socket.AF_UNIX)
@@ -44,10 +45,8 @@ def bound_socket(args: Namespace) -> Iterator[socket.socket]:
 
 async def openai_app(client: EngineClient, args: Namespace) -> Any:
     """vLLM's FastAPI app, which asks ``client`` for answers."""
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
-
     from decar.server.vllm_adapter import media  # noqa: F401 - vLLM finds it by name
+    from decar.server.vllm_adapter.versions import build_app, init_app_state
 
     tasks = await client.get_supported_tasks()
     app = build_app(args, tasks, client.model_config)
@@ -57,8 +56,7 @@ async def openai_app(client: EngineClient, args: Namespace) -> Any:
 
 async def listen(app: Any, args: Namespace, sock: socket.socket) -> Awaitable[None]:
     """Serve ``app`` until the process is told to stop; then what is given back is still to be awaited."""
-    from vllm.entrypoints.launchers.launcher import serve_http
-    from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+    from decar.server.vllm_adapter.versions import get_uvicorn_log_config, serve_http
 
     log_config = get_uvicorn_log_config(args)
     stopped: Awaitable[None] = await serve_http(
@@ -95,12 +93,13 @@ def keep_environment() -> None:
 
 def image_prompt(client: EngineClient) -> Any:
     """A prompt with one image, as vLLM's renderer makes it; None where the experts take no images."""
-    if not client.model_config.supports_multimodal_inputs:
+    from decar.server.vllm_adapter.versions import dummy_image_prompt, takes_images
+
+    if not takes_images(client.model_config):
         return None
-    processor = client.renderer.get_mm_processor()
-    if not processor.info.allowed_mm_limits.get("image"):
+    if not client.renderer.get_mm_processor().info.allowed_mm_limits.get("image"):
         return None
-    prompt = processor.get_dummy_mm_inputs({"image": 1})
+    prompt = dummy_image_prompt(client.renderer)
     [image] = prompt["mm_placeholders"]["image"]
     # It fills the whole context, and would leave no room for an answer.
     prompt["prompt_token_ids"] = prompt["prompt_token_ids"][: image.offset + image.length + 1]

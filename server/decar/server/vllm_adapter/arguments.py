@@ -51,7 +51,7 @@ RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
 
 def prepare_environment() -> None:
     """vLLM settings that decar relies on. Where the user set one of them, it stays."""
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the worker's seams are those of the V1 runner
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 has not been seen exact on a GPU yet
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -72,8 +72,9 @@ def parse_flags(flags: Sequence[str], model: str, names: Sequence[str]) -> Names
     Raises:
         StartError: a flag that an ensemble cannot have.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from decar.server.vllm_adapter.versions import make_arg_parser, validate_parsed_serve_args
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="decar serve DIR", description="Serve an ensemble."))
     defaults = parser.parse_args([])
@@ -156,6 +157,8 @@ def _unsupported_head_size(model: Any) -> list[int] | None:
 def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes: int) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
+    from decar.server.vllm_adapter.versions import sampler_needs_fp64
+
     engine = AsyncEngineArgs.from_cli_args(args)
     engine.model = str(ensemble.experts[expert].path)
     # One tokenizer configuration and one generation_config.json, the first expert's, for all: what ends an
@@ -174,7 +177,9 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes:
     if engine.max_model_len is None:
         engine.max_model_len = ensemble.max_positions
     if on_cpu():
-        engine.distributed_executor_backend = "decar.server.vllm_adapter.worker.InProcessExecutor"
+        if sampler_needs_fp64():
+            engine.use_fp64_gumbel = True
+        engine.distributed_executor_backend = "decar.server.vllm_adapter.executor.InProcessExecutor"
         if engine.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             engine.kv_cache_memory_bytes = cpu_kv_bytes
     return engine

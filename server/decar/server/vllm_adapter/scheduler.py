@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 from decar.server.protocol.lockstep import Observer
 from decar.server.protocol.member import LockstepConfig, Member, PromptRows
 from decar.server.protocol.plane import Plane
+from decar.server.vllm_adapter.versions import accept_tokens
 
 _STATS_INTERVAL_S = 0.1
 
@@ -112,7 +113,7 @@ class LockstepScheduler(Scheduler):
     def _append(self, request: Request, token: int) -> None:
         """Give a held follower the token that its leader has published, as `update_from_output` would."""
         request.append_output_token_ids(token)
-        self.structured_output_manager.accept_tokens(request, [token])
+        accept_tokens(self.structured_output_manager, request, [token])
 
     def _cached_blocks_of(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Cached blocks of a request; of one whose prompt is looked at, only those that need no look.

@@ -445,8 +445,6 @@ SEAMS: tuple[Seam, ...] = (
                 ("get_uvicorn_log_config", "args"),
                 ("make_arg_parser", "parser"),
                 ("validate_parsed_serve_args", "args"),
-                ("AuthenticationMiddleware.__init__", "app, tokens"),
-                ("AuthenticationMiddleware.verify_token", "headers"),
             )
         ),
         reads("vllm.utils.argparse_utils", "", "FlexibleArgumentParser"),

@@ -51,10 +51,6 @@ MOVED: dict[str, tuple[tuple[str, str], ...]] = {
         ("0.29", "vllm.entrypoints.launchers.cli_args"),
         ("0", "vllm.entrypoints.openai.cli_args"),
     ),
-    "AuthenticationMiddleware": (
-        ("0.29", "vllm.entrypoints.serve.middleware.authenticate"),
-        ("0", "vllm.entrypoints.serve.utils.server_utils"),
-    ),
 }
 """Name -> (the version from which on it is there, its module), the newest first. `seams` checks these too."""
 
