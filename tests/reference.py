@@ -437,7 +437,7 @@ def prompt_scores(
     if posterior:
         before = torch.cat([torch.zeros(len(rows), 1), said.cumsum(dim=1)[:, :-1]], dim=1)
         log_weights = (log_weights + before.T).log_softmax(dim=1)
-    mixed = [mix(of, rows[:, t], rule) for t, of in enumerate(log_weights)]
+    mixed = [mix(weights, rows[:, t], rule) for t, weights in enumerate(log_weights)]
     return torch.stack(mixed), log_weights.exp()
 
 

@@ -26,7 +26,7 @@ ARROWS = {
     "router": {"router"},
     "kernels": {"kernels"},
     "clients": {"clients"},
-    "benchmarks": {"benchmarks", "clients", "kernels"},
+    "benchmarks": {"benchmarks", "clients", "kernels", "server"},
 }
 """Which part may import which."""
 
@@ -198,6 +198,11 @@ def test_clients_and_benchmarks_reach_a_server_only_over_http() -> None:
     names = {name for path in sources("benchmarks") for name in imported(path) if name.startswith("vllm")}
     client = ("vllm.benchmarks", "vllm.utils.argparse_utils")  # what `vllm bench serve` is made of
     assert all(name.startswith(client) for name in names)
+
+
+def test_benchmarks_know_the_servers_protocol_and_nothing_else_of_it() -> None:
+    names = {name for path in sources("benchmarks") for name in imported(path)}
+    assert all(name.startswith("decar.server.protocol.") for name in names if name.startswith("decar.server"))
 
 
 def test_only_tests_know_the_reference() -> None:

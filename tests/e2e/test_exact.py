@@ -195,12 +195,11 @@ def test_a_token_that_only_some_experts_know_is_refused(
 @pytest.mark.parametrize("model", ["trio", "trio/maths"])
 def test_no_field_may_name_such_a_token(trio_server: Server, fields: dict[str, Any], model: str) -> None:
     """The first expert has a row for it; what it leads would index others' rows with it."""
-    request = {"model": model, "prompt": [5], "max_tokens": 2, **fields}
-    error = assert_error(trio_server.http.post("/v1/completions", json=request), 400, str(VOCAB_SIZE))
+    good = {"model": model, "prompt": [5], "max_tokens": 2}
+    response = trio_server.http.post("/v1/completions", json={**good, **fields})
+    error = assert_error(response, 400, str(VOCAB_SIZE))
     assert error["param"] == next(iter(fields))
-    assert trio_server.http.post(
-        "/v1/completions", json={**request, **dict.fromkeys(fields), "prompt": [5]}
-    ).is_success
+    assert trio_server.http.post("/v1/completions", json=good).status_code == 200
     assert trio_server.health() == 200
 
 

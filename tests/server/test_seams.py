@@ -94,6 +94,9 @@ def test_the_command_fails_and_names_it(tmp_path: Path) -> None:
     assert "names are not as decar takes them to be" in done.stderr
 
 
+ADAPTER = ROOT / "server/decar/server/vllm_adapter"
+
+
 def test_every_name_that_the_server_imports_from_vllm_is_listed() -> None:
     listed = {(seam.module, seam.name.partition(".")[0]) for seam in SEAMS}
     modules = {module for module, _ in listed}
@@ -103,6 +106,25 @@ def test_every_name_that_the_server_imports_from_vllm_is_listed() -> None:
                 for alias in node.names:
                     known = (node.module, alias.name) in listed or f"{node.module}.{alias.name}" in modules
                     assert known, f"{path} imports {node.module}.{alias.name}, which is not in SEAMS"
+
+
+def test_every_seam_says_which_file_relies_on_it() -> None:
+    files = {path.stem for path in ADAPTER.glob("*.py")} | {"gateway"}
+    assert {seam.used_by.partition(":")[0] for seam in SEAMS} <= files
+
+
+def test_every_private_attribute_of_others_that_the_adapter_touches_is_listed() -> None:
+    nodes = [node for path in ADAPTER.glob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    own |= {
+        node.attr
+        for node in attributes
+        if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
+    private = {node.attr for node in attributes if node.attr.startswith("_") and node.attr[:2] != "__"}
+    named_tuples = {"_replace"}
+    assert private - own - named_tuples <= {part for seam in SEAMS for part in seam.name.split(".")}
 
 
 def test_a_version_is_downloaded_once_and_only_its_source_is_kept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from decar.benchmarks.kernel import kernel
+from decar.benchmarks.protocol import protocol
 from decar.benchmarks.serve import serve
 from decar.benchmarks.ttft import ttft
 
@@ -23,3 +24,4 @@ bench = typer.Typer(
 bench.command()(serve)
 bench.command()(ttft)
 bench.command()(kernel)
+bench.command()(protocol)

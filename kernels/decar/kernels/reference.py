@@ -5,9 +5,9 @@ Shapes: K experts, B rows, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,21 +28,26 @@ def mix_rows(
         return torch.full((len(entries), rows.vocab_size), -torch.inf, device=rows.device)
     if rule == "logit":
         # At least the smallest normal number: a weight that underflows still lets its expert forbid a token.
-        scale = _columns(np.maximum(np.exp(effective[:, part]), _TINY), rows)
-        terms = [_row(rows, k, entries).mul_(scale[i]) for i, k in enumerate(part)]
+        numbers = _columns(np.maximum(np.exp(effective[:, part]), _TINY), rows)
+        nothing = 0.0
     else:
         anchor = (np.exp(effective) * log_z).sum(axis=1, keepdims=True) if anchored else 0.0
-        offset = _columns((effective - log_z + anchor)[:, part], rows)
-        terms = [_row(rows, k, entries).add_(offset[i]) for i, k in enumerate(part)]
-    if not active[:, part].all():
-        takes_part = torch.from_numpy(active[:, part].T[:, :, None]).to(rows.device)  # [K, B, 1]
-        nothing = 0.0 if rule == "logit" else -math.inf
-        terms = [term.where(takes_part[i], nothing) for i, term in enumerate(terms)]
-        if rule == "logit":
-            terms[0] = terms[0].where(takes_part.any(dim=0), -math.inf)
+        numbers = _columns((effective - log_z + anchor)[:, part], rows)
+        nothing = -math.inf
+    mixed: torch.Tensor | None = None
+    for number, k in zip(numbers, part, strict=True):  # one expert's rows in memory at a time, and the sum
+        term = _row(rows, k, entries)
+        term = term.mul_(number) if rule == "logit" else term.add_(number)
+        if not active[:, k].all():
+            term.masked_fill_(_column(~active[:, k], rows), nothing)
+        if mixed is None:
+            mixed = term
+        else:
+            mixed = mixed.add_(term) if rule == "logit" else torch.logaddexp(mixed, term, out=mixed)
+    assert mixed is not None
     if rule == "velocity":
-        return functools.reduce(torch.logaddexp, terms)
-    mixed = functools.reduce(torch.Tensor.add_, terms)
+        return mixed
+    mixed.masked_fill_(_column(~np.any(active, axis=1), rows), -math.inf)
     return mixed if anchored else _log_softmax(mixed)
 
 
@@ -109,6 +114,11 @@ def _row(rows: Rows, expert: int, entries: torch.Tensor) -> torch.Tensor:
 def _columns(values: np.ndarray, rows: Rows) -> torch.Tensor:
     """Numbers [B, K] as one column [B, 1] an expert: [K, B, 1] float32."""
     return torch.from_numpy(values.T[:, :, None].astype(np.float32)).to(rows.device)
+
+
+def _column(values: Any, rows: Rows) -> torch.Tensor:
+    """What is true of each row [B], as a column [B, 1]."""
+    return torch.from_numpy(values[:, None]).to(rows.device)
 
 
 def _effective(rows: Rows, entries: torch.Tensor, log_weights: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

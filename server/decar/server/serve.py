@@ -89,11 +89,12 @@ async def _running_ensemble(
     from decar.server.vllm_adapter.app import image_prompt, keep_environment
     from decar.server.vllm_adapter.arguments import engine_config, row_dtype
     from decar.server.vllm_adapter.engine import start_engines
-    from decar.server.vllm_adapter.failures import Failures, reason_of
+    from decar.server.vllm_adapter.failures import Failures
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
     places = _placed(ensemble, configs, placement)
+    failures = Failures()
     plane = Plane.create(
         experts=len(experts),
         slots=configs[0].scheduler_config.max_num_seqs,
@@ -105,7 +106,6 @@ async def _running_ensemble(
         device_dtype=None if places[0].gpu is None else row_dtype(configs),
     )
     started: list[Any] = []
-    failures = Failures()
     try:
         devices = [placed.devices for placed in places]
         engines = await start_engines(
@@ -118,10 +118,10 @@ async def _running_ensemble(
         try:
             await warm_up(client, image_prompt(client))
         except Exception as error:
-            reason = failures.told(ensemble.expert_names) or reason_of(error)
+            reason = failures.told(ensemble.expert_names) or _blamed(client, error)
             raise StartError(
-                f"the warm-up failed: {reason} (the log above has the traceback): vLLM cannot run this model here; "
-                "serve it elsewhere or leave that expert out"
+                f"the warm-up failed: {reason} (the log above has the traceback); mend that expert, leave it out, or "
+                "serve the ensemble on another machine"
             ) from error
         keep_environment()
         yield client  # vLLM's server shuts the client down when it is told to stop
@@ -132,6 +132,14 @@ async def _running_ensemble(
         for child in multiprocessing.active_children():
             child.kill()
         plane.unlink()
+
+
+def _blamed(client: EnsembleClient, error: Exception) -> str:
+    """Whose engine has ended without a word (killed, say), and else what went wrong here."""
+    from decar.server.vllm_adapter.failures import reason_of
+
+    dead = [repr(expert.name) for expert in client.experts if expert.engine.client.errored]
+    return f"the engine of expert {', '.join(dead)} has ended" if dead else reason_of(error)
 
 
 def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -> list[Place]:

@@ -47,7 +47,7 @@ class LockstepScheduler(Scheduler):
                 self._pruned[request.request_id] = member
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        released = [of for of, member in self._pruned.items() if not self.lockstep.takes_part(member)]
+        released = [request for request, member in self._pruned.items() if not self.lockstep.takes_part(member)]
         if released:
             self.finish_requests(released, RequestStatus.FINISHED_ABORTED)  # their memory is free at once
         self._release()
@@ -74,7 +74,7 @@ class LockstepScheduler(Scheduler):
         """vLLM's statistics of a step, but while requests run only every `_STATS_INTERVAL_S`: what they count adds up,
         and the gateway takes a tenth of a millisecond to note them. What a step alone can tell is told at once."""
         now = time.monotonic()
-        of_this_step = any(of is not None for of in (*args, *kwargs.values()))
+        of_this_step = any(value is not None for value in (*args, *kwargs.values()))
         if self.requests and not of_this_step and now < self._stats_due:
             return None
         self._stats_due = now + _STATS_INTERVAL_S

@@ -32,7 +32,7 @@ class Seam:
             abstract, of which ``parameters`` are the names.
         parameters: as in a ``def``, without self: "async first, *, by_name"; "=" is any default. A replacement that
             passes on whatever else comes has "*args, **kwargs".
-        used_by: which of decar's files relies on it, and where that is not plain, for what.
+        used_by: which file of the adapter relies on it, or the gateway, and where that is not plain, for what.
         called_in: "Class.member" of that module, or "module:Class.member", that has to call it: what is replaced and
             never called does nothing.
         since, before: the versions that have it there.
@@ -99,6 +99,7 @@ _ENGINE = "vllm.v1.engine.async_llm"
 _CLIENT = "vllm.v1.engine.core_client"
 _PROCESSOR = "vllm.v1.engine.output_processor"
 _RENDERER = "vllm.renderers.base"
+_CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 _CUDA = "vllm.distributed.device_communicators.cuda_wrapper"
 
 SEAMS: tuple[Seam, ...] = (
@@ -115,12 +116,8 @@ SEAMS: tuple[Seam, ...] = (
                 replaces(module, f"{worker}.load_model", "*args, **kwargs"),
                 replaces(module, f"{worker}.execute_model", "scheduler_output"),
                 replaces(module, f"{worker}.sample_tokens", "grammar_output"),
-                reads(module, worker, "vllm_config device model_runner"),
+                reads(module, worker, "vllm_config device model_runner use_v2_model_runner"),
             )
-        ),
-        replaces("vllm.v1.executor.uniproc_executor", "UniProcExecutor._init_executor"),
-        reads(
-            "vllm.v1.executor.uniproc_executor", "", "Lock", used_by="its lock would have a name in /dev/shm"
         ),
         reads(
             _STEP,
@@ -128,17 +125,33 @@ SEAMS: tuple[Seam, ...] = (
             "finished_req_ids scheduled_new_reqs scheduled_cached_reqs num_scheduled_tokens",
         ),
         reads(_STEP, "NewRequestData", "req_id prompt_token_ids sampling_params num_computed_tokens"),
+        reads(_STEP, "NewRequestData", "prefill_token_ids mm_features"),
         reads(_STEP, "CachedRequestData", "req_ids num_computed_tokens num_output_tokens"),
+        reads("vllm.platforms", "", "current_platform"),
+    ),
+    *used_by(
+        "prompts",
         reads("vllm.multimodal.inputs", "MultiModalFeatureSpec", "mm_position"),
+        reads("vllm.multimodal.inputs", "PlaceholderRange", "offset length"),
+        reads("vllm.platforms", "", "current_platform"),
+    ),
+    *used_by(
+        "executor",
+        replaces("vllm.v1.executor.uniproc_executor", "UniProcExecutor._init_executor"),
+        reads(
+            "vllm.v1.executor.uniproc_executor", "", "Lock", used_by="its lock would have a name in /dev/shm"
+        ),
+    ),
+    *used_by(
+        "step",
         replaces(
             "vllm.model_executor.models.interfaces_base",
             "VllmModelForTextGeneration.compute_logits",
             "hidden_states, *args, **kwargs",
         ),
-        reads("vllm.platforms", "", "current_platform"),
     ),
     *used_by(
-        "worker (V1)",
+        "runner_v1",
         replaces(
             _RUNNER,
             "GPUModelRunner._sample",
@@ -183,7 +196,7 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.outputs", "SamplerOutput", "sampled_token_ids logprobs_tensors"),
     ),
     *used_by(
-        "worker (V2)",
+        "runner_v2",
         replaces(
             _V2,
             "GPUModelRunner.sample",
@@ -191,29 +204,32 @@ SEAMS: tuple[Seam, ...] = (
             called_in="GPUModelRunner.sample_tokens",
             used_by="logits are mixed before grammar and sampler, tokens published and adopted after",
         ),
-        reads(
-            _V2, "GPUModelRunner", "execute_model_state model req_states sampler structured_outputs_worker"
+        replaces(
+            _V2,
+            "GPUModelRunner.update_requests",
+            "scheduler_output",
+            called_in="GPUModelRunner.execute_model",
+            used_by="what the scheduler counts as computed is written to the device after a hold",
         ),
+        calls(
+            _V2,
+            "GPUModelRunner.postprocess_sampled",
+            "idx_mapping, sampled_tokens, *, num_sampled, num_rejected",
+            used_by="tokens adopted late",
+        ),
+        reads(_V2, "GPUModelRunner", "execute_model_state model req_states device"),
         calls(_V2, "GPUModelRunner.sample_tokens", "grammar_output"),
-        calls(_V2, "GPUModelRunner.execute_model", "scheduler_output"),
         reads(_V2, "ExecuteModelState", "input_batch hidden_states"),
-        reads(_V2_BATCH, "InputBatch", "req_ids num_reqs idx_mapping idx_mapping_np num_scheduled_tokens"),
-        reads(_V2_BATCH, "InputBatch", "query_start_loc query_start_loc_np logits_indices seq_lens"),
-        reads(_V2_STATES, "RequestState", "req_id_to_index last_sampled_tokens all_token_ids total_len"),
-        reads(_V2_STATES, "RequestState", "prompt_len prefill_len num_computed_tokens"),
-        calls(_V2_STATES, "RequestState.apply_staged_writes"),
-        calls(_V2_BUFFERS, "StagedWriteTensor.stage_write", "index, start, x"),
-        calls(_V2_BUFFERS, "StagedWriteTensor.stage_write_elem", "index, x"),
-        calls(_V2_BUFFERS, "StagedWriteTensor.apply_write"),
+        reads(_V2_BATCH, "InputBatch", "req_ids num_reqs query_start_loc_np logits_indices"),
+        reads(_V2_BATCH, "InputBatch", "num_computed_tokens_np"),
+        reads(_V2_STATES, "RequestState", "req_id_to_index num_computed_tokens"),
         reads(_V2_BUFFERS, "StagedWriteTensor", "gpu"),
-        reads(_V2_BUFFERS, "UvaBackedTensor", "np"),
         reads(
             "vllm.v1.worker.gpu.sample.output",
             "SamplerOutput",
-            "sampled_token_ids num_sampled num_rejected",
-            used_by="num_sampled 0 is a hold, num_rejected 1 a position to run again",
+            "sampled_token_ids num_sampled num_rejected num_nans logprobs_tensors",
+            used_by="num_sampled 0 is a hold",
         ),
-        reads("vllm.v1.worker.gpu.sample.output", "SamplerOutput", "logprobs_tensors"),
     ),
     *used_by(
         "scheduler",
@@ -282,7 +298,7 @@ SEAMS: tuple[Seam, ...] = (
         ),
     ),
     *used_by(
-        "engines",
+        "engine",
         calls(
             _ENGINE,
             "AsyncLLM.from_vllm_config",
@@ -342,7 +358,7 @@ SEAMS: tuple[Seam, ...] = (
         calls("vllm.v1.engine.detokenizer", "IncrementalDetokenizer.num_output_tokens"),
     ),
     *used_by(
-        "client",
+        "gateway",
         implements(
             "vllm.engine.protocol",
             "EngineClient",
@@ -365,15 +381,11 @@ SEAMS: tuple[Seam, ...] = (
         ),
         reads("vllm.sampling_params", "RequestOutputKind", "FINAL_ONLY DELTA"),
         calls("vllm.exceptions", "VLLMValidationError.__init__", "message, *, parameter"),
-    ),
-    *used_by(
-        "prompt",
-        calls("vllm.tokenizers.detokenizer_utils", "convert_ids_list_to_tokens", "tokenizer, token_ids"),
         reads("vllm.logprobs", "Logprob", "logprob rank decoded_token"),
-        reads("vllm.config", "CacheConfig", "block_size"),
     ),
     *used_by(
-        "images",
+        "engine",
+        calls("vllm.tokenizers.detokenizer_utils", "convert_ids_list_to_tokens", "tokenizer, token_ids"),
         *(
             replaces(
                 module,
@@ -391,8 +403,10 @@ SEAMS: tuple[Seam, ...] = (
             since="0.32",
             used_by="their threads are started early",
         ),
+    ),
+    *used_by(
+        "versions",
         reads(_RENDERER, "BaseRenderer", "get_tokenizer get_mm_processor model_config"),
-        reads("vllm.multimodal.inputs", "PlaceholderRange", "offset length"),
         reads("vllm.config", "ModelConfig", "supports_multimodal_inputs", since="0.31"),
         calls(
             "vllm.multimodal.registry",
@@ -448,6 +462,11 @@ SEAMS: tuple[Seam, ...] = (
             )
         ),
         reads("vllm.utils.argparse_utils", "", "FlexibleArgumentParser"),
+        calls(_CPU_ATTENTION, "CPUAttentionBackend.supports_head_size", "head_size"),
+        calls(_CPU_ATTENTION, "CPUAttentionBackend.get_supported_head_sizes"),
+        reads("vllm.config", "ModelConfig", "is_hybrid is_attention_free use_mla max_model_len dtype"),
+        calls("vllm.config", "ModelConfig.get_head_size"),
+        calls("vllm.config", "ModelConfig.get_vocab_size"),
         calls("vllm.utils.system_utils", "set_ulimit"),
         calls("vllm.envs", "enable_envs_cache"),
         reads("vllm.envs", "", "VLLM_API_KEY VLLM_USE_V2_MODEL_RUNNER VLLM_WORKER_MULTIPROC_METHOD"),
@@ -470,11 +489,11 @@ SEAMS: tuple[Seam, ...] = (
             "vllm.engine.arg_utils", "AsyncEngineArgs", "kv_cache_memory_bytes distributed_executor_backend"
         ),
         reads("vllm.config", "VllmConfig", "additional_config cache_config scheduler_config model_config"),
-        reads("vllm.config", "CacheConfig", "kv_cache_memory_bytes gpu_memory_utilization"),
+        reads("vllm.config", "CacheConfig", "kv_cache_memory_bytes gpu_memory_utilization block_size"),
         reads("vllm.config", "SchedulerConfig", "max_num_seqs"),
     ),
     *used_by(
-        "transport",
+        "cuda_memory",
         calls(_CUDA, "CudaRTLibrary.cudaMalloc", "size"),
         calls(_CUDA, "CudaRTLibrary.cudaMemset", "devPtr, value, count"),
         calls(_CUDA, "CudaRTLibrary.cudaIpcGetMemHandle", "devPtr"),
