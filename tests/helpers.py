@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,13 +83,19 @@ class Server:
     shared_memory: set[Path] = field(default_factory=set)
 
     @classmethod
-    def launch(cls, directory: Path, log: Path, flags: Sequence[str] = EXACT) -> Server:
-        """Start a server, and return at once."""
+    def launch(
+        cls,
+        directory: Path,
+        log: Path,
+        flags: Sequence[str] = EXACT,
+        environment: Mapping[str, str] | None = None,
+    ) -> Server:
+        """Start a server, and return at once. ``environment`` is added to this process's own."""
         port = free_port()
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 serve_command(directory, "--port", str(port), *flags),
-                env=serve_environment(),
+                env={**serve_environment(), **(environment or {})},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -97,9 +103,15 @@ class Server:
         return cls(process, port, log)
 
     @classmethod
-    def start(cls, directory: Path, log: Path, flags: Sequence[str] = EXACT) -> Server:
+    def start(
+        cls,
+        directory: Path,
+        log: Path,
+        flags: Sequence[str] = EXACT,
+        environment: Mapping[str, str] | None = None,
+    ) -> Server:
         """Start a server and wait until it is healthy."""
-        server = cls.launch(directory, log, flags)
+        server = cls.launch(directory, log, flags, environment)
         try:
             wait_until(
                 server._is_up, START_DEADLINE_S, lambda: f"it serves:\n{server.log_tail()}", poll_s=0.5

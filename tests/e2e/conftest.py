@@ -1,6 +1,6 @@
 """Real servers over tiny ensembles. Each is started once, and has to leave nothing behind."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,9 +25,14 @@ LOADED = (
 
 
 @contextmanager
-def running(reference: Reference, log: Path, flags: tuple[str, ...] = EXACT) -> Iterator[Server]:
+def running(
+    reference: Reference,
+    log: Path,
+    flags: tuple[str, ...] = EXACT,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """A server for as long as the context lasts; it has to end cleanly."""
-    server = Server.start(reference.directory, log, flags)
+    server = Server.start(reference.directory, log, flags, environment)
     try:
         yield server
         assert server.stop() == 0, server.log_tail()

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +23,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 TOKENS = 64  # long enough for posteriors to leave the expert that led at first
 CANDIDATES = 32
+PENALTIES: dict[str, Any] = {"frequency_penalty": 0.7, "presence_penalty": 0.3}
 NEAR = 1e-4  # a weight this near to what may be pruned could go either way by rounding
 
 
@@ -54,7 +56,11 @@ async def test_pruned_answers_are_the_references(
     which: str, eps: float, request: pytest.FixtureRequest
 ) -> None:
     reference, server = request.getfixturevalue(which), request.getfixturevalue(f"{which}_server")
-    expected = clear(reference, eps)
+    await check_pruned(server, reference, clear(reference, eps), eps)
+
+
+async def check_pruned(server: Server, reference: Reference, expected: Sequence[Decoded], eps: float) -> None:
+    """Some of ``expected`` change their leader on the way."""
     before = {name: counted(server, name) for name in ("pruned", "handed_over")}
     decar = {"route": "posterior", "prune": eps, "trace": True}
     prompts = [one.prompt for one in expected]
@@ -77,7 +83,7 @@ async def test_pruned_answers_are_the_references(
 async def test_streams_and_single_answers_are_the_same_across_a_hand_over(
     duo_server: Server, duo: Reference
 ) -> None:
-    expected = [one for one in clear(duo, 0.1) if len({*leaders_of(duo, one, _heaviest(duo, one))}) > 1]
+    expected = [one for one in clear(duo, 0.1) if len({*leaders_of(duo, one, heaviest(duo, one))}) > 1]
     assert len(expected) >= 3
     async with duo_server.async_openai() as client:
         for one in expected:
@@ -91,11 +97,16 @@ async def test_penalties_grammar_and_stops_go_on_across_a_hand_over(
     duo_server: Server, duo: Reference
 ) -> None:
     """What depends on the answer so far: the next leader has to know all of it."""
-    options: dict[str, Any] = {"frequency_penalty": 0.7, "presence_penalty": 0.3}
-    expected = clear(duo, 0.1, **options)
+    await check_what_depends_on_the_answer_so_far(duo_server, duo, clear(duo, 0.1, **PENALTIES))
+
+
+async def check_what_depends_on_the_answer_so_far(
+    duo_server: Server, duo: Reference, expected: Sequence[Decoded]
+) -> None:
+    """Some of ``expected``, which are decoded with PENALTIES, change their leader on the way."""
     decar = {"prune": 0.1, "trace": True}
     prompts = [one.prompt for one in expected]
-    found = await complete_all(duo_server, duo.name, prompts, decar, max_tokens=TOKENS, **options)
+    found = await complete_all(duo_server, duo.name, prompts, decar, max_tokens=TOKENS, **PENALTIES)
     changes = 0
     for one, (answer, _) in zip(expected, found, strict=True):
         assert answer.tokens == one.tokens
@@ -112,11 +123,11 @@ async def test_penalties_grammar_and_stops_go_on_across_a_hand_over(
         assert answer.finish_reason == "stop"
         assert len(json.loads(answer.text)) == 12
 
-    [stopped] = [one for one in expected if len(set(leaders_of(duo, one, _heaviest(duo, one)))) > 1][:1]
+    [stopped] = [one for one in expected if len(set(leaders_of(duo, one, heaviest(duo, one)))) > 1][:1]
     text = duo.decode(stopped.tokens)
     stop = text[-8:-4]
     [(answer, _)] = await complete_all(
-        duo_server, duo.name, [stopped.prompt], decar, max_tokens=TOKENS, stop=[stop], **options
+        duo_server, duo.name, [stopped.prompt], decar, max_tokens=TOKENS, stop=[stop], **PENALTIES
     )
     assert answer.text == text[: text.index(stop)]
     assert answer.finish_reason == "stop"
@@ -126,7 +137,10 @@ async def test_a_seed_means_the_same_whether_a_lead_is_handed_over_or_not(
     duo_server: Server, duo: Reference
 ) -> None:
     """The next leader goes on in the same stream of random numbers."""
-    prompts = [one.prompt for one in clear(duo, 0.1)]
+    await check_seeded(duo_server, duo, [one.prompt for one in clear(duo, 0.1)])
+
+
+async def check_seeded(duo_server: Server, duo: Reference, prompts: Sequence[list[int]]) -> None:
     options = {"temperature": 1.0, "seed": 3, "max_tokens": TOKENS}
     answers = [
         [answer for answer, _ in await complete_all(duo_server, duo.name, prompts, decar, **options)]
@@ -188,7 +202,7 @@ def _lead(answer: Decoded) -> float:
 
 
 @pytest.mark.parametrize("k", [1, 2])
-async def test_top_k_keeps_the_heaviest(trio_server: Server, trio: Reference, k: int) -> None:
+async def test_top_k_keeps_theheaviest(trio_server: Server, trio: Reference, k: int) -> None:
     prompts = [trio.encode(text) for text in prompt_texts(8)]
     prior = dict(zip(trio.experts, trio.prior, strict=True))
     kept = dict(sorted(prior.items(), key=lambda item: -item[1])[:k])
@@ -206,7 +220,7 @@ async def test_top_k_keeps_the_heaviest(trio_server: Server, trio: Reference, k:
         assert set(summary["experts"]) == set(kept)
 
 
-def _heaviest(reference: Reference, one: Decoded) -> str:
+def heaviest(reference: Reference, one: Decoded) -> str:
     return reference.experts[max(range(len(one.weights[0])), key=one.weights[0].__getitem__)]
 
 

@@ -114,9 +114,9 @@ def assert_trace(
         assert first[summary["leader"]] >= max(first.values()) - WEIGHT_TOLERANCE
 
 
-async def check(server: Server, reference: Reference, case: Case, rule: Rule) -> None:
+async def check(server: Server, reference: Reference, case: Case, rule: Rule, count: int = PROMPTS) -> None:
     """Twice: prompts that experts score as they compute them, and prompts whose scores are known."""
-    expected = clear_answers(reference, {**case.decode, "rule": rule})
+    expected = clear_answers(reference, {**case.decode, "rule": rule}, count)
     for again in (False, True):
         answers = await complete_all(
             server,
@@ -130,12 +130,15 @@ async def check(server: Server, reference: Reference, case: Case, rule: Rule) ->
             assert_trace(reference, one, answer, summary, known=known)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(
+ways_of_two = pytest.mark.parametrize(
     "case",
     [routed("posterior"), routed("prior"), weighted(code=0.7, prose=0.3)],
     ids=["posterior", "prior", "weights"],
 )
+
+
+@pytest.mark.parametrize("rule", RULES)
+@ways_of_two
 async def test_two_experts(duo_server: Server, duo: Reference, case: Case, rule: Rule) -> None:
     await check(duo_server, duo, case, rule)
 

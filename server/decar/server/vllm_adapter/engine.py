@@ -25,6 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from decar.router.errors import StartError
 from decar.server.protocol.plane import PlaneSpec
 from decar.server.vllm_adapter.failures import Failures, ReportingConfig, reason_of
+from decar.server.vllm_adapter.limits import keep_to_limits
 from decar.server.vllm_adapter.metrics import SharedMetrics
 
 logger = logging.getLogger("decar")
@@ -34,6 +35,7 @@ class LLMEngine:
     """An `AsyncLLM` whose engine runs in a process of its own."""
 
     def __init__(self, llm: AsyncLLM):
+        keep_to_limits(llm)
         self.llm = llm
         self.client: EngineClient = llm
         self.pid = int(llm.engine_core.resources.engine_manager.processes[0].pid)

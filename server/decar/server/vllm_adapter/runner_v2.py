@@ -35,7 +35,7 @@ class StepV2(Step):
         self._sampler = True
         self._batch: Any = None
         self._rows: dict[str, int] = {}  # of that batch
-        self._output: SamplerOutput | None = None
+        self._sampled: tuple[SamplerOutput, Sequence[str]] | None = None  # and the request of each row
 
     def compute_logits(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         mixed, self._asked = self._asked, None
@@ -92,9 +92,10 @@ class StepV2(Step):
             self._settle, self._sampler, self._mixed = None, True, None
 
     def drop(self, rows: Sequence[int]) -> None:
-        assert self._output is not None
-        self._output.num_sampled[rows] = 0
-        self._held.update(self._batch.req_ids[row] for row in rows)
+        assert self._sampled is not None, "only within settle"
+        output, request_of = self._sampled
+        output.num_sampled[rows] = 0
+        self._held.update(request_of[row] for row in rows)
 
     def _sample_and_settle(
         self, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any
@@ -105,9 +106,10 @@ class StepV2(Step):
             output, *_ = self._sample(hidden_states, input_batch, grammar_output)
         else:
             output = _nothing_sampled(input_batch.num_reqs, hidden_states.device)
-        self._output = output
         if self._settle is not None:
+            self._sampled = output, input_batch.req_ids
             self._settle(output.sampled_token_ids[:, 0])
+            self._sampled = None
         return output, output.num_sampled, output.num_rejected
 
     def _update_requests_after_holds(self, scheduler_output: Any) -> None:

@@ -1,0 +1,55 @@
+"""What vLLM's V2 model runner has no room for. Its engine finds out in the middle of a step, and ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm import envs
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+
+def keep_to_limits(llm: AsyncLLM) -> None:
+    """Have an engine of the V2 runner refuse such requests as they come."""
+    if not llm.vllm_config.use_v2_model_runner:
+        return
+    process_inputs = llm.input_processor.process_inputs
+
+    def process_and_check(*args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(*args, **kwargs)
+        if request.sampling_params is not None:
+            refuse_beyond_limits(request.sampling_params)
+        return request
+
+    llm.input_processor.process_inputs = process_and_check
+
+
+def refuse_beyond_limits(params: SamplingParams) -> None:
+    """
+    Args:
+        params: as an engine gets them, with the stop tokens of its model and the tokens of bad words.
+
+    Raises:
+        VLLMValidationError: names the parameter that has too many tokens, and how many it may have.
+    """
+    from vllm.v1.worker.gpu.sample.logit_bias import (
+        MAX_NUM_ALLOWED_TOKEN_IDS,
+        MAX_NUM_LOGIT_BIAS_TOKENS,
+        MAX_NUM_STOP_TOKEN_IDS,
+    )
+
+    for name, count, limit in (
+        ("allowed_token_ids", len(params.allowed_token_ids or ()), MAX_NUM_ALLOWED_TOKEN_IDS),
+        ("logit_bias", len(params.logit_bias or ()), MAX_NUM_LOGIT_BIAS_TOKENS),
+        (
+            "stop_token_ids",
+            len(params.all_stop_token_ids) if params.min_tokens else 0,
+            MAX_NUM_STOP_TOKEN_IDS,
+        ),
+        ("bad_words", sum(map(len, params.bad_words_token_ids or ())), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS),
+    ):
+        if count > limit:
+            raise VLLMValidationError(
+                f"{name} comes to {count} tokens, and vLLM's V2 model runner allows {limit}", parameter=name
+            )
