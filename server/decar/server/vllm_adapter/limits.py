@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+
+from decar.server.vllm_adapter.versions import bad_words_limits
 
 
 def keep_to_limits(llm: AsyncLLM) -> None:
@@ -39,6 +40,8 @@ def refuse_beyond_limits(params: SamplingParams) -> None:
         MAX_NUM_STOP_TOKEN_IDS,
     )
 
+    bad_words = params.bad_words_token_ids or ()
+    most_words, most_tokens = bad_words_limits()
     for name, count, limit in (
         ("allowed_token_ids", len(params.allowed_token_ids or ()), MAX_NUM_ALLOWED_TOKEN_IDS),
         ("logit_bias", len(params.logit_bias or ()), MAX_NUM_LOGIT_BIAS_TOKENS),
@@ -47,9 +50,14 @@ def refuse_beyond_limits(params: SamplingParams) -> None:
             len(params.all_stop_token_ids) if params.min_tokens else 0,
             MAX_NUM_STOP_TOKEN_IDS,
         ),
-        ("bad_words", sum(map(len, params.bad_words_token_ids or ())), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS),
+        ("bad_words", sum(map(len, bad_words)), most_tokens),
     ):
         if count > limit:
             raise VLLMValidationError(
                 f"{name} comes to {count} tokens, and vLLM's V2 model runner allows {limit}", parameter=name
             )
+    if most_words is not None and len(bad_words) > most_words:
+        raise VLLMValidationError(
+            f"bad_words come to {len(bad_words)} words, and vLLM's V2 model runner allows {most_words}",
+            parameter="bad_words",
+        )

@@ -346,6 +346,30 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.engine.exceptions", "", "EngineDeadError"),
     ),
     *used_by(
+        "limits",
+        replaces(
+            "vllm.v1.engine.input_processor",
+            "InputProcessor.process_inputs",
+            "*args, **kwargs",
+            called_in=f"{_ENGINE}:AsyncLLM.add_request",
+        ),
+        reads("vllm.v1.engine", "EngineCoreRequest", "sampling_params"),
+        reads("vllm.config", "VllmConfig", "use_v2_model_runner"),
+        reads(
+            "vllm.v1.worker.gpu.sample.logit_bias",
+            "",
+            "MAX_NUM_ALLOWED_TOKEN_IDS MAX_NUM_LOGIT_BIAS_TOKENS MAX_NUM_STOP_TOKEN_IDS",
+        ),
+        reads("vllm.envs", "", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS", since="0.28"),
+        reads(
+            "vllm.v1.worker.gpu.sample.bad_words",
+            "",
+            "MAX_NUM_BAD_WORDS MAX_BAD_WORDS_TOTAL_TOKENS",
+            before="0.28",
+        ),
+        reads("vllm.sampling_params", "SamplingParams", "all_stop_token_ids bad_words_token_ids min_tokens"),
+    ),
+    *used_by(
         "relay",
         replaces(
             _PROCESSOR,

@@ -145,3 +145,14 @@ def sampler_needs_fp64() -> bool:
     numbers from a seeded generator as the vocabulary is large, which with the flag it always does.
     """
     return _installed() < (0, 32)
+
+
+def bad_words_limits() -> tuple[int | None, int]:
+    """How many bad words a request may have under the V2 runner (None: any number), and of how many tokens in all."""
+    if _installed() >= (0, 28):
+        from vllm import envs
+
+        return None, envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+    from vllm.v1.worker.gpu.sample import bad_words
+
+    return bad_words.MAX_NUM_BAD_WORDS, bad_words.MAX_BAD_WORDS_TOTAL_TOKENS
