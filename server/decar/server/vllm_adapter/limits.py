@@ -56,7 +56,7 @@ def refuse_beyond_limits(params: SamplingParams) -> None:
             raise VLLMValidationError(
                 f"{name} comes to {count} tokens, and vLLM's V2 model runner allows {limit}", parameter=name
             )
-    if most_words is not None and len(bad_words) > most_words:
+    if len(bad_words) > most_words:
         raise VLLMValidationError(
             f"bad_words come to {len(bad_words)} words, and vLLM's V2 model runner allows {most_words}",
             parameter="bad_words",

@@ -360,7 +360,7 @@ SEAMS: tuple[Seam, ...] = (
             "",
             "MAX_NUM_ALLOWED_TOKEN_IDS MAX_NUM_LOGIT_BIAS_TOKENS MAX_NUM_STOP_TOKEN_IDS",
         ),
-        reads("vllm.envs", "", "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS", since="0.28"),
+        reads("vllm.envs", "", "VLLM_MAX_NUM_BAD_WORDS VLLM_MAX_BAD_WORDS_TOTAL_TOKENS", since="0.28"),
         reads(
             "vllm.v1.worker.gpu.sample.bad_words",
             "",

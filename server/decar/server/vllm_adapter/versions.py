@@ -147,12 +147,12 @@ def sampler_needs_fp64() -> bool:
     return _installed() < (0, 32)
 
 
-def bad_words_limits() -> tuple[int | None, int]:
-    """How many bad words a request may have under the V2 runner (None: any number), and of how many tokens in all."""
+def bad_words_limits() -> tuple[int, int]:
+    """How many bad words a request may have under the V2 runner, and of how many tokens in all."""
     if _installed() >= (0, 28):
         from vllm import envs
 
-        return None, envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+        return envs.VLLM_MAX_NUM_BAD_WORDS, envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
     from vllm.v1.worker.gpu.sample import bad_words
 
     return bad_words.MAX_NUM_BAD_WORDS, bad_words.MAX_BAD_WORDS_TOTAL_TOKENS
