@@ -39,17 +39,18 @@ def refuse_beyond_limits(params: SamplingParams) -> None:
         MAX_NUM_STOP_TOKEN_IDS,
     )
 
+    words = params.bad_words_token_ids or ()
+    stops = params.all_stop_token_ids if params.min_tokens else ()
     for name, count, limit in (
         ("allowed_token_ids", len(params.allowed_token_ids or ()), MAX_NUM_ALLOWED_TOKEN_IDS),
         ("logit_bias", len(params.logit_bias or ()), MAX_NUM_LOGIT_BIAS_TOKENS),
-        (
-            "stop_token_ids",
-            len(params.all_stop_token_ids) if params.min_tokens else 0,
-            MAX_NUM_STOP_TOKEN_IDS,
-        ),
-        ("bad_words", sum(map(len, params.bad_words_token_ids or ())), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS),
+        ("stop_token_ids", len(stops), MAX_NUM_STOP_TOKEN_IDS),
+        # Before they could be set, these were constants of the same values.
+        ("bad_words", len(words), getattr(envs, "VLLM_MAX_NUM_BAD_WORDS", 128)),
+        ("bad_words", sum(map(len, words)), getattr(envs, "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS", 1024)),
     ):
         if count > limit:
             raise VLLMValidationError(
-                f"{name} comes to {count} tokens, and vLLM's V2 model runner allows {limit}", parameter=name
+                f"{name} comes to {count} words or tokens, and vLLM's V2 model runner allows {limit}",
+                parameter=name,
             )

@@ -47,7 +47,9 @@ class LockstepScheduler(Scheduler):
                 self._pruned[request.request_id] = member
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        released = [request for request, member in self._pruned.items() if not self.lockstep.takes_part(member)]
+        released = [
+            request for request, member in self._pruned.items() if not self.lockstep.takes_part(member)
+        ]
         if released:
             self.finish_requests(released, RequestStatus.FINISHED_ABORTED)  # their memory is free at once
         self._release()

@@ -232,6 +232,27 @@ SEAMS: tuple[Seam, ...] = (
         ),
     ),
     *used_by(
+        "limits",
+        replaces(
+            "vllm.v1.engine.input_processor",
+            "InputProcessor.process_inputs",
+            "*args, **kwargs",
+            called_in=f"{_ENGINE}:AsyncLLM.add_request",
+            used_by="an engine of V2 would end with what it has no room for",
+        ),
+        reads("vllm.v1.engine", "EngineCoreRequest", "sampling_params"),
+        reads(
+            "vllm.v1.worker.gpu.sample.logit_bias",
+            "",
+            "MAX_NUM_ALLOWED_TOKEN_IDS MAX_NUM_LOGIT_BIAS_TOKENS MAX_NUM_STOP_TOKEN_IDS",
+        ),
+        reads(
+            "vllm.sampling_params",
+            "SamplingParams",
+            "allowed_token_ids logit_bias min_tokens all_stop_token_ids bad_words_token_ids",
+        ),
+    ),
+    *used_by(
         "scheduler",
         replaces(_SCHEDULER, "Scheduler.__init__", "*args, **kwargs"),
         replaces(_SCHEDULER, "Scheduler.add_request", "request"),
