@@ -40,24 +40,18 @@ def refuse_beyond_limits(params: SamplingParams) -> None:
         MAX_NUM_STOP_TOKEN_IDS,
     )
 
-    bad_words = params.bad_words_token_ids or ()
+    words = params.bad_words_token_ids or ()
     most_words, most_tokens = bad_words_limits()
+    stops = params.all_stop_token_ids if params.min_tokens else ()
     for name, count, limit in (
         ("allowed_token_ids", len(params.allowed_token_ids or ()), MAX_NUM_ALLOWED_TOKEN_IDS),
         ("logit_bias", len(params.logit_bias or ()), MAX_NUM_LOGIT_BIAS_TOKENS),
-        (
-            "stop_token_ids",
-            len(params.all_stop_token_ids) if params.min_tokens else 0,
-            MAX_NUM_STOP_TOKEN_IDS,
-        ),
-        ("bad_words", sum(map(len, bad_words)), most_tokens),
+        ("stop_token_ids", len(stops), MAX_NUM_STOP_TOKEN_IDS),
+        ("bad_words", len(words), most_words),
+        ("bad_words", sum(map(len, words)), most_tokens),
     ):
         if count > limit:
             raise VLLMValidationError(
-                f"{name} comes to {count} tokens, and vLLM's V2 model runner allows {limit}", parameter=name
+                f"{name} comes to {count} words or tokens, and vLLM's V2 model runner allows {limit}",
+                parameter=name,
             )
-    if len(bad_words) > most_words:
-        raise VLLMValidationError(
-            f"bad_words come to {len(bad_words)} words, and vLLM's V2 model runner allows {most_words}",
-            parameter="bad_words",
-        )

@@ -352,6 +352,7 @@ SEAMS: tuple[Seam, ...] = (
             "InputProcessor.process_inputs",
             "*args, **kwargs",
             called_in=f"{_ENGINE}:AsyncLLM.add_request",
+            used_by="an engine of V2 would end with what it has no room for",
         ),
         reads("vllm.v1.engine", "EngineCoreRequest", "sampling_params"),
         reads("vllm.config", "VllmConfig", "use_v2_model_runner"),
