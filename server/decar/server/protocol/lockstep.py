@@ -242,21 +242,10 @@ class Lockstep:
         So is a turn whose weights the gateway has no room for: it is the ring's length behind.
         """
         with self.mine.timed("row_wait_ns"):
-            wanted = self._active[turns.slots]
-            wanted[:, self.expert] = False
             room = turns.stamps - self._weights_read[turns.slots] <= self._ring
-            wanted &= room[:, None]
-            slots, entries, stamps = turns.slots, turns.entries, turns.stamps[:, None]
-            while True:
-                # In this order: a row that is not there once its engine no longer runs that step will not come.
-                running = (stamps == self._fields["running"][:, slots].T) & (self._alive == 1)
-                missing = wanted & (stamps != self._fields["row_stamp"][:, entries].T)
-                held = (missing & ~running).any(axis=1)
-                waiting = np.argwhere(missing & ~held[:, None])
-                if not len(waiting):
-                    break
-                i, peer = waiting[0]
-                self._wait(self.blocks[peer].row_stamp, int(peer), turns, int(i))
+            wanted = self._active[turns.slots] & room[:, None]
+            wanted[:, self.expert] = False
+            held = self._wait_for(wanted, turns)
         ready = room & ~held
         holds = turns[~ready]
         self.mine.count("leader_holds", len(holds))
@@ -335,6 +324,25 @@ class Lockstep:
         self._own["running"][turns.slots] = NOTHING
 
     # --- parts of it --------------------------------------------------------------------------------------
+
+    def _wait_for(self, wanted: np.ndarray, turns: Turns) -> np.ndarray:
+        """Wait for the rows of the ``wanted`` experts [n, K]; which turns [n] lack one that is not coming."""
+        slots, stamps = turns.slots, turns.stamps[:, None]
+
+        def missing() -> np.ndarray:
+            return wanted & (stamps != self._fields["row_stamp"][:, turns.entries].T)
+
+        while missing().any():
+            # In this order: a row that is not there once its engine no longer runs that step will not come.
+            running = (stamps == self._fields["running"][:, slots].T) & (self._alive == 1)
+            lacking = missing()
+            held: np.ndarray = (lacking & ~running).any(axis=1)
+            waiting = np.argwhere(lacking & ~held[:, None])
+            if not len(waiting):
+                return held
+            i, peer = waiting[0].tolist()
+            self._wait(self.blocks[peer].row_stamp, peer, turns, i)
+        return np.zeros(len(turns), bool)
 
     def _wait(self, stamps: memoryview, peer: int, turns: Turns, i: int) -> None:
         """Wait until the ``i``-th turn's entry of ``stamps`` has its stamp, while ``peer`` lives and runs that step.
