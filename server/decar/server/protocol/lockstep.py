@@ -118,8 +118,12 @@ class Turns:
         return len(self.slots)
 
     def __getitem__(self, chosen: np.ndarray | slice) -> Turns:
-        """Those at indices, where a mask is true, or of a slice."""
-        return Turns(*(values[chosen] for values in vars(self).values()))
+        """Those at indices, or of a slice."""
+        return Turns(*[values[chosen] for values in vars(self).values()])
+
+    def where(self, mask: np.ndarray) -> Turns:
+        """Those of which ``mask`` [n] is true; most often, all of them."""
+        return self if mask.all() else self[mask]
 
 
 class Lockstep:
@@ -227,7 +231,7 @@ class Lockstep:
 
     def post(self, turns: Turns, logits: torch.Tensor) -> None:
         """Write rows of ``logits`` [B, V'] (V' >= V) that are not there yet, then stamp them."""
-        new = turns[self._own["row_stamp"][turns.entries] != turns.stamps]
+        new = turns.where(self._own["row_stamp"][turns.entries] != turns.stamps)
         if not len(new):
             return
         rows = logits[:, : self.vocab_size]
@@ -247,10 +251,11 @@ class Lockstep:
             wanted[:, self.expert] = False
             held = self._wait_for(wanted, turns)
         ready = room & ~held
-        holds = turns[~ready]
-        self.mine.count("leader_holds", len(holds))
-        self.finish(holds)  # so that no follower waits for their tokens
-        return turns[ready] if len(holds) else turns
+        if not ready.all():
+            holds = turns[~ready]
+            self.mine.count("leader_holds", len(holds))
+            self.finish(holds)  # so that no follower waits for their tokens
+        return turns.where(ready)
 
     def weigh(self, turns: Turns) -> None:
         """Where experts have scored a prompt as they computed it: its weights, and who stays active with them."""
@@ -292,15 +297,16 @@ class Lockstep:
         slots = turns.slots
         pruning = self.budget[slots] > 0
         beginning = (turns.positions == 0) & self.may_release[slots]
-        self._stamp_tokens(turns, tokens, ~(pruning | beginning))
+        releasing = pruning | beginning
+        self._stamp_tokens(turns, tokens, ~releasing)
         moving = self._posterior[slots]
         if moving.any():
-            self._move_weights(turns[moving], tokens[moving])
-        if (pruning | beginning).any():
+            self._move_weights(turns.where(moving), tokens[moving])
+        if releasing.any():
             lightest = np.where(self._active[slots], self.log_weights[slots], np.inf).min(axis=1)
             for i in np.flatnonzero(beginning | (pruning & (np.exp(lightest) <= self.budget[slots]))):
                 self._release(int(slots[i]), int(turns.positions[i]) + 1)
-            self._stamp_tokens(turns, tokens, pruning | beginning)
+            self._stamp_tokens(turns, tokens, releasing)
         self.produced[slots] = turns.positions + 1
 
     def adopt(self, turns: Turns) -> np.ndarray:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class LockstepWorker(_Worker):
         self._turns = self.lockstep.turns(*np.zeros((2, 0), np.int64))  # of these
         self._ready = self._turns  # of these, those that this engine leads and whose rows have all come
         self._rows: list[int] = []  # of what is due, in this step's batch
+        self._batch = _Batch.of([], {})
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
@@ -92,14 +94,14 @@ class LockstepWorker(_Worker):
         logits = step.logits()  # in float32, as rows are mixed, and tokens sampled
         with lockstep.mine.timed("post_ns"):
             lockstep.post(self._turns, logits)
-        self._ready = lockstep.wait_for_rows(self._turns[self._turns.leaders == lockstep.expert])
+        self._ready = lockstep.wait_for_rows(self._turns.where(self._turns.leaders == lockstep.expert))
         if len(self._ready):
             with lockstep.mine.timed("mix_ns"):
                 lockstep.weigh(self._ready)
                 rows = torch.from_numpy(self._ready.rows).to(logits.device)
                 shared = logits[:, : lockstep.vocab_size]
                 shared.index_copy_(0, rows, lockstep.mixed(self._ready).to(logits.device))
-        undecided = set(self._rows) - set(self._ready.rows.tolist())
+        undecided = () if len(self._ready) == len(self._rows) else self._rows_but(self._ready.rows)
         with lockstep.mine.timed("sample_ns"):
             sampler = not self._only_follows(len(logits))
             output = step.sample(grammar_output, undecided, self._settle, sampler=sampler)
@@ -110,16 +112,19 @@ class LockstepWorker(_Worker):
         """Publish what this engine decided of ``tokens`` [B], adopt what others did, and drop the rest."""
         lockstep, decided = self.lockstep, self._ready.rows
         if len(self._ready):
-            lockstep.publish(self._ready, tokens[self._ready.rows].cpu().numpy().astype(np.int64))
-        followed = self._turns[self._turns.leaders != lockstep.expert]
-        if len(followed):
+            lockstep.publish(self._ready, tokens.cpu().numpy()[self._ready.rows].astype(np.int64))
+        if len(self._ready) < len(self._turns):
+            followed = self._turns.where(self._turns.leaders != lockstep.expert)
             adopted = lockstep.adopt(followed)
             there = adopted != HELD
-            tokens[followed.rows[there]] = torch.from_numpy(adopted[there]).to(tokens)
+            tokens[torch.from_numpy(followed.rows[there])] = torch.from_numpy(adopted[there]).to(tokens)
             decided = np.concatenate([decided, followed.rows[there]])
-        held = np.setdiff1d(self._rows, decided)
-        if len(held):
-            self.step.drop(held.tolist())
+        if len(decided) < len(self._rows):
+            self.step.drop(self._rows_but(decided))
+
+    def _rows_but(self, decided: np.ndarray) -> list[int]:
+        """Rows of what is due, without those that are ``decided``."""
+        return sorted(set(self._rows) - set(decided.tolist()))
 
     def _only_follows(self, rows: int) -> bool:
         """Whether others decide all of this step's ``rows``, and no sampler here has to keep up to lead them later."""
@@ -134,8 +139,10 @@ class LockstepWorker(_Worker):
         """Where this step's batch has what is due; the turns in that order, in which rows are posted."""
         row_of = self.step.rows
         self._rows = [row_of[request_id] for request_id in self._due]
-        self._turns.rows = np.array(self._rows, np.int64)[self._holding]
-        self._turns = self._turns[np.argsort(self._turns.rows)]
+        rows = np.array(self._rows, np.int64)[self._holding]
+        self._turns.rows = rows
+        if (rows[1:] < rows[:-1]).any():
+            self._turns = self._turns[np.argsort(rows)]
 
     def _take_turns(self, scheduler_output: SchedulerOutput) -> None:
         """The turns of this step: shared requests whose last known token is computed in it."""
@@ -145,8 +152,7 @@ class LockstepWorker(_Worker):
         self._prompts.forget(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
             self._admit(new)
-        self._due, self._holding = self._what_is_due(scheduler_output) if self._members else ([], _NONE)
-        slots, _ = _tenancies([self._members[request_id] for request_id in self._due])
+        self._due, self._holding, slots = self._what_is_due(scheduler_output) if self._members else _NOTHING
         slots = slots[self._holding]
         self._turns = lockstep.turns(slots, lockstep.produced[slots])
         self._ready = self._turns[:0]
@@ -168,38 +174,38 @@ class LockstepWorker(_Worker):
         if member.scored is not None and not resumed:
             self._prompts.score(new.req_id, member, new.prompt_token_ids, new.mm_features)
 
-    def _what_is_due(self, scheduler_output: SchedulerOutput) -> tuple[list[str], np.ndarray]:
-        """Requests whose last known token is computed in this step, and which of them hold their slot [n]."""
+    def _what_is_due(self, scheduler_output: SchedulerOutput) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Requests whose last known token is computed in this step; which of them hold their slot, and slots: [n]."""
         new, cached = scheduler_output.scheduled_new_reqs, scheduler_output.scheduled_cached_reqs
-        scheduled = [
-            *((begun.req_id, begun.num_computed_tokens, _num_output_tokens(begun)) for begun in new),
-            *zip(cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True),
-        ]
-        scheduled = [fields for fields in scheduled if fields[0] in self._members]
-        if not scheduled:
-            return [], _NONE
-        ids, computed, positions = zip(*scheduled, strict=True)
-        ends = np.array(computed) + [scheduler_output.num_scheduled_tokens[request_id] for request_id in ids]
+        ids = [*(begun.req_id for begun in new), *cached.req_ids]
+        if ids != self._batch.ids:
+            self._batch = _Batch.of(ids, self._members)
+        shared, slots = self._batch.shared, self._batch.slots
+        if not len(shared):
+            return _NOTHING
+        positions = np.array([*map(_num_output_tokens, new), *cached.num_output_tokens])[shared]
+        ends = np.array([*(begun.num_computed_tokens for begun in new), *cached.num_computed_tokens])[shared]
+        ends += [scheduler_output.num_scheduled_tokens[ids[i]] for i in shared.tolist()]
         lockstep = self.lockstep
-        slots, generations = _tenancies([self._members[request_id] for request_id in ids])
-        holding = generations == lockstep.generation[slots]
+        holding = self._batch.generations == lockstep.generation[slots]
         led_by = lockstep.leader[slots]
         # One that has been released is left alone: the scheduler, which knows too, ends it.
         goes_on = lockstep.take_part(slots) & holding
-        leads = lockstep.leader[slots] == lockstep.expert
-        for i in np.flatnonzero(goes_on & leads & (led_by != lockstep.expert)):
-            tokens, _ = self._members[ids[i]].led_before[-1]
-            self.step.redraw(ids[i], tokens)
-        late = (lockstep.produced[slots] < positions) & (
-            lockstep.produced[slots] < lockstep.alone_from[slots]
+        taken_over = (
+            goes_on & (led_by != lockstep.leader[slots]) & (lockstep.leader[slots] == lockstep.expert)
         )
-        for i in np.flatnonzero(goes_on & late):
-            goes_on[i] = self._adopt_late(ids[i], int(slots[i]))
-        produced = lockstep.produced[slots]
-        goes_on &= produced < lockstep.alone_from[slots]  # else nobody is left to mix with: plain vLLM
+        for i in np.flatnonzero(taken_over):
+            request_id = ids[shared[i]]
+            tokens, _ = self._members[request_id].led_before[-1]
+            self.step.redraw(request_id, tokens)
+        produced, alone_from = lockstep.produced[slots], lockstep.alone_from[slots]
+        for i in np.flatnonzero(goes_on & (produced < positions) & (produced < alone_from)):
+            goes_on[i] = self._adopt_late(ids[shared[i]], int(slots[i]))
+            produced[i] = lockstep.produced[slots[i]]
+        goes_on &= produced < alone_from  # else nobody is left to mix with: plain vLLM
         goes_on &= ends >= self._prompt_tokens[slots] + produced
         due = np.flatnonzero(goes_on | ~holding)
-        return [ids[i] for i in due], holding[due]
+        return [ids[i] for i in shared[due].tolist()], holding[due], slots[due]
 
     def _adopt_late(self, request_id: str, slot: int) -> bool:
         """Catch up with the scheduler, which took a held follower's token from the plane between two steps.
@@ -214,18 +220,31 @@ class LockstepWorker(_Worker):
         return True
 
 
-_NONE = np.zeros(0, bool)
+@dataclass(frozen=True)
+class _Batch:
+    """What a step computes, the same for many steps.
+
+    Attributes:
+        ids: of all its requests.
+        shared: indices [n] of those that other engines take part in.
+        slots, generations: theirs [n].
+    """
+
+    ids: list[str]
+    shared: np.ndarray
+    slots: np.ndarray
+    generations: np.ndarray
+
+    @classmethod
+    def of(cls, ids: list[str], members: Mapping[str, Member]) -> _Batch:
+        found = [(i, members[request_id]) for i, request_id in enumerate(ids) if request_id in members]
+        fields = [(i, member.slot, member.generation) for i, member in found]
+        return cls(ids, *np.array(fields, np.int64).reshape(-1, 3).T.copy())
+
+
+_NOTHING: tuple[list[str], np.ndarray, np.ndarray] = [], np.zeros(0, bool), np.zeros(0, np.int64)
 
 
 def _num_output_tokens(new: NewRequestData) -> int:
     """Tokens of the answer that a request comes with: V2 resumes with ``prefill_token_ids``, which end with them."""
     return len(new.prefill_token_ids or new.prompt_token_ids) - len(new.prompt_token_ids)
-
-
-def _tenancies(members: Sequence[Member]) -> tuple[np.ndarray, np.ndarray]:
-    """Slots and generations [n]."""
-    count = len(members)
-    return (
-        np.fromiter((member.slot for member in members), np.int64, count),
-        np.fromiter((member.generation for member in members), np.int64, count),
-    )
