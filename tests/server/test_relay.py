@@ -1,5 +1,6 @@
 """A stream that several engines speak, over vLLM's own output processors; sockets deliver in any order."""
 
+import math
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -61,12 +62,12 @@ class Ensemble:
         output = EngineCoreOutput(f"r-{expert}", tokens, finish_reason=finish)
         self.processors[expert].process_outputs([output], time.monotonic() - seconds_ago)
 
-    def hand_over(self, position: int) -> None:
-        """What the old leader writes when it releases itself before ``position``."""
+    def hand_over(self, position: int, log_weights: tuple[float, float] = (-5.0, -0.0067)) -> None:
+        """What the old leader writes when it releases itself before ``position``, where these are the weights."""
         leader = Lockstep(self.plane, OLD, HostTransport(self.plane, OLD))
         member = self.new_member()
         leader.join(member)
-        leader.log_weights[member.slot] = [-5.0, -0.0067]
+        leader.log_weights[member.slot] = log_weights
         leader._release(member.slot, position)
 
     def heard(self) -> list[int]:
@@ -96,6 +97,16 @@ def test_the_user_hears_every_token_once_and_in_order(ensemble: Ensemble, early:
     assert ensemble.heard() == [10, 11, 12, 13, 14]
     assert ensemble.relayed.speaker == NEW
     assert "r-1" not in ensemble.processors[NEW].request_states
+
+
+def test_a_budget_that_is_used_up_does_not_keep_the_next_leader_from_being_heard(ensemble: Ensemble) -> None:
+    half = math.log(0.5)
+    ensemble.hand_over(1, (half, half))
+    assert ensemble.plane.fields["membership_weights"][OLD, 0, -1] == 0.0
+    ensemble.says(NEW, [11])
+    ensemble.says(OLD, [10])
+    ensemble.says(NEW, [12], FinishReason.LENGTH)
+    assert ensemble.heard() == [10, 11, 12]
 
 
 def test_the_end_may_come_early_too(ensemble: Ensemble) -> None:

@@ -24,7 +24,7 @@ from decar.server.vllm_adapter import versions
     ],
 )
 def test_versions_compare_as_numbers(text: str, numbers: tuple[int, ...]) -> None:
-    assert versions.release(text) == numbers
+    assert versions.numbers_of(text) == numbers
 
 
 def test_asking_for_the_version_imports_no_vllm() -> None:

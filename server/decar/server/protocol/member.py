@@ -67,6 +67,8 @@ class Member:
         top_k, uniform: what the leader makes of the weights after the prompt, see `decar.router.restricted`.
         led_before: (position, expert) for each earlier leader, and the position from which on another one leads.
         alone_from: position from which the leader is the only one left.
+        may_release: whether an expert may have to leave before the request ends, and its leader to hand over. It stays
+            what it is when the request begins: also with nothing left to prune, there is what has been decided.
     """
 
     slot: int
@@ -82,15 +84,15 @@ class Member:
     uniform: float | None = None
     led_before: list[tuple[int, int]] = field(default_factory=list)
     alone_from: int | None = None
+    may_release: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.active = tuple(self.active)  # which comes as a list
+        self.may_release = self.prune > 0 or self.top_k is not None or self.uniform is not None
 
     @property
     def followers(self) -> tuple[int, ...]:
         return tuple(expert for expert in self.active if expert != self.leader)
-
-    @property
-    def may_release(self) -> bool:
-        """Whether an expert may have to leave before the request ends, and its leader to hand over."""
-        return self.prune > 0 or self.top_k is not None or self.uniform is not None
 
     def leader_at(self, position: int) -> int:
         """Who decides ``position``."""
@@ -98,7 +100,8 @@ class Member:
 
     def to_wire(self) -> dict[str, Any]:
         """As it begins: what leaders decide later is read from the plane, by each reader for itself."""
-        return {name: value for name, value in vars(self).items() if name not in ("led_before", "alone_from")}
+        known_later = ("led_before", "alone_from", "may_release")
+        return {name: value for name, value in vars(self).items() if name not in known_later}
 
     @classmethod
     def of(cls, sampling_params: Any) -> Member | None:

@@ -31,7 +31,7 @@ class LockstepScheduler(Scheduler):
         self._members: dict[str, Member] = {}  # of requests in lockstep
         self._held: dict[str, Request] = {}
         self._stats_due = 0.0
-        self._pruned: dict[str, Member] = {}  # those of them that this expert may be released from
+        self._releasable: dict[str, Member] = {}  # those of them that this expert may be released from
         self._readable: int | None = None  # tokens that the request being scheduled may read from the cache
         self._cached_blocks = self.kv_cache_manager.get_computed_blocks
         self.kv_cache_manager.get_computed_blocks = self._cached_blocks_of
@@ -44,15 +44,15 @@ class LockstepScheduler(Scheduler):
         if member is not None:
             self._members[request.request_id] = member
             if member.may_release:
-                self._pruned[request.request_id] = member
+                self._releasable[request.request_id] = member
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         released = [
-            request for request, member in self._pruned.items() if not self.lockstep.takes_part(member)
+            request for request, member in self._releasable.items() if not self.lockstep.takes_part(member)
         ]
         if released:
             self.finish_requests(released, RequestStatus.FINISHED_ABORTED)  # their memory is free at once
-        self._release()
+        self._resume_held()
         output = super().schedule(*args, **kwargs)
         if self._held and not output.num_scheduled_tokens:
             self._yield_memory()
@@ -84,7 +84,7 @@ class LockstepScheduler(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._members.pop(request.request_id, None)
-        self._pruned.pop(request.request_id, None)
+        self._releasable.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
 
     def _matters(self, output: Any) -> bool:
@@ -95,7 +95,7 @@ class LockstepScheduler(Scheduler):
         self.lockstep.takes_part(member)
         return member.leader_at(request.num_output_tokens - 1) == self.lockstep.expert
 
-    def _release(self) -> None:
+    def _resume_held(self) -> None:
         """Make held requests runnable whose token is published, or whose rows are there or coming."""
         for request_id, request in list(self._held.items()):
             member = self._members.get(request_id)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from decar.server.vllm_adapter.source_tree import Function, Signature, SourceTree, mentions
-from decar.server.vllm_adapter.versions import MOVED, release
+from decar.server.vllm_adapter.versions import MOVED, numbers_of
 
 Kind = Literal["reads", "calls", "replaces", "implements"]
 
@@ -49,8 +49,8 @@ class Seam:
 
     def is_of(self, version: str) -> bool:
         """Whether it concerns this version."""
-        return (not self.since or release(version) >= release(self.since)) and (
-            not self.before or release(version) < release(self.before)
+        return (not self.since or numbers_of(version) >= numbers_of(self.since)) and (
+            not self.before or numbers_of(version) < numbers_of(self.before)
         )
 
 

@@ -55,7 +55,7 @@ MOVED: dict[str, tuple[tuple[str, str], ...]] = {
 """Name -> (the version from which on it is there, its module), the newest first. `seams` checks these too."""
 
 
-def release(version: str) -> tuple[int, ...]:
+def numbers_of(version: str) -> tuple[int, ...]:
     """(0, 26, 0) of "0.26.0+cpu": numbers that compare as versions do."""
     numbers = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, numbers[0].split("."))) if numbers else ()
@@ -63,7 +63,7 @@ def release(version: str) -> tuple[int, ...]:
 
 def home_of(name: str, version: str) -> str:
     """The module that has one of `MOVED` in a version of vLLM."""
-    return next(module for since, module in MOVED[name] if release(version) >= release(since))
+    return next(module for since, module in MOVED[name] if numbers_of(version) >= numbers_of(since))
 
 
 def installed_version() -> str | None:
@@ -76,7 +76,7 @@ def installed_version() -> str | None:
 
 @functools.cache
 def _installed() -> tuple[int, ...]:
-    return release(installed_version() or "")
+    return numbers_of(installed_version() or "")
 
 
 def check_version(allow_untested: bool) -> None:
@@ -90,7 +90,7 @@ def check_version(allow_untested: bool) -> None:
         raise StartError(
             "vLLM is not installed: `make setup` installs it, or `pip install 'decar[cuda]'` on a GPU machine"
         )
-    if not allow_untested and not release(lowest) <= release(version) <= release(highest):
+    if not allow_untested and not numbers_of(lowest) <= numbers_of(version) <= numbers_of(highest):
         raise StartError(
             f"vLLM {version} is installed, and decar is tested with {lowest} to {highest}: install one of those, or "
             "pass --allow-untested-vllm to try it"

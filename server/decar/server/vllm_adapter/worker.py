@@ -53,7 +53,7 @@ class LockstepWorker(_Worker):
         self._members: dict[str, Member] = {}  # of shared requests
         self._prompt_tokens = np.zeros(plane.spec.slots, np.int64)
         self._due: list[str] = []  # shared requests of whose next position this step gives the row
-        self._holding = np.zeros(0, bool)  # which of them hold their slot
+        self._holding = np.zeros(0, bool)  # which of them have their slot
         self._turns = self.lockstep.turns(*np.zeros((2, 0), np.int64))  # of these
         self._ready = self._turns  # of these, those that this engine leads and whose rows have all come
         self._rows: list[int] = []  # of what is due, in this step's batch
@@ -175,10 +175,10 @@ class LockstepWorker(_Worker):
             self._prompts.score(new.req_id, member, new.prompt_token_ids, new.mm_features)
 
     def _what_is_due(self, scheduler_output: SchedulerOutput) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Requests whose last known token is computed in this step; which of them hold their slot, and slots: [n]."""
+        """Requests whose last known token is computed in this step; which of them have their slot, and slots: [n]."""
         new, cached = scheduler_output.scheduled_new_reqs, scheduler_output.scheduled_cached_reqs
         ids = [*(begun.req_id for begun in new), *cached.req_ids]
-        if ids != self._batch.ids:
+        if new or ids != self._batch.ids:  # an id may come back, for another request
             self._batch = _Batch.of(ids, self._members)
         shared, slots = self._batch.shared, self._batch.slots
         if not len(shared):
