@@ -172,7 +172,7 @@ SEAMS: tuple[Seam, ...] = (
         reads(
             _RUNNER, "GPUModelRunner", "discard_request_mask", used_by="marks rows whose sample is dropped"
         ),
-        reads(_RUNNER, "ExecuteModelState", "logits hidden_states scheduler_output"),
+        reads(_RUNNER, "ExecuteModelState", "logits hidden_states"),
         reads("vllm.v1.utils", "CpuGpuBuffer", "np"),
         reads(_BATCH, "InputBatch", "req_id_to_index num_reqs generators vocab_size"),
         reads(
@@ -181,10 +181,7 @@ SEAMS: tuple[Seam, ...] = (
             "num_tokens_no_spec token_ids_cpu is_token_ids",
             used_by="tokens adopted late",
         ),
-        reads(
-            _BATCH, "CachedRequestState", "prompt_token_ids output_token_ids num_tokens num_computed_tokens"
-        ),
-        reads(_BATCH, "CachedRequestState", "sampling_params generator mm_features"),
+        reads(_BATCH, "CachedRequestState", "output_token_ids num_computed_tokens sampling_params generator"),
         reads("vllm.v1.sample.sampler", "Sampler", "topk_topp_sampler"),
         *(
             calls(
