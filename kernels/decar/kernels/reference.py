@@ -136,8 +136,8 @@ def _effective(
     chosen = entries.cpu().numpy()
     log_z = np.stack([values.cpu().numpy()[chosen] for values in rows.log_normalisers]).astype(np.float64)
     given = np.ascontiguousarray(log_weights.double().cpu().numpy().T)
-    if not np.isfinite(given + log_z).all():
-        active = np.isfinite(given) & np.isfinite(log_z)
+    active = np.isfinite(given) & np.isfinite(log_z)
+    if not active.all():
         given, log_z = np.where(active, given, -np.inf), np.where(active, log_z, 0.0)
     top = given.max(axis=0)
     top[np.isneginf(top)] = 0.0

@@ -55,7 +55,7 @@ def moved_on(log_weights: npt.ArrayLike, log_likelihoods: npt.ArrayLike) -> Floa
     """
     before = np.array(log_weights, dtype=np.float64)
     said = np.asarray(log_likelihoods, dtype=np.float64)
-    if np.isfinite(before + said).all():
+    if np.isfinite(before).all() and np.isfinite(said).all():
         return log_weights_after(before, said)
     said = np.where(np.isfinite(said), said, -np.inf)
     known = np.isfinite(before + said).any(axis=-1)
