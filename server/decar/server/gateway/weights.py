@@ -12,7 +12,7 @@ import numpy as np
 from decar.server.gateway.request import ChoiceTrace
 from decar.server.protocol.lockstep import follow_membership
 from decar.server.protocol.member import Member
-from decar.server.protocol.plane import Plane
+from decar.server.protocol.plane import Plane, stamp_of
 
 
 class WeightsReader:
@@ -77,4 +77,5 @@ class WeightsReader:
         self._let_go_on()
 
     def _let_go_on(self) -> None:
-        self._plane.weights_read[self._member.slot] = self._member.generation << 32 | self._end
+        last_read = stamp_of(self._member.generation, self._end - 1)
+        self._plane.weights_read[self._member.slot] = last_read

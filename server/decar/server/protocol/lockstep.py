@@ -27,6 +27,7 @@ from decar.server.protocol.plane import (
     NOTHING,
     Block,
     Plane,
+    entry_of,
     membership_word,
     read_membership_word,
     stamp_of,
@@ -176,7 +177,6 @@ class Lockstep:
         self._posterior[slot] = member.posterior
         self._unweighed[slot] = member.scored is not None
         self._rules[slot] = RULES.index(member.rule)
-        self._seen[slot] = NOTHING
         self._load(slot)
 
     def holds_slot(self, member: Member) -> bool:
@@ -193,11 +193,11 @@ class Lockstep:
 
     def turns(self, slots: np.ndarray, positions: np.ndarray) -> Turns:
         """The turns of a step that is to decide ``positions`` of ``slots``."""
-        stamps = self.generation[slots] << 32 | (positions + 1)
+        stamps = stamp_of(self.generation[slots], positions)
         leaders = self.leader[slots]
         for i in np.flatnonzero(positions < self._led_until[slots]):
             leaders[i] = self._member(slots[i]).leader_at(int(positions[i]))
-        return Turns(slots, positions, stamps, 2 * slots + (stamps & 1), leaders, np.full_like(slots, -1))
+        return Turns(slots, positions, stamps, entry_of(slots, stamps), leaders, np.full_like(slots, -1))
 
     def decided(self, slot: int) -> int | None:
         """The leader's token for the next position that this engine does not know, if it has been published."""

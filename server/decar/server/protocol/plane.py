@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -56,12 +57,16 @@ PROMPT_UNITS = 512
 _ALIGNMENT = 64
 
 
-def entry_of(slot: int, stamp: int) -> int:
+Words = TypeVar("Words", int, np.ndarray)
+"""One, or those of many requests."""
+
+
+def entry_of(slot: Words, stamp: Words) -> Words:
     """Index of the (slot, parity) buffer that ``stamp`` uses."""
     return 2 * slot + (stamp & 1)
 
 
-def stamp_of(generation: int, position: int) -> int:
+def stamp_of(generation: Words, position: Words) -> Words:
     """The stamp of ``position`` (tokens generated so far) for a slot's tenant."""
     return generation << 32 | (position + 1)
 
