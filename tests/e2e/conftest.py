@@ -24,6 +24,12 @@ LOADED = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``-k trio`` chooses the tests that ask that server, whatever they are called."""
+    for item in items:
+        item.extra_keyword_matches.update(getattr(item, "fixturenames", ()))
+
+
 @contextmanager
 def running(
     reference: Reference,

@@ -1,6 +1,7 @@
-"""Engines with vLLM's V2 model runner, its kernels in Triton's interpreter: the answers that V1 gives too.
+"""Engines with vLLM's V2 model runner: the answers that V1 gives too.
 
-A step of two requests takes about 45 ms there, so these are few and short ones of the checks that V1 has.
+Without a GPU its kernels run in Triton's interpreter. A step of two requests takes about 45 ms there, so these are few
+and short ones of the checks that V1 has.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
+import torch
 
 from tests.e2e import test_exact as exact
 from tests.e2e import test_openai_surface as surface
@@ -47,8 +49,10 @@ client = surface.client
 def duo_server(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server of that name, with V2."""
     path = os.pathsep.join(filter(None, (str(V2_ON_CPU), os.environ.get("PYTHONPATH"))))
+    on_cpu = not torch.cuda.is_available()
     log = tmp_path_factory.mktemp("logs") / "v2.log"
-    with running(duo, log, LOADED, {"PYTHONPATH": path}) as server:
+    environment = {"PYTHONPATH": path} if on_cpu else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    with running(duo, log, LOADED, environment) as server:
         yield server
 
 

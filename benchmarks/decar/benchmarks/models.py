@@ -30,6 +30,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
     },
+    "1B": {  # Llama 3.2 1B's; for a GPU
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
 }
 
 
@@ -50,19 +61,19 @@ def build_ensemble(directory: Path, shape: str, experts: int = 2) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0")
+    others = {"tie_word_embeddings": False, "dtype": "float32"}
     config = LlamaConfig(
-        **sizes,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-        eos_token_id=1,
+        **{**others, **sizes}, max_position_embeddings=1024, initializer_range=0.1, eos_token_id=1
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a billion random numbers take minutes on a CPU
     entries = []
     for i in range(experts):
         name = chr(ord("a") + i)
         torch.manual_seed(i)
         path = directory / "experts" / name
-        LlamaForCausalLM(config).save_pretrained(path)
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+        model.to(config.dtype).save_pretrained(path)
         fast.save_pretrained(path)
         entries.append({"name": name, "path": f"experts/{name}", "prior": 1 / experts})
     manifest = {"format_version": 1, "name": shape, "experts": entries, "router": {"kind": "prior"}}
