@@ -242,6 +242,16 @@ class Reference:
             self, name=f"{self.name}/{expert}", experts=(expert,), models=(self.models[index],), prior=(1.0,)
         )
 
+    def without(self, expert: str) -> Reference:
+        """The ensemble of the other experts, over the whole ensemble's V."""
+        kept = [k for k, name in enumerate(self.experts) if name != expert]
+        return replace(
+            self,
+            experts=tuple(self.experts[k] for k in kept),
+            models=tuple(self.models[k] for k in kept),
+            prior=tuple(self.prior[k] for k in kept),
+        )
+
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
@@ -315,6 +325,7 @@ def mixture_decode(
     route: Route = "posterior",
     weights: Mapping[str, float] | None = None,
     prune: float = 0.0,
+    spoken: Sequence[Sequence[int]] | None = None,
     eos_token_id: int | None = None,
     logit_bias: Mapping[int, float] | None = None,
     repetition_penalty: float = 1.0,
@@ -328,6 +339,7 @@ def mixture_decode(
         weights: by expert name, fixed for the whole answer; experts left out have none. Overrides ``route``.
         prune: whenever the lightest experts' weights add up to at most what is left of it, those experts are dropped,
             for good, and their weights are taken off it. As many as possible at once; never all.
+        spoken: the beginning of each answer, whoever has said it; all lists but ``tokens`` begin after it.
         eos_token_id: ends an answer, and is its last token; None: never.
         logit_bias, repetition_penalty, frequency_penalty, presence_penalty: as vLLM defines them, applied in
             this order to the mixture's logits: its log-probs plus the weighted mean of the experts' log-normalisers.
@@ -339,11 +351,13 @@ def mixture_decode(
     log_start = torch.tensor(given, dtype=torch.float64).log().log_softmax(dim=0)
     vocab_size = reference.vocab_size
 
-    answers = [Decoded(list(prompt)) for prompt in prompts]
+    spoken = spoken or [()] * len(prompts)
+    answers = [Decoded(list(prompt), list(said)) for prompt, said in zip(prompts, spoken, strict=True)]
     log_weights = log_start.repeat(len(prompts), 1)  # [B, K]
     follow_posterior = route == "posterior" and not fixed
     if follow_posterior:
-        scored = [log_likelihood(model, prompts, vocab_size) for model in reference.models]
+        texts = [answer.prompt + answer.tokens for answer in answers]
+        scored = [log_likelihood(model, texts, vocab_size) for model in reference.models]
         log_weights = (log_weights + torch.stack(scored, dim=1)).log_softmax(dim=1)
     budgets = [prune] * len(prompts)
     for b in range(len(prompts)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.helpers import COMPLETION_EXTRAS, EXACT, Server, answer_of, assert_error, wait_until
+from tests.helpers import COMPLETION_EXTRAS, EXACT, Server, answer_of, wait_until
 from tests.reference import Reference
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -55,46 +54,6 @@ def read_stream(
 
 def read_whole(client: openai.OpenAI, model: str) -> Any:
     return client.completions.create(model=model, extra_body={"ignore_eos": True}, **LONG)
-
-
-def test_an_engine_dies(server: Server, duo: Reference) -> None:
-    routes: list[dict[str, Any]] = [
-        {"weights": {"code": 0.8, "prose": 0.2}},
-        {"weights": {"code": 0.2, "prose": 0.8}},
-        {"route": "posterior"},
-        {"route": "prior"},
-    ]
-    victim = server.ensemble()["experts"][1]
-    underway = threading.Barrier(len(routes) + 3)
-    clients = [connected(server) for _ in range(len(routes) + 3)]
-    with ThreadPoolExecutor(len(routes) + 3) as pool:
-        whole = pool.submit(read_whole, clients.pop(), duo.name)
-        alone = pool.submit(read_stream, clients.pop(), f"{duo.name}/prose", underway, None)
-        other = pool.submit(read_stream, clients.pop(), f"{duo.name}/code", underway, None)
-        mixed = [pool.submit(read_stream, clients.pop(), duo.name, underway, route) for route in routes]
-        underway.wait(timeout=60)
-        os.kill(victim["pid"], signal.SIGKILL)
-        # Every request that the dead engine takes part in ends, with an error that the client sees.
-        for future in [*mixed, alone, whole]:
-            with pytest.raises(openai.APIError):
-                future.result(timeout=60)
-        # One that it has no part in is not its business.
-        assert other.result(timeout=60) == LONG["max_tokens"]
-
-    wait_until(
-        lambda: server.health() == 503, GONE_WITHIN_S, "/health says that the ensemble cannot be served"
-    )
-    experts = {expert["name"]: expert["up"] for expert in server.ensemble()["experts"]}
-    assert experts == {"code": True, "prose": False}
-    wait_until(lambda: server.ensemble()["slots"]["in_use"] == 0, GONE_WITHIN_S, "no slot is left taken")
-    request = {"prompt": "x", "max_tokens": 1}
-    for model in (duo.name, f"{duo.name}/prose"):
-        response = server.http.post("/v1/completions", json={"model": model, **request})
-        assert response.status_code >= 500
-        assert_error(response, response.status_code)
-    response = server.http.post("/v1/completions", json={"model": f"{duo.name}/code", **request})
-    assert response.status_code == 200
-    assert server.stop() == 0
 
 
 def test_the_gateway_is_killed(server: Server, duo: Reference) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +65,7 @@ class Submitted:
     params: SamplingParams
     arrival_time: float | None
     queue: FakeQueue
+    said: list[int] = field(default_factory=list)
 
     @property
     def member(self) -> Member:
@@ -113,7 +114,9 @@ class FakeEngine:
             raise self.dead_error()
         if self.refuses is not None:
             raise self.refuses
-        queue = FakeQueue(f"{request_id}@{self.expert}")
+        queue = FakeQueue(self._id(request_id))
+        while queue.request_id in self.requests:  # the same request once more
+            queue.request_id += "'"
         self.requests[queue.request_id] = Submitted(prompt, params, arrival_time, queue)
         return queue
 
@@ -136,6 +139,12 @@ class FakeEngine:
     def dead_error(self) -> Exception:
         return EngineDied()
 
+    def has_work(self) -> bool:
+        return bool(self.running)
+
+    def end(self) -> None:
+        self.die()
+
     def keep_images(self, key: str) -> None: ...
 
     def texts_of(self, tokens: Sequence[int]) -> list[str]:
@@ -149,6 +158,17 @@ class FakeEngine:
         return self._dead.is_set()
 
     def shutdown(self, timeout: float | None = None) -> None: ...
+
+    async def reset_prefix_cache(self) -> bool:
+        return True
+
+    def _id(self, request_id: str) -> str:
+        return f"{request_id}@{self.expert}"
+
+    def latest(self, request_id: str) -> Submitted:
+        """What it was given last of a request that it was given several times."""
+        key = self._id(request_id)
+        return self.requests[max((found for found in self.requests if found.rstrip("'") == key), key=len)]
 
     # --- what a test has it do ----------------------------------------------------------------------------
 
@@ -164,7 +184,8 @@ class FakeEngine:
         self, request_id: str, *tokens: int, start: int = 0, finished: bool = False, mixed: bool = True
     ) -> None:
         """Give a request tokens from position ``start`` on; if ``mixed``, by the weights that it began with."""
-        given = self.requests[f"{request_id}@{self.expert}"]
+        given = self.latest(request_id)
+        given.said += tokens
         if mixed:
             member = given.member
             block = self.plane.blocks[self.expert]
@@ -194,17 +215,31 @@ class FakeEngine:
 class FakeRelay:
     """Remembers whom it was told of; tokens are told of as a test says."""
 
-    def __init__(self) -> None:
+    def __init__(self, engines: Sequence[FakeEngine]) -> None:
+        self.engines = engines
         self.begun: list[Any] = []
         self.followed: list[tuple[int, str]] = []
         self.forgotten = 0
 
-    def begin(self, member: Member, on_tokens: Any) -> Any:
-        self.begun.append(SimpleNamespace(member=member, on_tokens=on_tokens))
-        return self.begun[-1]
+    def begin(self, leader: int, member: Any = None, on_tokens: Any = None, speech: Any = None) -> Any:
+        relayed = SimpleNamespace(leader=leader, member=member, on_tokens=on_tokens, speech=speech, ids={})
+        self.begun.append(relayed)
+        return relayed
 
     def follow(self, relayed: Any, expert: int, request_id: str) -> None:
         self.followed.append((expert, request_id))
+        relayed.ids[expert] = request_id
+
+    def speaks(self, relayed: Any, expert: int) -> bool:
+        return bool(relayed.leader == expert)
+
+    def break_off(self, relayed: Any) -> Any:
+        before = [] if relayed.speech is None else relayed.speech.tokens
+        given = self.engines[relayed.leader].requests.get(relayed.ids.get(relayed.leader, ""))
+        tokens = [*before, *(given.said if given else ())]
+        return SimpleNamespace(tokens=tokens, ticket=len(self.begun)) if tokens else None
+
+    def stand_before(self, expert: int, engine: Any) -> None: ...
 
     def forget(self, relayed: Any) -> None:
         self.forgotten += 1
@@ -230,7 +265,7 @@ class FakeServer:
         self.plane = Plane.create(experts=len(priors), slots=slots, vocab_size=VOCAB_SIZE, positions=16)
         self.plane.unlink()
         self.engines = [FakeEngine(expert, self.plane) for expert in range(len(priors))]
-        self.relay = FakeRelay()
+        self.relay = FakeRelay(self.engines)
         ensemble = fake_ensemble(*priors)
         self.client = EnsembleClient(
             ensemble,

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.request import Call, current_call, parse_call
+from decar.server.protocol.member import Member, spoken_tokens
 
-from .fake_engine import EngineDied, FakeServer
+from .fake_engine import EngineDied, FakeEngine, FakeServer
 
 A, B, C = 0, 1, 2
 PROMPT = {"prompt_token_ids": [1, 2, 3]}
@@ -133,16 +136,11 @@ def answers(server: FakeServer, asked: Asked) -> None:
         (B, None, refuses(B), VLLMValidationError),
         (A, None, refuses(A), VLLMValidationError),
         (None, None, leaves, asyncio.CancelledError),  # before the first token
-        (None, None, dies(A), EngineDied),
-        (None, None, dies(B), EngineDied),
         (None, answers, leaves, asyncio.CancelledError),  # in the middle
-        (None, answers, dies(A), EngineDied),
-        (None, answers, dies(B), EngineDied),
     ],
     ids=[
         *("leaves-at-follower", "leaves-at-leader", "follower-refuses", "leader-refuses"),
-        *("leaves-waiting", "leader-dies-waiting", "follower-dies-waiting"),
-        *("leaves-midway", "leader-dies-midway", "follower-dies-midway"),
+        *("leaves-waiting", "leaves-midway"),
     ],
 )
 async def test_a_slot_comes_back_whatever_happens(
@@ -185,30 +183,149 @@ async def test_whoever_waits_for_a_slot_may_leave_and_the_next_gets_it() -> None
     assert_nothing_is_left(server)
 
 
-async def test_a_dead_engine_ends_exactly_its_requests() -> None:
-    server = FakeServer(1, 1, 1, slots=4)
+@pytest.mark.parametrize("dead", [A, B], ids=["leader", "follower"])
+@pytest.mark.parametrize("said", [(), (5,), (5, 6)], ids=len)
+@pytest.mark.parametrize("decar", [{"weights": {"a": 3, "b": 2, "c": 1}}, {"route": "posterior"}], ids=str)
+async def test_the_others_go_on_where_an_answer_was_broken_off(
+    said: tuple[int, ...], dead: int, decar: dict[str, Any]
+) -> None:
+    server = FakeServer(3, 2, 1, slots=1)
     server.client.health.watch()
-    led = Asked(server, "led", {"weights": {"a": 2, "b": 1}})
-    followed = Asked(server, "followed", {"weights": {"a": 1, "c": 2}})
-    without = Asked(server, "without", {"weights": {"b": 2, "c": 1}})
-    alone = Asked(server, "alone", model="fake/c")
+    asked = Asked(server, "r", {**decar, "trace": True})
+    await settle()
+    first = server.engines[A].latest("r-0")
+    if said:
+        server.engines[A].says("r-0", *said)
+        server.relay.begun[-1].on_tokens(len(said))
+    await settle()
+    server.engines[dead].die()
+    await settle()
+    assert asked.tokens == [*said]
+    [leader, other] = [k for k in (A, B, C) if k != dead]
+    given = server.engines[leader].latest("r-0")
+    assert given.member.active == (leader, other)
+    assert given.member.generation > first.member.generation
+    assert given.member.slot == first.member.slot
+    prior = np.array([3.0, 2.0, 1.0])
+    prior[dead] = 0
+    assert np.exp(given.member.log_weights) == pytest.approx(prior / prior.sum())
+    assert spoken_tokens(given.params) == spoken_tokens(server.engines[other].latest("r-0").params) == [*said]
+    assert given.params.max_tokens == first.params.max_tokens
+    if decar == {"route": "posterior"}:
+        assert given.member.scored is not None, "what was said is evidence too"
+    assert server.engines[other].cancelled == [f"r-0@{other}"], "the old attempt is over"
+    server.engines[leader].says("r-0", 7, start=len(said), finished=True)
+    await asked.task
+    assert asked.tokens == [*said, 7]
+    assert len(asked.call.choices[0].weights) == len(said) + 1
+    assert asked.call.choices[0].leaders[-1] == "abc"[leader]
+    assert asked.call.summary()["degraded"] == ["abc"[dead]]
+    assert_nothing_is_left(server)
+
+
+async def test_two_engines_die_and_the_last_one_answers_alone() -> None:
+    server = FakeServer(3, 2, 1, slots=1)
+    server.client.health.watch()
+    asked = Asked(server, "r", {"route": "prior", "trace": True})
+    await settle()
+    server.engines[A].says("r-0", 5)
     await settle()
     server.engines[A].die()
-    for asked in (led, followed):
-        with pytest.raises(EngineDied):
+    await settle()
+    server.engines[B].says("r-0", 6, start=1)
+    await settle()
+    server.engines[B].die()
+    await settle()
+    given = server.engines[C].latest("r-0")
+    assert Member.of(given.params) is None
+    assert spoken_tokens(given.params) == [5, 6]
+    server.engines[C].says("r-0", 7, finished=True, mixed=False)
+    await asked.task
+    assert asked.tokens == [5, 6, 7]
+    assert asked.call.choices[0].leaders == ["a", "b", "c"]
+    assert asked.call.summary()["degraded"] == ["a", "b"]
+    assert_nothing_is_left(server)
+
+
+async def test_what_was_not_read_yet_is_read_before_the_others_go_on() -> None:
+    server = FakeServer(3, 2, slots=1)
+    server.client.health.watch()
+    asked = Asked(server, "r", {"route": "prior"})
+    await settle()
+    server.engines[A].says("r-0", 5)
+    server.engines[A].die()  # before anybody has had time to read
+    await settle()
+    assert asked.tokens == [5]
+    server.engines[B].says("r-0", 6, finished=True, mixed=False)
+    await asked.task
+    assert asked.tokens == [5, 6]
+    assert_nothing_is_left(server)
+
+
+async def test_an_answer_that_wants_nobody_missing_ends() -> None:
+    server = FakeServer(3, 2, slots=1)
+    server.client.health.watch()
+    asked = Asked(server, "r", {"route": "prior", "on_expert_loss": "fail"})
+    await settle()
+    server.engines[B].die()
+    with pytest.raises(ExpertDown, match="'b'"):
+        await asked.task
+    assert "'b'" in str(asked.call.unavailable)
+    assert_nothing_is_left(server)
+    again = Asked(server, "again", {"route": "prior", "on_expert_loss": "fail"})
+    with pytest.raises(ExpertDown, match="'b'"):
+        await again.task
+
+
+async def test_a_dead_engine_concerns_exactly_its_requests() -> None:
+    server = FakeServer(1, 1, 1, slots=4)
+    server.client.health.watch()
+    without = Asked(server, "without", {"weights": {"b": 2, "c": 1}})
+    alone, named = Asked(server, "alone", model="fake/c"), Asked(server, "named", model="fake/a")
+    weighed = Asked(server, "weighed", {"weights": {"a": 1}})
+    await settle()
+    server.engines[A].die()
+    for queue in [given.queue for given in server.engines[A].requests.values()]:
+        queue.put(EngineDied())  # as vLLM tells those that it knows of
+    for asked in (named, weighed):
+        with pytest.raises(ExpertDown, match="'a'"):
             await asked.task
+        assert asked.call.unavailable
     server.engines[B].says("without-0", 5, finished=True)
     server.engines[C].says("alone", 6, finished=True, mixed=False)
     await asyncio.gather(without.task, alone.task)
     assert (without.tokens, alone.tokens) == ([5], [6])
-    with pytest.raises(EngineDied):
-        await server.client.check_health()
+    await server.client.check_health()
     assert not server.client.errored, "the others go on serving"
-    after = Asked(server, "after", {"weights": {"b": 2, "c": 1}})
+    after = Asked(server, "after", {"weights": {"a": 5, "b": 2, "c": 1}})
     await settle()
     server.engines[B].says("after-0", 7, finished=True)
     await after.task
     assert after.tokens == [7]
+    assert after.call.summary()["degraded"] == ["a"]
+    assert_nothing_is_left(server)
+
+
+async def test_a_new_engine_is_warmed_before_requests_are_given_to_it() -> None:
+    server = FakeServer(2, 1, slots=4)
+    client = server.client
+    client.health.watch()
+    server.engines[A].die()
+    await settle()
+    server.engines[A] = FakeEngine(A, server.plane)
+    client.give_engine(A, server.engines[A])
+    meanwhile = Asked(server, "meanwhile", {"route": "prior"})
+    warming = Asked(server, "warming", {"route": "prior"})
+    await settle()
+    assert not server.engines[A].requests
+    for asked in (meanwhile, warming):
+        asked.task.cancel()
+    client.rejoin(A)
+    after = Asked(server, "after", {"route": "prior"})
+    await settle()
+    assert server.engines[A].latest("after-0").member.leader == A
+    after.task.cancel()
+    await settle()
     assert_nothing_is_left(server)
 
 

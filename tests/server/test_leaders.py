@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,8 @@ def thread() -> Thread:
 
 
 def policy_of(leaders: Leaders, thread: Thread) -> CorePolicy:
-    engines: Any = [Engine(0), Engine(1), Engine(2)]
-    return CorePolicy(engines, leaders, thread)  # type: ignore[arg-type]
+    experts: Any = [SimpleNamespace(engine=Engine(core)) for core in range(3)]
+    return CorePolicy(experts, leaders, thread)  # type: ignore[arg-type]
 
 
 def test_the_thread_computes_beside_the_engine_that_leads_least(thread: Thread) -> None:

@@ -25,7 +25,7 @@ def scorer() -> PromptScorer:
 
 
 async def test_whoever_asks_while_a_prompt_is_scored_waits_for_that(scorer: PromptScorer) -> None:
-    async with scorer.beginning(PROMPT) as first:
+    async with scorer.beginning(PROMPT, (0, 1)) as first:
         assert not first.whole
         assert first.scored == [(1, 0.0), (1, 0.0)]
         others = [asyncio.create_task(likelihoods(scorer)) for _ in range(3)]
@@ -38,7 +38,7 @@ async def test_whoever_asks_while_a_prompt_is_scored_waits_for_that(scorer: Prom
 
 
 async def likelihoods(scorer: PromptScorer) -> list[float]:
-    async with scorer.beginning(PROMPT) as beginning:
+    async with scorer.beginning(PROMPT, (0, 1)) as beginning:
         if not beginning.whole:
             beginning.learn(*SAID)
             return await likelihoods(scorer)
@@ -47,7 +47,7 @@ async def likelihoods(scorer: PromptScorer) -> list[float]:
 
 async def test_whoever_fails_to_score_a_prompt_leaves_it_to_the_next(scorer: PromptScorer) -> None:
     with contextlib.suppress(ZeroDivisionError):
-        async with scorer.beginning(PROMPT):
+        async with scorer.beginning(PROMPT, (0, 1)):
             others = [asyncio.create_task(likelihoods(scorer)) for _ in range(3)]
             await asyncio.sleep(0)
             raise ZeroDivisionError
@@ -56,7 +56,7 @@ async def test_whoever_fails_to_score_a_prompt_leaves_it_to_the_next(scorer: Pro
 
 
 async def test_whoever_stops_waiting_does_not_stop_the_others(scorer: PromptScorer) -> None:
-    async with scorer.beginning(PROMPT) as first:
+    async with scorer.beginning(PROMPT, (0, 1)) as first:
         leaves, stays = (asyncio.create_task(likelihoods(scorer)) for _ in range(2))
         await asyncio.sleep(0)
         leaves.cancel()
@@ -67,23 +67,35 @@ async def test_whoever_stops_waiting_does_not_stop_the_others(scorer: PromptScor
 
 async def test_a_shared_beginning_is_known(scorer: PromptScorer) -> None:
     await likelihoods(scorer)
-    async with scorer.beginning({"prompt_token_ids": [5, 6, 7, 9, 9]}) as longer:
+    async with scorer.beginning({"prompt_token_ids": [5, 6, 7, 9, 9]}, (0, 1)) as longer:
         assert longer.scored == [(3, -3.0), (3, -1.0)]
         assert longer.log_likelihoods == [-3.0, -1.0]
-    async with scorer.beginning({**PROMPT, "cache_salt": "mine"}) as another:
+    async with scorer.beginning({**PROMPT, "cache_salt": "mine"}, (0, 1)) as another:
         assert another.scored == [(1, 0.0), (1, 0.0)]
     scorer.forget()
-    async with scorer.beginning(PROMPT) as again:
+    async with scorer.beginning(PROMPT, (0, 1)) as again:
         assert again.scored == [(1, 0.0), (1, 0.0)]
 
 
 async def test_one_token_says_nothing(scorer: PromptScorer) -> None:
-    async with scorer.beginning({"prompt_token_ids": [5]}) as beginning:
+    async with scorer.beginning({"prompt_token_ids": [5]}, (0, 1)) as beginning:
         assert beginning.whole
         assert beginning.log_likelihoods == [0.0, 0.0]
 
 
 async def test_a_prompt_without_tokens_is_refused(scorer: PromptScorer) -> None:
     with pytest.raises(VLLMValidationError, match="token ids"):
-        async with scorer.beginning({"prompt_embeds": None}):
+        async with scorer.beginning({"prompt_embeds": None}, (0, 1)):
             pass
+
+
+async def test_only_those_that_take_part_are_asked_and_learned_from(scorer: PromptScorer) -> None:
+    async with scorer.beginning(PROMPT, (1,), [9]) as one:
+        assert not one.whole
+        one.learn(np.array([[7.0, 7.0], [-1.0, -2.5]]), np.array([7.0, -3.0]))
+    async with scorer.beginning(PROMPT, (1,), [9]) as again:
+        assert again.whole
+        assert again.scored[0] == (1, 0.0), "what is left of an earlier tenant is not what the expert said"
+        assert again.scored[1] == (5, -3.0)
+    async with scorer.beginning(PROMPT, (0, 1), [9]) as both:
+        assert not both.whole

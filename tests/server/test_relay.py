@@ -27,11 +27,13 @@ class Ensemble:
         self.plane = Plane.create(experts=2, slots=1, vocab_size=4, positions=16)
         self.plane.unlink()
         self.processors = [OutputProcessor(None, log_stats=False) for _ in range(2)]
-        engines: Any = [SimpleNamespace(output_processor=processor) for processor in self.processors]
+        engines = [
+            SimpleNamespace(llm=SimpleNamespace(output_processor=processor)) for processor in self.processors
+        ]
         self.thread = GatewayThread([])
         self.relay = Relay(engines, self.plane.blocks, self.thread)
         self.member = self.new_member()
-        self.relayed = self.relay.begin(self.member, lambda _: None)
+        self.relayed = self.relay.begin(OLD, self.member, lambda _: None)
         params = SamplingParams(detokenize=False, output_kind=kind)
         self.queues = []
         for expert, processor in enumerate(self.processors):

@@ -13,8 +13,8 @@ async def test_slots_are_given_in_the_order_of_asking_with_new_generations() -> 
     release = asyncio.Event()
 
     async def hold(name: int) -> None:
-        async with slots.take() as (slot, generation):
-            order.append((name, slot, generation))
+        async with slots.take() as slot:
+            order.append((name, slot, slots.next_generation()))
             await release.wait()
 
     tasks = [asyncio.create_task(hold(name)) for name in range(4)]

@@ -53,6 +53,15 @@ def serve(
     allow_untested_vllm: Annotated[
         bool, typer.Option("--allow-untested-vllm", help="Try a vLLM that decar is not tested with.")
     ] = False,
+    min_experts: Annotated[
+        int, typer.Option(min=1, help="How many experts have to live for /health to answer 200.")
+    ] = 1,
+    engine_timeout: Annotated[
+        float,
+        typer.Option(
+            min=1.0, help="Seconds without a step after which an engine is ended and started again."
+        ),
+    ] = 30.0,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
@@ -62,7 +71,7 @@ def serve(
     from decar.server.serve import raise_on_sigterm, serve
 
     raise_on_sigterm()
-    serve(directory, context.args, placement, allow_untested_vllm)
+    serve(directory, context.args, placement, allow_untested_vllm, min_experts, engine_timeout)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is stopped; native libraries would only report their leaks from here on

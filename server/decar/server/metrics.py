@@ -6,6 +6,7 @@ Shapes: K experts, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -70,7 +71,22 @@ class EnsembleMetrics(Collector):
         self._entropy = Tally(
             "decar:weights_entropy_nats", "Entropy of the weights that mixed a token.", ENTROPY_BOUNDS
         )
+        self._experts: Sequence[Any] = ()
+        self._failovers = np.zeros(len(names), np.int64)
+        self._restarts = np.zeros(len(names), np.int64)
         registry.register(self)
+
+    def watch(self, experts: Sequence[Any]) -> None:
+        """Say of each of ``experts``, in manifest order, whether it is ``up``."""
+        self._experts = experts
+
+    def failed_over(self, expert: int) -> None:
+        """A request has lost this expert."""
+        self._failovers[expert] += 1
+
+    def restarted(self, expert: int) -> None:
+        """This expert has a new engine."""
+        self._restarts[expert] += 1
 
     def observe(self, weights: np.ndarray) -> None:
         """Take in the weights [T, K] that mixed a request's tokens; 0 for an expert that was not active."""
@@ -91,11 +107,20 @@ class EnsembleMetrics(Collector):
                 family.add_metric([expert], sum(counts[counter] for counter in counters))
             yield family
         mixing = CounterMetricFamily("decar:mixing_seconds", "Time spent on mixing rows.", labels=["expert"])
-        up = GaugeMetricFamily("decar:expert_up", "1 while the expert's engine lives.", labels=["expert"])
-        for expert, counts, alive in zip(self._names, counted, self._plane.alive, strict=True):
+        for expert, counts in zip(self._names, counted, strict=True):
             mixing.add_metric([expert], counts["mix_ns"] / 1e9)
-            up.add_metric([expert], alive)
         yield mixing
+        up = GaugeMetricFamily("decar:expert_up", "1 while the expert answers.", labels=["expert"])
+        for expert in self._experts:
+            up.add_metric([expert.name], float(expert.up))
         yield up
+        for name, documentation, counts_of in (
+            ("failovers", "Requests that lost this expert on their way.", self._failovers),
+            ("restarts", "How often this expert was given a new engine.", self._restarts),
+        ):
+            family = CounterMetricFamily(f"decar:{name}", documentation, labels=["expert"])
+            for expert, count in zip(self._names, counts_of.tolist(), strict=True):
+                family.add_metric([expert], count)
+            yield family
         yield self._active.family()
         yield self._entropy.family()

@@ -34,6 +34,8 @@ def serve(
     flags: Sequence[str],
     placement: str | None = None,
     allow_untested_vllm: bool = False,
+    min_experts: int = 1,
+    engine_timeout_s: float = 30.0,
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM.
 
@@ -41,6 +43,8 @@ def serve(
         flags: vLLM's own server and engine flags, given to every engine.
         placement: "EXPERT=GPU,..."; None leaves it to decar.
         allow_untested_vllm: go on with a vLLM of any version.
+        min_experts: how many have to live for /health to say that the ensemble is served.
+        engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -49,6 +53,8 @@ def serve(
     check_memory_order()
     check_version(allow_untested_vllm)
     ensemble = Ensemble.load(directory)
+    if not 1 <= min_experts <= len(ensemble.experts):
+        raise StartError(f"--min-experts is {min_experts}; {ensemble.name!r} has {len(ensemble.experts)}")
 
     from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment
 
@@ -63,14 +69,22 @@ def serve(
     with bound_socket(args) as sock:
         for name in remove_stale():
             logger.warning("removed shared memory %s of a server that is gone", name)
-        uvloop.run(_serve(ensemble, args, sock, placement))
+        uvloop.run(_serve(ensemble, args, sock, placement, min_experts, engine_timeout_s))
 
 
-async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket, placement: str | None) -> None:
+async def _serve(
+    ensemble: Ensemble,
+    args: Namespace,
+    sock: socket.socket,
+    placement: str | None,
+    min_experts: int,
+    engine_timeout_s: float,
+) -> None:
     from decar.server.gateway.api import extend
     from decar.server.vllm_adapter.app import api_keys, listen, openai_app
 
-    async with _running_ensemble(ensemble, args, placement) as client:
+    running = _running_ensemble(ensemble, args, placement, min_experts, engine_timeout_s)
+    async with running as client:
         app = await openai_app(client, args)
         extend(app, client, api_keys(args))
         host, port = sock.getsockname()[:2]
@@ -81,14 +95,15 @@ async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket, place
 
 @contextlib.asynccontextmanager
 async def _running_ensemble(
-    ensemble: Ensemble, args: Namespace, placement: str | None
+    ensemble: Ensemble, args: Namespace, placement: str | None, min_experts: int, engine_timeout_s: float
 ) -> AsyncIterator[EnsembleClient]:
     """Engines started and warm; stopped, with their memory given back, on the way out."""
     from decar.server.gateway.admission import check_tokenizer
+    from decar.server.gateway.supervisor import Supervisor
     from decar.server.gateway.warm_up import warm_up
     from decar.server.vllm_adapter.app import image_prompt, keep_environment
     from decar.server.vllm_adapter.arguments import engine_config, row_dtype
-    from decar.server.vllm_adapter.engine import start_engines
+    from decar.server.vllm_adapter.engine import Starter
     from decar.server.vllm_adapter.failures import Failures
 
     experts = range(len(ensemble.experts))
@@ -108,15 +123,16 @@ async def _running_ensemble(
     started: list[Any] = []
     try:
         devices = [placed.devices for placed in places]
-        engines = await start_engines(
-            ensemble.expert_names, configs, devices, plane.spec, started, failures, args.disable_log_stats
+        starter = Starter(
+            ensemble.expert_names, configs, devices, plane.spec, failures, args.disable_log_stats
         )
-        client = _client(ensemble, engines, plane)
+        client = _client(ensemble, await starter.start_all(started), plane, min_experts)
         client.health.watch()
         if args.tokenizer is not None:
             check_tokenizer(client.renderer.get_tokenizer(), ensemble.vocab_size)
+        image = image_prompt(client)
         try:
-            await warm_up(client, image_prompt(client))
+            await warm_up(client, image)
         except Exception as error:
             reason = failures.told(ensemble.expert_names) or _blamed(client, error)
             raise StartError(
@@ -124,7 +140,12 @@ async def _running_ensemble(
                 "serve the ensemble on another machine"
             ) from error
         keep_environment()
-        yield client  # vLLM's server shuts the client down when it is told to stop
+        supervisor = Supervisor(client, starter.start, image, engine_timeout_s)
+        supervisor.watch()
+        try:
+            yield client  # vLLM's server shuts the client down when it is told to stop
+        finally:
+            supervisor.stop()
     finally:
         failures.close()
         for engine in started:
@@ -171,7 +192,7 @@ def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -
     return places
 
 
-def _client(ensemble: Ensemble, engines: Sequence[Any], plane: Plane) -> EnsembleClient:
+def _client(ensemble: Ensemble, engines: Sequence[Any], plane: Plane, min_experts: int) -> EnsembleClient:
     """The gateway over ``engines``, made of its parts."""
     from decar.server.gateway.core_policy import start_all_threads
     from decar.server.gateway.ensemble import EnsembleClient
@@ -185,9 +206,10 @@ def _client(ensemble: Ensemble, engines: Sequence[Any], plane: Plane) -> Ensembl
         ensemble,
         engines,
         plane,
-        relay=Relay([engine.llm for engine in engines], plane.blocks, thread),
+        relay=Relay(engines, plane.blocks, thread),
         thread=thread,
         metrics=EnsembleMetrics(ensemble.expert_names, plane),
+        min_experts=min_experts,
     )
 
 

@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 
 from decar.router.errors import StartError
 from decar.server.gateway.images import is_text
-from decar.server.protocol.member import REQUEST_KEY, ROWS_KEY
+from decar.server.protocol.member import REQUEST_KEY, ROWS_KEY, SPOKEN_KEY
 
 TOKEN_FIELDS = (
     "logit_bias",
@@ -53,7 +53,7 @@ class Admission:
             )
         if isinstance(prompt, AsyncGenerator):
             raise VLLMValidationError("an ensemble does not take a prompt as a stream", parameter="prompt")
-        for key in (REQUEST_KEY, ROWS_KEY):
+        for key in (REQUEST_KEY, ROWS_KEY, SPOKEN_KEY):
             if key in (params.extra_args or {}):
                 raise VLLMValidationError(f"vllm_xargs.{key} is decar's own", parameter="vllm_xargs")
         if getattr(params, "prompt_logprob_token_ids", None) is not None:

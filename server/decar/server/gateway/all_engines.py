@@ -22,17 +22,19 @@ class AllEngines(EngineClient):
         ensemble: what is served.
         engines: one per expert, in manifest order, sharing ``plane``.
         plane: made by the caller; removed by `shutdown`.
+        min_experts: how many have to live for the ensemble to be served.
     """
 
-    def __init__(self, ensemble: Ensemble, engines: Sequence[Engine], plane: Plane):
+    def __init__(self, ensemble: Ensemble, engines: Sequence[Engine], plane: Plane, min_experts: int = 1):
         self.ensemble = ensemble
         self.plane = plane
         self.experts = [
             ExpertEngine(name, engine) for name, engine in zip(ensemble.expert_names, engines, strict=True)
         ]
-        self.health = Health(self.experts, plane)
-        # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only.
-        first = engines[0].client
+        self.health = Health(self.experts, plane, min_experts)
+        # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only. What renders prompts
+        # computes in this process, and goes on when that engine has died.
+        self._first = first = engines[0].client
         self.vllm_config = first.vllm_config
         self.model_config = first.model_config
         self.renderer = first.renderer
@@ -51,8 +53,7 @@ class AllEngines(EngineClient):
 
     @property
     def errored(self) -> bool:
-        # vLLM refuses every request once this is true; those that a dead engine has no part in go on.
-        return self.health.none_left
+        return False  # vLLM would refuse every request; a dead engine's requests go on without it, and it comes back
 
     @property
     def dead_error(self) -> BaseException:
@@ -64,15 +65,16 @@ class AllEngines(EngineClient):
     def shutdown(self, timeout: float | None = None) -> None:
         """Stop every engine and remove the plane."""
         self._stopped = True
-        for expert in self.experts:
-            expert.engine.client.shutdown(timeout=timeout)
+        for client in {self._first, *(expert.engine.client for expert in self.experts)}:
+            client.shutdown(timeout=timeout)
         self.plane.unlink()
 
     # --- passed on ----------------------------------------------------------------------------------------
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         for expert in self.experts:
-            expert.engine.client.check_admission(n, request_id)
+            if expert.lives:
+                expert.engine.client.check_admission(n, request_id)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         await self._all("abort", request_id)
@@ -124,7 +126,7 @@ class AllEngines(EngineClient):
         await self._all("release_kv_cache_memory")
 
     async def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        living = [expert.engine.client for expert in self.experts if expert.up]
+        living = [expert.engine.client for expert in self.experts if expert.lives]
         return await asyncio.gather(*(getattr(client, method)(*args, **kwargs) for client in living))
 
     # --- refused ------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from decar.server.protocol.cores import GatewayThread
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20
+RETRY_AFTER_S = 10
+"""When to ask again for an expert that is down: an engine takes about as long to start, and longer on a CPU."""
 
 
 def extend(app: FastAPI, client: EnsembleClient, keys: Sequence[str]) -> None:
@@ -174,10 +176,30 @@ class DecarMiddleware:
                 message = "decar.trace cannot follow a beam search: leave one of them out"
                 return await error_response(message, 400, "decar.trace")(scope, receive, send)
             current_call.set(call)
+            send = _Available(call, scope, receive, send)
             body = json.dumps(fields).encode()
             if path in ANNOTATED_PATHS and (fields.get("model") is None or fields["model"] in self._models):
                 send = _Annotated(call, send)
         await self.app(_with_length(scope, len(body)), _replay(body, receive), send)
+
+
+class _Available:
+    """A `send` that gives in place of an error what the `Call` says of when there will be an answer."""
+
+    def __init__(self, call: Call, scope: Scope, receive: Receive, send: Send):
+        self._call = call
+        self._scope, self._receive, self._send = scope, receive, send
+        self._answered = False
+
+    async def __call__(self, message: Message) -> None:
+        reason = self._call.unavailable
+        if message["type"] == "http.response.start" and message["status"] >= 500 and reason:
+            self._answered = True
+            response = error_response(reason, 503, None, "ServiceUnavailableError")
+            response.headers["Retry-After"] = str(RETRY_AFTER_S)
+            await response(self._scope, self._receive, self._send)
+        elif not self._answered:
+            await self._send(message)
 
 
 class _Annotated:
@@ -189,6 +211,7 @@ class _Annotated:
         self._start: Message | None = None  # of a JSON body, held back until its length is known
         self._stream = False
         self._summary_sent = False
+        self._degraded = 0  # experts whose loss the client knows of
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] == 200:
@@ -220,14 +243,12 @@ class _Annotated:
     def _event(self, body: bytes) -> bytes:
         if not body.startswith(b"data: {") or body.startswith(b'data: {"error"'):
             return body
+        known = self._summary_sent and self._degraded == len(self._call.degraded)
+        self._summary_sent, self._degraded = True, len(self._call.degraded)
         if self._call.trace:
-            data = self._traced(json.loads(body.removeprefix(b"data: ")), once=not self._summary_sent)
-            self._summary_sent = True
+            data = self._traced(json.loads(body.removeprefix(b"data: ")), once=not known)
             return b"data: " + json.dumps(data).encode() + b"\n\n"
-        if self._summary_sent:
-            return body
-        self._summary_sent = True
-        return b"data: " + self._spliced(body.removeprefix(b"data: "))
+        return body if known else b"data: " + self._spliced(body.removeprefix(b"data: "))
 
     def _spliced(self, body: bytes) -> bytes:
         return b'{"decar":' + json.dumps(self._call.summary()).encode() + b"," + body[1:]

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from decar.server.gateway.engine import Engine
+from decar.server.gateway.engine import Engine, ExpertEngine
 from decar.server.gateway.leaders import Leaders
 from decar.server.protocol.cores import GatewayThread, current_core, start_threads
 
@@ -26,8 +26,8 @@ def start_all_threads(engines: Sequence[Engine]) -> None:
 class CorePolicy:
     """Keeps ``thread`` where it is in the way of no leader of ``leaders``."""
 
-    def __init__(self, engines: Sequence[Engine], leaders: Leaders, thread: GatewayThread):
-        self._engines, self._leaders, self._thread = engines, leaders, thread
+    def __init__(self, experts: Sequence[ExpertEngine], leaders: Leaders, thread: GatewayThread):
+        self._experts, self._leaders, self._thread = experts, leaders, thread
 
     def share_cores(self) -> None:
         """Find the thread its place, when a request has begun or ended.
@@ -43,4 +43,4 @@ class CorePolicy:
         """Followers first: they have nothing to do for the leader that it could not do meanwhile. But last whoever
         shares the core that this process runs on: waking, that engine takes it, and the others would not be told."""
         here = current_core()
-        return sorted(active, key=lambda k: (here in self._engines[k].cores, k == leader))
+        return sorted(active, key=lambda k: (here in self._experts[k].engine.cores, k == leader))

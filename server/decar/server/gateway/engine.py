@@ -79,6 +79,14 @@ class Engine(Protocol):
         """What a request ends with whose engine is dead."""
         ...
 
+    def has_work(self) -> bool:
+        """Whether requests of this engine have not ended."""
+        ...
+
+    def end(self) -> None:
+        """End its process, whatever it is doing, and give back what it has; quiet if that has happened."""
+        ...
+
     def keep_images(self, key: str) -> None:
         """Have this engine's renderer keep a prompt's images [N], as PIL has them, in the prompts that it makes."""
         ...
@@ -94,23 +102,79 @@ class Engine(Protocol):
 
 @dataclass
 class ExpertEngine:
-    """One expert as the gateway sees it."""
+    """One expert as the gateway sees it.
+
+    Attributes:
+        up: whether requests may be given to its engine, which changes when one has died and the next one is warm.
+    """
 
     name: str
     engine: Engine
     up: bool = True
 
+    @property
+    def lives(self) -> bool:
+        """As `up`, and also before its death has been told to everybody."""
+        return self.up and not self.engine.client.errored
+
+
+class ExpertLost(Exception):
+    """The engine of an expert that takes part in a request has died: the request goes on without it, or ends."""
+
+    def __init__(self, expert: int):
+        super().__init__(expert)
+        self.expert = expert
+
+
+class ExpertDown(Exception):
+    """What a request ends with that none of the experts which live may answer."""
+
+
+class Speech(Protocol):
+    """An answer that was broken off.
+
+    Attributes:
+        tokens: [T], what the user has been told of it, or will be as soon as they listen.
+        ticket: tells it from every other one.
+    """
+
+    tokens: list[int]
+    ticket: int
+
 
 class Relay(Protocol):
     """Gives a user what several engines say, one after another, as one engine's output."""
 
-    def begin(self, member: Member, on_tokens: Callable[[int], None]) -> Any:
-        """A request whose leader may change; ``on_tokens`` is told, as tokens come, how many there are by now, also
-        where the user gets only the whole answer."""
+    def begin(
+        self,
+        leader: int,
+        member: Member | None = None,
+        on_tokens: Callable[[int], None] | None = None,
+        speech: Speech | None = None,
+    ) -> Any:
+        """A request that ``leader`` is about to be given, alone or as a ``member`` whose leader may change.
+
+        Args:
+            on_tokens: is told, as tokens come, how many there are by now, also where the user gets only the whole
+                answer.
+            speech: what has been said of the answer before, to be gone on with.
+        """
         ...
 
     def follow(self, relayed: Any, expert: int, request_id: str) -> None:
         """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
         ...
 
+    def speaks(self, relayed: Any, expert: int) -> bool:
+        """Whether it is ``expert`` that the user hears now."""
+        ...
+
+    def break_off(self, relayed: Any) -> Speech | None:
+        """Forget a request, and keep what has been said of its answer; None: nothing yet."""
+        ...
+
     def forget(self, relayed: Any) -> None: ...
+
+    def stand_before(self, expert: int, engine: Any) -> None:
+        """An expert has a new `Engine`."""
+        ...

@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,13 @@ from decar.router import Ensemble, active_experts, moved_on, restricted
 from decar.server.gateway.admission import Admission, check_drawable
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.core_policy import CorePolicy
-from decar.server.gateway.engine import Engine, OutputQueue, Relay
+from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
 from decar.server.gateway.leaders import Leaders
-from decar.server.gateway.prompt import Beginning, PromptLogprobs, PromptScorer
+from decar.server.gateway.prompt import PromptLogprobs, PromptScorer, tokens_of
 from decar.server.gateway.request import Call, ChoiceTrace, current_call, parse_call
 from decar.server.gateway.sampling import (
     merged,
+    params_alone,
     params_of,
     params_of_choices,
     uniforms,
@@ -39,6 +39,7 @@ from decar.server.gateway.trained_routers import TrainedRouters
 from decar.server.gateway.weights import WeightsReader
 from decar.server.metrics import EnsembleMetrics
 from decar.server.protocol.cores import GatewayThread
+from decar.server.protocol.lockstep import follow_membership
 from decar.server.protocol.member import Member
 from decar.server.protocol.plane import Plane
 
@@ -50,6 +51,8 @@ class Asked:
     Attributes:
         first_choice: index of this prompt's first choice in the response.
         kwargs: what vLLM passes through to an engine as it is.
+        slot: of a choice, once it has needed one; kept until it ends.
+        speech: what has been said of a choice's answer, where an expert has been lost.
     """
 
     call: Call
@@ -58,6 +61,13 @@ class Asked:
     params: SamplingParams
     request_id: str
     kwargs: dict[str, Any]
+    slot: int | None = None
+    speech: Speech | None = None
+
+    @property
+    def spoken(self) -> Sequence[int]:
+        """Tokens of the answer that are there already."""
+        return () if self.speech is None else self.speech.tokens
 
 
 class EnsembleClient(AllEngines):
@@ -70,6 +80,7 @@ class EnsembleClient(AllEngines):
         relay: joins what engines say of a request that is handed over.
         thread: this one.
         metrics: told what mixed each token.
+        min_experts: how many have to live for the ensemble to be served.
     """
 
     def __init__(
@@ -81,18 +92,32 @@ class EnsembleClient(AllEngines):
         relay: Relay,
         thread: GatewayThread,
         metrics: EnsembleMetrics,
+        min_experts: int = 1,
     ):
-        super().__init__(ensemble, engines, plane)
+        super().__init__(ensemble, engines, plane, min_experts)
         self.slots = Slots(plane.spec.slots)
         self.leaders = Leaders(len(engines))
         self.thread = thread
-        self._core_policy = CorePolicy(engines, self.leaders, thread)
+        self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
-        self._scorer = PromptScorer(engines, ensemble.vocab_size, plane.spec.prompt_unit)
+        self._scorer = PromptScorer(self.experts, ensemble.vocab_size, plane.spec.prompt_unit)
         self._trained_routers = TrainedRouters(ensemble, engines[0])
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
+        metrics.watch(self.experts)
+
+    def give_engine(self, expert: int, engine: Engine) -> None:
+        """An expert whose engine has died has a new one, which is still to be warmed up."""
+        self.experts[expert].engine = engine
+        self._relay.stand_before(expert, engine)
+        self.thread.moved(expert, engine.cores)
+        self.health.begins(expert)
+
+    def rejoin(self, expert: int) -> None:
+        """Give requests to an expert's new engine from now on."""
+        self.health.back(expert)
+        self._metrics.restarted(expert)
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -101,7 +126,7 @@ class EnsembleClient(AllEngines):
 
         Raises:
             VLLMValidationError: something is asked that an ensemble has no answer to.
-            Exception: as `Engine.dead_error` makes it, if an engine that takes part died.
+            ExpertDown: no expert that may answer lives.
         """
         self._admission.check(prompt, sampling_params, kwargs.get("priority", 0))
         call = current_call.get() or parse_call(self.ensemble, None, None)
@@ -112,12 +137,13 @@ class EnsembleClient(AllEngines):
         return self._answer(Asked(call, first_choice, prompt, sampling_params, request_id, kwargs))
 
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
-        log_weights, prompt_logprobs = await self._weigh(asked)
-        scored = asked.call.scored and prompt_logprobs is None
-        active = active_experts(log_weights)
-        if len(active) == 1:
-            outputs = self._alone(asked, active[0])
+        only = asked.call.only_expert
+        if only is not None:
+            self._of_living(asked.call, asked.call.log_weights)
+            prompt_logprobs, outputs = None, self._asked_alone(asked, only)
         else:
+            log_weights, prompt_logprobs = await self._weigh(asked)
+            scored = asked.call.scored and prompt_logprobs is None
             choices = []
             draws = uniforms(asked.params) if asked.call.draw else [None] * asked.params.n
             for i, (params, uniform) in enumerate(zip(params_of_choices(asked.params), draws, strict=True)):
@@ -127,8 +153,7 @@ class EnsembleClient(AllEngines):
                     first_choice=asked.first_choice + i,
                     request_id=f"{asked.request_id}-{i}",
                 )
-                begun = self._scored if scored else self._weighted
-                choices.append(begun(choice, log_weights, uniform))
+                choices.append(self._choice(choice, log_weights, uniform, scored))
             outputs = choices[0] if len(choices) == 1 else merged(choices, asked.params)
         try:
             async for output in outputs:
@@ -138,6 +163,106 @@ class EnsembleClient(AllEngines):
                 yield output
         finally:
             await outputs.aclose()
+
+    async def _asked_alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
+        """The one expert that the request may be answered by: plain vLLM."""
+        client = self.experts[expert].engine.client
+        outputs = client.generate(asked.prompt, asked.params, asked.request_id, **asked.kwargs)
+        try:
+            async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
+                async for output in said:
+                    yield output
+        except Exception:
+            if client.errored:
+                raise self._down(asked.call, [expert]) from None
+            raise
+
+    # --- whoever dies -------------------------------------------------------------------------------------
+
+    async def _choice(
+        self, asked: Asked, log_weights: np.ndarray, uniform: float | None, scored: bool
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """One choice, from the experts that live: when one is lost, the others go on where it was broken off.
+
+        Args:
+            scored: whether the prompt has still to move the ``log_weights`` [K].
+        """
+        async with contextlib.AsyncExitStack() as kept:
+            while True:
+                try:
+                    outputs = self._attempt(asked, log_weights, uniform, scored, kept)
+                    async with contextlib.aclosing(outputs):
+                        async for output in outputs:
+                            yield output
+                    return
+                except ExpertLost as lost:
+                    self._go_on_without(asked, lost.expert)
+
+    async def _attempt(
+        self,
+        asked: Asked,
+        log_weights: np.ndarray,
+        uniform: float | None,
+        scored: bool,
+        kept: contextlib.AsyncExitStack,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """What the experts that live say from here on; what has been said counts as scored text does.
+
+        Raises:
+            ExpertLost: one of them is.
+            ExpertDown: none of them may answer.
+        """
+        call = asked.call
+        log_weights = self._of_living(call, log_weights)
+        active = active_experts(log_weights)
+        if len(active) == 1:
+            outputs = self._alone(asked, active[0])
+        elif scored:
+            outputs = self._scored(asked, log_weights, uniform, kept)
+        elif call.posterior and asked.spoken:
+            known = [(len(tokens_of(asked.prompt)), 0.0)] * len(self.experts)
+            outputs = self._mixed(asked, log_weights, call.prune, uniform, kept, known)
+        else:
+            outputs = self._weighted(asked, log_weights, uniform, kept)
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    def _go_on_without(self, asked: Asked, expert: int) -> None:
+        """
+        Raises:
+            ExpertDown: the user wants no answer without ``expert``.
+        """
+        call = asked.call
+        self._metrics.failed_over(expert)
+        if call.on_expert_loss == "fail":
+            raise self._down(call, [expert])
+        if asked.speech is not None and asked.params.prompt_logprobs is not None:
+            asked.params = without_prompt_logprobs(asked.params)  # they have been said
+
+    def _of_living(self, call: Call, log_weights: np.ndarray) -> np.ndarray:
+        """``log_weights`` [K] of those that live, for want of the others; these are noted in ``call``.
+
+        Raises:
+            ExpertDown: none of those with weight lives, or the user wants no answer without them.
+        """
+        weighed = active_experts(log_weights)
+        missing = [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
+        if not missing:
+            return log_weights
+        call.degraded.update(dict.fromkeys(self.experts[k].name for k in missing))
+        if len(missing) == len(weighed) or call.on_expert_loss == "fail":
+            raise self._down(call, missing)
+        rest = np.array(log_weights)
+        rest[missing] = -np.inf
+        return rest - np.logaddexp.reduce(rest)
+
+    def _down(self, call: Call, experts: Sequence[int]) -> ExpertDown:
+        names = ", ".join(repr(self.experts[k].name) for k in experts)
+        call.unavailable = (
+            f"the engine of expert {names} is down, and is being started again: ask again in a moment"
+        )
+        return ExpertDown(call.unavailable)
 
     # --- weigh --------------------------------------------------------------------------------------------
 
@@ -150,31 +275,40 @@ class EnsembleClient(AllEngines):
         if call.router is not None:
             log_weights = await self._trained_routers.log_weights(asked.prompt, call.router)
         count = asked.params.prompt_logprobs
-        if count is None or len(active_experts(log_weights)) == 1:
+        if count is None:
             return log_weights, None
         asked.params = without_prompt_logprobs(asked.params)
-        prompt_logprobs, after = await self._scorer.log_probs(
-            asked.prompt,
-            asked.request_id,
-            asked.kwargs,
-            log_weights,
-            call.rule,
-            self.ensemble.vocab_size if count < 0 else count,
-            posterior=call.scored,
-        )
-        return after, prompt_logprobs
+        while True:
+            try:
+                prompt_logprobs, after = await self._scorer.log_probs(
+                    asked.prompt,
+                    asked.request_id,
+                    asked.kwargs,
+                    self._of_living(call, log_weights),
+                    call.rule,
+                    self.ensemble.vocab_size if count < 0 else count,
+                    posterior=call.scored,
+                )
+            except ExpertLost as lost:
+                self._go_on_without(asked, lost.expert)
+            else:
+                return after, prompt_logprobs
 
     async def _scored(
-        self, asked: Asked, log_weights: np.ndarray, uniform: float | None
+        self, asked: Asked, log_weights: np.ndarray, uniform: float | None, kept: contextlib.AsyncExitStack
     ) -> AsyncGenerator[RequestOutput, None]:
-        """One choice whose prompt moves the weights: at once where experts have scored it before, else as they
+        """One choice whose text moves the weights: at once where experts have scored it before, else as they
         compute it."""
-        async with self._scorer.beginning(asked.prompt) as beginning:
+        active = active_experts(log_weights)
+        async with self._scorer.beginning(asked.prompt, active, asked.spoken) as beginning:
             if beginning.whole:
                 log_weights = moved_on(log_weights, beginning.log_likelihoods)
-                outputs = self._weighted(asked, log_weights, uniform)
+                outputs = self._weighted(asked, log_weights, uniform, kept)
             else:
-                outputs = self._mixed(asked, log_weights, asked.call.prune, uniform, beginning)
+                prune = asked.call.prune
+                outputs = self._mixed(
+                    asked, log_weights, prune, uniform, kept, beginning.scored, beginning.learn
+                )
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     yield output
@@ -182,7 +316,7 @@ class EnsembleClient(AllEngines):
     # --- route --------------------------------------------------------------------------------------------
 
     async def _weighted(
-        self, asked: Asked, log_weights: np.ndarray, uniform: float | None
+        self, asked: Asked, log_weights: np.ndarray, uniform: float | None, kept: contextlib.AsyncExitStack
     ) -> AsyncGenerator[RequestOutput, None]:
         """One choice whose weights [K] are known."""
         call = asked.call
@@ -192,20 +326,52 @@ class EnsembleClient(AllEngines):
             outputs = self._alone(asked, active[0])
         else:
             # weights that do not move have been pruned already
-            outputs = self._mixed(asked, log_weights, budget if call.posterior else 0.0, None)
+            outputs = self._mixed(asked, log_weights, budget if call.posterior else 0.0, None, kept)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 yield output
 
     async def _alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
-        """One expert is active: plain vLLM, no plane."""
+        """One expert is active: plain vLLM, no plane.
+
+        Raises:
+            ExpertLost: it is.
+        """
+        relayed = self._relay.begin(expert, speech=asked.speech)
+        queue = await self._submit(asked, expert, params_alone(asked.params, asked.speech))
+        self._relay.follow(relayed, expert, queue.request_id)
+        ended = False
+
+        async def heard() -> AsyncGenerator[RequestOutput, None]:
+            nonlocal ended
+            with self.health.hearing(queue, lambda k: k == expert) as hearing:
+                while not ended:
+                    output = await hearing.next()
+                    ended = output.finished
+                    yield output
+
+        try:
+            async with contextlib.aclosing(self._said_alone(asked, expert, heard())) as said:
+                async for output in said:
+                    yield output
+        except ExpertLost:
+            asked.speech = self._relay.break_off(relayed) or asked.speech
+            raise
+        finally:
+            self._relay.forget(relayed)
+            if not ended:
+                await asyncio.shield(self._cancel({expert: queue}.items()))
+
+    async def _said_alone(
+        self, asked: Asked, expert: int, outputs: AsyncGenerator[RequestOutput, None]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """What ``expert`` says in ``outputs``, with a trace of it."""
         call, name = asked.call, self.experts[expert].name
         weights = [float(k == expert) for k in range(len(self.experts))]
-        traces = [ChoiceTrace([name], name) for _ in range(asked.params.n)]
-        call.choices.update((asked.first_choice + i, trace) for i, trace in enumerate(traces))
-        outputs = self.experts[expert].engine.client.generate(
-            asked.prompt, asked.params, asked.request_id, **asked.kwargs
-        )
+        traces = [
+            call.choices.setdefault(asked.first_choice + i, ChoiceTrace([name], name))
+            for i in range(asked.params.n)
+        ]
         key = object()
         self.thread.hurry(key, True)
         produced = 0
@@ -230,70 +396,103 @@ class EnsembleClient(AllEngines):
         log_weights: np.ndarray,
         budget: float,
         uniform: float | None,
-        beginning: Beginning | None = None,
+        kept: contextlib.AsyncExitStack,
+        scored: list[tuple[int, float]] | None = None,
+        learn: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Several experts are active: all of them run one choice in lockstep, and its leader answers.
 
         Args:
-            log_weights: [K]; before the prompt if there is a ``beginning``, which the experts go on to score.
+            log_weights: [K]; before the text that is not ``scored``, which the experts go on to score.
             budget: weight that may be pruned.
             uniform: draws one of them by the weights after the prompt.
+            kept: has the slot, also for a later attempt.
+            learn: is told what the experts have found of that text, see `Beginning.learn`.
+
+        Raises:
+            ExpertLost: one of them is.
         """
-        call, active = asked.call, active_experts(log_weights)
+        call, active, start = asked.call, active_experts(log_weights), len(asked.spoken)
         self.thread.arrived()
-        async with self.slots.take() as (slot, generation):
-            known = log_weights if beginning is None else np.zeros(len(log_weights))
-            leader = self.leaders.choose(known, active)
-            member = Member(
-                slot=slot,
-                generation=generation,
-                leader=leader,
-                active=tuple(active),
-                rule=call.rule,
-                log_weights=log_weights.tolist(),
-                posterior=call.posterior,
-                prune=budget,
-                scored=None if beginning is None else beginning.scored,
-                top_k=None if beginning is None else call.top_k,
-                uniform=uniform,
-            )
-            trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
-            call.choices[asked.first_choice] = trace
-            reader = WeightsReader(self.plane, member, self.ensemble.expert_names)
-            relayed = self._relay.begin(member, partial(self._keep_up, reader, beginning, slot))
-            queues: dict[int, OutputQueue] = {}
-            finished = False
-            produced = 0
-            try:
-                self.leaders.begin(member)
-                self.thread.hurry(slot, True)
-                self._core_policy.share_cores()
-                await self._fan_out(asked, member, relayed, queues)
-                queue = queues[leader]
-                self.health.hear(member, queue)
+        if asked.slot is None:
+            asked.slot = await kept.enter_async_context(self.slots.take())
+        slot = asked.slot
+        known = log_weights if scored is None else np.zeros(len(log_weights))
+        leader = self.leaders.choose(known, active)
+        member = Member(
+            slot=slot,
+            generation=self.slots.next_generation(),
+            leader=leader,
+            active=tuple(active),
+            rule=call.rule,
+            log_weights=log_weights.tolist(),
+            posterior=call.posterior,
+            prune=budget,
+            scored=scored,
+            top_k=None if scored is None else call.top_k,
+            uniform=uniform,
+        )
+        trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
+        trace = call.choices.setdefault(asked.first_choice, trace)
+        reader = WeightsReader(self.plane, member, self.ensemble.expert_names, start)
+
+        def keep_up(produced: int) -> None:
+            """The first token says what experts have found of a new text."""
+            nonlocal learn
+            if learn is not None:
+                fields = self.plane.fields
+                learn(fields["prompt_sums"][:, slot], fields["prompt_sum"][:, slot])
+                learn = None
+            reader.keep_up(produced)
+
+        relayed = self._relay.begin(leader, member, keep_up, asked.speech)
+        queues: dict[int, OutputQueue] = {}
+        finished = False
+        read = produced = start
+
+        def note(until: int) -> None:
+            """Tokens up to there have been said."""
+            nonlocal read
+            if until > read == 0 and scored is not None:
+                reader.begin(trace, read)
+            if call.trace:
+                reader.extend(trace, read, until)
+            read = until
+
+        try:
+            self.leaders.begin(member)
+            self.thread.hurry(slot, True)
+            self._core_policy.share_cores()
+            await self._fan_out(asked, member, relayed, queues)
+            queue = queues[leader]
+            with self.health.hearing(queue, lambda k: self._needs(member, relayed, k)) as hearing:
                 streams = asked.params.output_kind != RequestOutputKind.FINAL_ONLY
                 self.thread.hurry(slot, streams or member.may_release)
                 while not finished:
-                    output = queue.get_nowait() or await queue.get()
+                    output = await hearing.next()
                     finished = output.finished
-                    start = produced
                     produced += sum(len(completion.token_ids) for completion in output.outputs)
-                    self.thread.hurry(slot, member.may_release or not produced)
-                    if produced and not start and beginning is not None:
-                        reader.begin(trace)
-                    if call.trace:
-                        reader.extend(trace, start, produced)
+                    self.thread.hurry(slot, member.may_release or produced == start)
+                    note(produced)
                     yield output
-            finally:
-                self.leaders.end(member)
-                self.health.forget(member)
-                self.thread.hurry(slot, False)
-                self._core_policy.share_cores()
-                self._relay.forget(relayed)
-                # Its own engine has ended it, unless another has led before, which may not know yet.
-                ended = leader if finished and not member.led_before else None
-                await asyncio.shield(self._cancel(k for k in queues.items() if k[0] != ended))
-                self._metrics.observe(reader.between(0, produced))
+        except ExpertLost:
+            asked.speech = self._relay.break_off(relayed) or asked.speech
+            note(len(asked.spoken))
+            raise
+        finally:
+            self.leaders.end(member)
+            self.thread.hurry(slot, False)
+            self._core_policy.share_cores()
+            self._relay.forget(relayed)
+            # Its own engine has ended it, unless another has led before, which may not know yet.
+            ended = leader if finished and not member.led_before else None
+            await asyncio.shield(self._cancel(k for k in queues.items() if k[0] != ended))
+            self._metrics.observe(reader.between(start, read))
+
+    def _needs(self, member: Member, relayed: Any, expert: int) -> bool:
+        """Whether a request is lost without ``expert``: it takes part, or has something to say that it decided before."""
+        follow_membership(self.plane.blocks, member)  # those that have released it go on
+        return expert in member.active or self._relay.speaks(relayed, expert)
 
     async def _fan_out(
         self, asked: Asked, member: Member, relayed: Any, queues: dict[int, OutputQueue]
@@ -302,15 +501,24 @@ class EnsembleClient(AllEngines):
         leader = member.leader
         arrival_s = self._next_arrival()
         for k in self._core_policy.in_order(member.active, leader):
-            queues[k] = await self.experts[k].engine.submit(
-                asked.request_id,
-                asked.prompt,
-                params_of(k, member, asked.params),
-                arrival_time=arrival_s,
-                **asked.kwargs,
-            )
+            params = params_of(k, member, asked.params, asked.speech)
+            queues[k] = await self._submit(asked, k, params, arrival_time=arrival_s)
             if member.may_release or k == leader:
                 self._relay.follow(relayed, k, queues[k].request_id)
+
+    async def _submit(self, asked: Asked, expert: int, params: SamplingParams, **more: Any) -> OutputQueue:
+        """Give the request to one expert's engine.
+
+        Raises:
+            ExpertLost: it is dead.
+        """
+        engine = self.experts[expert].engine
+        try:
+            return await engine.submit(asked.request_id, asked.prompt, params, **more, **asked.kwargs)
+        except Exception:
+            if engine.client.errored:
+                raise ExpertLost(expert) from None
+            raise
 
     def _next_arrival(self) -> float:
         """Arrival times are unique and the same for every engine: the order of age that holds yield by."""
@@ -319,12 +527,4 @@ class EnsembleClient(AllEngines):
 
     async def _cancel(self, queues: Iterable[tuple[int, OutputQueue]]) -> None:
         for k, queue in queues:
-            if self.experts[k].up:
-                await self.experts[k].engine.cancel(queue.request_id)
-
-    def _keep_up(self, reader: WeightsReader, beginning: Beginning | None, slot: int, produced: int) -> None:
-        """Tokens have come, ``produced`` by now: the first one says what experts have found of a new prompt."""
-        if beginning is not None and not beginning.learned.is_set():
-            fields = self.plane.fields
-            beginning.learn(fields["prompt_sums"][:, slot], fields["prompt_sum"][:, slot])
-        reader.keep_up(produced)
+            await self.experts[k].engine.cancel(queue.request_id)

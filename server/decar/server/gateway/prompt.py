@@ -21,9 +21,9 @@ from vllm.logprobs import Logprob
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.kernels import mix
-from decar.router import log_weights_after
+from decar.router import active_experts, log_weights_after
 from decar.router.manifest import Rule
-from decar.server.gateway.engine import Engine
+from decar.server.gateway.engine import ExpertEngine, ExpertLost
 from decar.server.gateway.images import is_text
 from decar.server.gateway.scores import PrefixScores
 from decar.server.protocol.member import ROWS_KEY, PromptRows
@@ -42,13 +42,13 @@ class Beginning:
 
     Attributes:
         scored: how many of its leading tokens have a known log-likelihood, and that.
-        whole: nothing is left to score.
+        whole: nothing is left to score for those of the ``experts`` that are to take part.
     """
 
-    def __init__(self, scores: Sequence[PrefixScores], ids: list[int], salt: bytes):
-        self._scores, self._ids, self._salt = scores, ids, salt
+    def __init__(self, scores: Sequence[PrefixScores], experts: Sequence[int], ids: list[int], salt: bytes):
+        self._scores, self._experts, self._ids, self._salt = scores, experts, ids, salt
         self.scored = [expert.known(ids, salt) for expert in scores]
-        self.whole = all(known == len(ids) for known, _ in self.scored)
+        self.whole = all(self.scored[k][0] == len(ids) for k in experts)
         self.learned = asyncio.Event()
 
     @property
@@ -59,26 +59,25 @@ class Beginning:
     def learn(self, sums: np.ndarray, wholes: np.ndarray) -> None:
         """Take in what the experts said of the prompt beyond what was known: log p up to each unit's end [K, U], of
         which those in the known part are not read, and in all [K]."""
-        for scores, (known, total), of_units, whole in zip(
-            self._scores, self.scored, sums.tolist(), wholes.tolist(), strict=True
-        ):
-            scores.learn(self._ids, known, total, of_units, whole, self._salt)
+        for k in self._experts:
+            known, total = self.scored[k]
+            self._scores[k].learn(self._ids, known, total, sums[k].tolist(), float(wholes[k]), self._salt)
         self.learned.set()
 
 
 class PromptScorer:
-    """Knows what K engines have said of prompts, and asks them for more.
+    """Knows what K experts have said of prompts, and asks their engines for more.
 
     Args:
-        engines: in manifest order.
+        experts: in manifest order.
         vocab_size: V, the ids that all experts share.
         unit: tokens between the places of a prompt up to which its log-likelihood is kept.
     """
 
-    def __init__(self, engines: Sequence[Engine], vocab_size: int, unit: int):
-        self._engines = engines
+    def __init__(self, experts: Sequence[ExpertEngine], vocab_size: int, unit: int):
+        self._experts = experts
         self._vocab_size = vocab_size
-        self._scores = [PrefixScores(unit) for _ in engines]
+        self._scores = [PrefixScores(unit) for _ in experts]
         self._under_way: dict[_Key, Beginning] = {}
         memory = os.statvfs(DIRECTORY)
         share = memory.f_bavail * memory.f_frsize // (2 * PROMPTS_AT_ONCE)
@@ -86,16 +85,19 @@ class PromptScorer:
         self._places = asyncio.Semaphore(PROMPTS_AT_ONCE)
 
     @contextlib.asynccontextmanager
-    async def beginning(self, prompt: Any) -> AsyncIterator[Beginning]:
-        """What is known of ``prompt``. Where that is not all, whoever enters has the rest scored, and says so to
-        `Beginning.learn`; others who ask for the same prompt wait for that, so that it is scored once."""
-        ids, salt = tokens_of(prompt), _salt_of(prompt)
+    async def beginning(
+        self, prompt: Any, experts: Sequence[int], spoken: Sequence[int] = ()
+    ) -> AsyncIterator[Beginning]:
+        """What ``experts`` are known to think of ``prompt`` and what has been ``spoken`` after it. Where that is not all,
+        whoever enters has the rest scored, and says so to `Beginning.learn`; others who ask for the same text wait for
+        that, so that it is scored once."""
+        ids, salt = [*tokens_of(prompt), *spoken], _salt_of(prompt)
         key = (salt, tuple(ids))
         while (other := self._under_way.get(key)) is not None:
             await other.learned.wait()
             if self._under_way.get(key) is other:
                 del self._under_way[key]
-        beginning = Beginning(self._scores, ids, salt)
+        beginning = Beginning(self._scores, experts, ids, salt)
         if not beginning.whole:
             self._under_way[key] = beginning
         try:
@@ -128,30 +130,35 @@ class PromptScorer:
 
         Returns:
             None for the first token and a dict for each other one; and the log weights [K] after the last.
+
+        Raises:
+            ExpertLost: one of those with weight is.
         """
         ids = tokens_of(prompt)
+        experts = active_experts(log_weights)
         counted = is_text(prompt)
         found: PromptLogprobs = [None]
-        width = max(self._window_bytes // (4 * self._vocab_size * len(self._engines)), 1)
+        log_weights = np.array(log_weights)
+        width = max(self._window_bytes // (4 * self._vocab_size * len(experts)), 1)
         async with self._places:
             for start in range(0, len(ids) - 1, width):
                 end = min(start + width, len(ids) - 1)
                 # What comes after the window need not be computed; but a prompt with images stays as it is.
                 whole = end + 1 == len(ids) or not counted.all()
                 window = prompt if whole else {**prompt, "prompt_token_ids": ids[: end + 1]}
-                with _shared_rows(len(self._engines), (end - start, self._vocab_size)) as (names, rows):
+                with _shared_rows(len(experts), (end - start, self._vocab_size)) as (names, rows):
                     await asyncio.gather(
                         *(
                             self._run(k, window, f"{request_id}-rows", kwargs, PromptRows(name, start, end))
-                            for k, name in enumerate(names)
+                            for k, name in zip(experts, names, strict=True)
                         )
                     )
                     targets = torch.tensor(ids[start + 1 : end + 1])
-                    entries, log_weights = await asyncio.to_thread(
+                    entries, log_weights[experts] = await asyncio.to_thread(
                         _mixed,
                         rows,
                         targets,
-                        log_weights,
+                        log_weights[experts],
                         rule,
                         count,
                         counted[start + 1 : end + 1] if posterior else None,
@@ -164,7 +171,7 @@ class PromptScorer:
         """Each position's entry as vLLM's own output processor makes it."""
         described: PromptLogprobs = []
         for tokens, logprobs, ranks in entries:
-            texts = self._engines[0].texts_of(tokens)
+            texts = self._experts[0].engine.texts_of(tokens)
             fields = zip(tokens, logprobs, ranks, texts, strict=True)
             described.append({token: Logprob(logprob, rank, text) for token, logprob, rank, text in fields})
         return described
@@ -177,7 +184,12 @@ class PromptScorer:
         kwargs: dict[str, Any],
         rows: PromptRows,
     ) -> None:
-        """Have one engine compute ``prompt`` and write ``rows``, and one token that nobody needs."""
+        """Have one engine compute ``prompt`` and write ``rows``, and one token that nobody needs.
+
+        Raises:
+            ExpertLost: it is dead.
+        """
+        client = self._experts[expert].engine.client
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -187,8 +199,13 @@ class PromptScorer:
             skip_reading_prefix_cache=False,
             extra_args={ROWS_KEY: rows.to_wire()},
         )
-        async for _ in self._engines[expert].client.generate(prompt, params, request_id, **kwargs):
-            pass
+        try:
+            async for _ in client.generate(prompt, params, request_id, **kwargs):
+                pass
+        except Exception:
+            if client.errored:
+                raise ExpertLost(expert) from None
+            raise
 
 
 def tokens_of(prompt: Any) -> list[int]:

@@ -20,6 +20,7 @@ from decar.router.errors import RequestError, did_you_mean
 from decar.router.manifest import RouterKind, Rule, Scope, Start, Trained, describe_validation_error
 
 Sampling = Literal["mixture", "draw"]
+OnExpertLoss = Literal["renormalise", "fail"]
 
 
 class DecarOptions(BaseModel):
@@ -35,12 +36,13 @@ class DecarOptions(BaseModel):
     sampling: Sampling | None = None
     top_k: Annotated[int, Strict(), Field(ge=1)] | None = None
     prune: Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
+    on_expert_loss: OnExpertLoss | None = None
     trace: StrictBool | None = None
 
     @property
     def routing(self) -> list[str]:
         """The fields that are given of those that say which experts take part, and how."""
-        return sorted(self.model_dump(exclude={"trace"}, exclude_none=True))
+        return sorted(self.model_dump(exclude={"trace", "on_expert_loss"}, exclude_none=True))
 
 
 @dataclass
@@ -65,6 +67,10 @@ class Call:
         router: the trained router that looks at the prompt first, and takes the place of ``log_weights``.
         draw: decode one expert alone, drawn by the weights.
         top_k, prune: which experts stay active.
+        on_expert_loss: whether to go on without an expert that is down.
+        warms: an expert that may take part though it is not up yet, since this warms it.
+        degraded: names of experts that should have taken part and were down, in the order that this was found in.
+        unavailable: why there is no answer now, though the request is a good one.
         choices: by choice index, once routed.
     """
 
@@ -77,6 +83,10 @@ class Call:
     top_k: int | None = None
     prune: float = 0.0
     trace: bool = False
+    on_expert_loss: OnExpertLoss = "renormalise"
+    warms: int | None = None
+    degraded: dict[str, None] = field(default_factory=dict)
+    unavailable: str | None = None
     choices: dict[int, ChoiceTrace] = field(default_factory=dict)
     prompts: int = 0  # prompts seen so far: a completion request may bring several
 
@@ -84,7 +94,14 @@ class Call:
         """The `decar` object of a response."""
         traces = [self.choices[index] for index in sorted(self.choices)]
         experts = dict.fromkeys(name for trace in traces for name in trace.experts)
-        return {"experts": list(experts), "leader": traces[0].leader if traces else None, "degraded": []}
+        leader = traces[0].leader if traces else None
+        return {"experts": list(experts), "leader": leader, "degraded": list(self.degraded)}
+
+    @property
+    def only_expert(self) -> int | None:
+        """The one expert that may answer, as the request asks; None where there are several."""
+        active = active_experts(self.log_weights)
+        return active[0] if self.router is None and len(active) == 1 else None
 
 
 current_call: ContextVar[Call | None] = ContextVar("decar_call", default=None)
@@ -107,7 +124,7 @@ def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
                 "decar",
             )
         log_weights = log_prior([float(name == alone) for name in ensemble.expert_names])
-        return Call(log_weights, trace=trace)
+        return Call(log_weights, trace=trace)  # which nobody else can answer
     mixing, router = ensemble.manifest.mixing, ensemble.manifest.router
     call = Call(
         log_prior([expert.prior for expert in ensemble.experts]),
@@ -116,6 +133,7 @@ def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
         top_k=parsed.top_k or mixing.top_k,
         prune=mixing.prune if parsed.prune is None else parsed.prune,
         trace=trace,
+        on_expert_loss=parsed.on_expert_loss or "renormalise",
     )
     if parsed.weights is not None:
         if parsed.route is not None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from copy import copy
+from typing import Any
 
 import numpy as np
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from decar.server.protocol.member import REQUEST_KEY, Member
+from decar.server.gateway.engine import Speech
+from decar.server.protocol.member import REQUEST_KEY, SPOKEN_KEY, Member, Spoken
 
 
-def params_of(expert: int, member: Member, params: SamplingParams) -> SamplingParams:
+def params_of(
+    expert: int, member: Member, params: SamplingParams, speech: Speech | None = None
+) -> SamplingParams:
     """The leader's sampling parameters are the user's; a follower's only keep it running as long."""
-    wire = {REQUEST_KEY: member.to_wire()}
+    wire = {REQUEST_KEY: member.to_wire(), **_after(speech)}
     if expert == member.leader or member.may_release:  # where leaders hand over, everybody is ready to lead
-        mine = copy(params)
-        mine.extra_args = {**(params.extra_args or {}), **wire}
-        return mine
+        return _saying(params, wire)
     return SamplingParams(
         max_tokens=params.max_tokens,
         temperature=0.0,
@@ -29,6 +31,22 @@ def params_of(expert: int, member: Member, params: SamplingParams) -> SamplingPa
         skip_reading_prefix_cache=params.skip_reading_prefix_cache,
         extra_args=wire,
     )
+
+
+def params_alone(params: SamplingParams, speech: Speech | None) -> SamplingParams:
+    """The user's sampling parameters for an engine that answers alone, after ``speech``."""
+    return params if speech is None else _saying(params, _after(speech))
+
+
+def _after(speech: Speech | None) -> dict[str, Any]:
+    return {} if speech is None else {SPOKEN_KEY: Spoken(speech.tokens, speech.ticket).to_wire()}
+
+
+def _saying(params: SamplingParams, wire: dict[str, Any]) -> SamplingParams:
+    """``params`` with more in what an engine alone reads."""
+    mine = copy(params)
+    mine.extra_args = {**(params.extra_args or {}), **wire}
+    return mine
 
 
 def without_prompt_logprobs(params: SamplingParams) -> SamplingParams:

@@ -21,9 +21,14 @@ class Slots:
     def in_use(self) -> int:
         return self.total - len(self._free)
 
+    def next_generation(self) -> int:
+        """A number for a slot's next tenant, which no other one has."""
+        self._generation += 1
+        return self._generation
+
     @contextlib.asynccontextmanager
-    async def take(self) -> AsyncIterator[tuple[int, int]]:
-        """A slot and its tenant's generation number, for as long as the context lasts."""
+    async def take(self) -> AsyncIterator[int]:
+        """A slot, for as long as the context lasts."""
         if self._free:
             slot = self._free.pop()
         else:
@@ -35,9 +40,8 @@ class Slots:
                 if waiter.done() and not waiter.cancelled():
                     self._pass_on(waiter.result())
                 raise
-        self._generation += 1
         try:
-            yield slot, self._generation
+            yield slot
         finally:
             self._pass_on(slot)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -12,11 +13,12 @@ from decar.server.gateway.ensemble import EnsembleClient
 from decar.server.gateway.request import Call, current_call
 
 
-async def warm_up(client: EnsembleClient, image: Any | None) -> None:
+async def warm_up(client: EnsembleClient, image: Any | None, expert: int | None = None) -> None:
     """Have ``client`` answer one request of each kind.
 
     Args:
         image: a prompt with an image; None where the experts take none.
+        expert: the one whose engine is new; None: all are.
     """
     experts = len(client.experts)
     everyone = log_prior([1.0] * experts)
@@ -24,7 +26,9 @@ async def warm_up(client: EnsembleClient, image: Any | None) -> None:
     calls += [
         Call(everyone, posterior=True, scored=True, prune=prune) for prune in (0.0, 1e-9) if experts > 1
     ]
-    calls += [Call(log_prior([float(j == k) for j in range(experts)])) for k in range(experts)]
+    new = range(experts) if expert is None else [expert]
+    calls += [Call(log_prior([float(j == k) for j in range(experts)])) for k in new]
+    calls = [replace(call, warms=expert) for call in calls]
 
     async def run(call: Call, params: SamplingParams, prompt: Any) -> None:
         current_call.set(call)
@@ -41,4 +45,4 @@ async def warm_up(client: EnsembleClient, image: Any | None) -> None:
     if image is not None:
         params = SamplingParams(max_tokens=2, ignore_eos=True)
         await asyncio.gather(*(asyncio.create_task(run(call, params, image)) for call in calls))
-    await client.reset_prefix_cache()
+    await (client if expert is None else client.experts[expert].engine.client).reset_prefix_cache()

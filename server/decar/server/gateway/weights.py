@@ -22,13 +22,14 @@ class WeightsReader:
         plane: whose ``weights_read`` is the caller's to write.
         member: the request's part in the lockstep, brought up to date here.
         names: of the experts [K].
+        start: the position that the request begins at.
     """
 
-    def __init__(self, plane: Plane, member: Member, names: Sequence[str]):
+    def __init__(self, plane: Plane, member: Member, names: Sequence[str], start: int = 0):
         self._plane, self._member, self._names = plane, member, names
         self._ring = plane.spec.ring
-        self._weights = np.empty((self._ring, plane.spec.experts))
-        self._end = 0  # positions that have been read
+        self._weights = np.zeros((start + self._ring, plane.spec.experts))
+        self._end = start  # up to which positions have been read
         self._let_go_on()
 
     def keep_up(self, produced: int) -> None:
@@ -42,11 +43,11 @@ class WeightsReader:
             self._read(end)
         return self._weights[start:end]
 
-    def begin(self, trace: ChoiceTrace) -> None:
-        """A prompt has been scored as it was computed: only now is it known who takes part."""
-        [weights] = self.between(0, 1)
+    def begin(self, trace: ChoiceTrace, start: int) -> None:
+        """A text has been scored as it was computed: only with the first token after it is it known who takes part."""
+        [weights] = self.between(start, start + 1)
         trace.experts = [self._names[k] for k in np.flatnonzero(weights)]
-        trace.leader = self._leader(0, weights)
+        trace.leader = self._leader(start, weights)
 
     def extend(self, trace: ChoiceTrace, start: int, end: int) -> None:
         """Note what mixed the tokens from ``start`` to ``end``."""

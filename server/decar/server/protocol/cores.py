@@ -97,6 +97,10 @@ class GatewayThread:
             _set_cores(cores)
             self._keeps_to = cores
 
+    def moved(self, engine: int, cores: set[int]) -> None:
+        """``engine`` computes on these cores now: most often, on the same."""
+        self._engines = [cores if k == engine else others for k, others in enumerate(self._engines)]
+
     def hurry(self, key: Hashable, urgent: bool) -> None:
         """Note whether what ``key`` stands for should not wait for an engine to have time to spare."""
         if urgent != (key in self._urgent):

@@ -150,6 +150,7 @@ class Lockstep:
 
         self.generation = np.zeros(slots, np.int64)
         self.produced = np.zeros(slots, np.int64)  # tokens of the answer that this engine knows
+        self._first = np.zeros(slots, np.int64)  # those that it knew from the beginning
         self.leader = np.zeros(slots, np.int64)
         self.log_weights = np.full((slots, experts), -np.inf)
         self.budget = np.zeros(slots)  # weight that may still be pruned
@@ -165,14 +166,18 @@ class Lockstep:
 
     # --- who takes part -----------------------------------------------------------------------------------
 
-    def join(self, member: Member) -> None:
-        """Take part in a request. A newer tenant of a slot silences the older one, which is being aborted."""
+    def join(self, member: Member, spoken: int = 0) -> None:
+        """Take part in a request. A newer tenant of a slot silences the older one, which is being aborted.
+
+        Args:
+            spoken: tokens of the answer that are there already.
+        """
         slot = member.slot
         if member.generation <= self.generation[slot]:
             return
         self._members[slot] = member
         self.generation[slot] = member.generation
-        self.produced[slot] = 0
+        self.produced[slot] = self._first[slot] = spoken
         self.may_release[slot] = member.may_release
         self._posterior[slot] = member.posterior
         self._unweighed[slot] = member.scored is not None
@@ -259,7 +264,7 @@ class Lockstep:
 
     def weigh(self, turns: Turns) -> None:
         """Where experts have scored a prompt as they computed it: its weights, and who stays active with them."""
-        for slot in turns.slots[(turns.positions == 0) & self._unweighed[turns.slots]].tolist():
+        for slot in turns.slots[self._unweighed[turns.slots]].tolist():
             member = self._member(slot)
             assert member.scored is not None
             said = self._fields["prompt_sum"][:, slot] + [known for _, known in member.scored]
@@ -296,7 +301,7 @@ class Lockstep:
         """
         slots = turns.slots
         pruning = self.budget[slots] > 0
-        beginning = (turns.positions == 0) & self.may_release[slots]
+        beginning = (turns.positions == self._first[slots]) & self.may_release[slots]
         releasing = pruning | beginning
         self._stamp_tokens(turns, tokens, ~releasing)
         moving = self._posterior[slots]
@@ -361,6 +366,7 @@ class Lockstep:
         while stamps[entry] != stamp and running[slot] == stamp and alive[peer]:
             spins += 1
             if spins > _SPINS:
+                self.mine.beat()
                 time.sleep(_SLEEP_S)
             else:
                 yield_core()

@@ -16,6 +16,8 @@ REQUEST_KEY = "decar"
 """Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""
 ROWS_KEY = "decar_rows"
 """The same of a request for rows of its prompt: see `PromptRows`."""
+SPOKEN_KEY = "decar_spoken"
+"""The same of a request that goes on where another one was broken off: see `Spoken`."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,34 @@ class PromptRows:
         """What a request's sampling parameters ask for; None for every other request."""
         wire = _wire(sampling_params, ROWS_KEY)
         return cls(**wire) if wire else None
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What has been said of an answer by engines that took part before, where this one begins.
+
+    Attributes:
+        tokens: of the answer so far, [T]: to this engine they are what it has sampled itself, as after a preemption.
+        ticket: whose answer, in the gateway's process.
+    """
+
+    tokens: list[int]
+    ticket: int
+
+    def to_wire(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def of(cls, sampling_params: Any) -> Spoken | None:
+        """What a request's sampling parameters say; None for one that begins at the beginning."""
+        wire = _wire(sampling_params, SPOKEN_KEY)
+        return cls(**wire) if wire else None
+
+
+def spoken_tokens(sampling_params: Any) -> list[int]:
+    """The tokens [T] that a request begins after; most often, none."""
+    spoken = Spoken.of(sampling_params)
+    return [] if spoken is None else spoken.tokens
 
 
 def _wire(sampling_params: Any, key: str) -> dict[str, Any] | None:

@@ -126,7 +126,10 @@ class PlaneSpec:
         }
         handle: dict[str, tuple[tuple[int, ...], type]] = {
             "handle": ((HANDLE_BYTES,), np.uint8),
-            "has_handle": ((1,), np.int64),
+            "handles": (
+                (1,),
+                np.int64,
+            ),  # how many there have been: one for each engine that the expert has had
         }
         return {
             "running": ((s,), np.int64),  # the stamp whose row this engine is computing now
@@ -134,6 +137,7 @@ class PlaneSpec:
             "token_stamp": ((2 * s,), np.int64),
             "token": ((2 * s,), np.int64),
             "counters": ((len(COUNTERS),), np.int64),
+            "beats": ((1,), np.int64),  # grows while this engine is alive and has work
             # The weights that mixed each position, leaders write them: a ring, since the gateway reads along.
             "log_weights": ((s, self.ring, k), np.float32),
             # Who takes part from a position on, see `membership_word`; leaders write it.
@@ -187,15 +191,16 @@ class Block:
         self.prompt_sums = self._fields["prompt_sums"]
         self.prompt_sum = self._fields["prompt_sum"].data
         self._counters = self._fields["counters"]
+        self.beats = self._fields["beats"].data
 
     def offer(self, handle: bytes) -> None:
         """Tell the peers where on its device this engine's rows lie."""
         self._fields["handle"][: len(handle)] = np.frombuffer(handle, np.uint8)
-        self._fields["has_handle"][0] = 1
+        self._fields["handles"][0] += 1
 
-    def offered(self) -> bytes | None:
-        """The handle of this engine's rows, padded to HANDLE_BYTES; None until it has started."""
-        return self._fields["handle"].tobytes() if self._fields["has_handle"][0] else None
+    def beat(self) -> None:
+        """Say that this engine gets on, if only with waiting."""
+        self.beats[0] += 1
 
     def count(self, name: str, by: int = 1) -> None:
         self._counters[COUNTERS.index(name)] += by

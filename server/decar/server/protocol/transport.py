@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from decar.kernels import Rows
-from decar.server.protocol.plane import Block, Plane
+from decar.server.protocol.plane import Plane
 
 ROW_ALIGNMENT = 64  # elements: rows of any vocabulary start where a GPU's widest loads may
 
@@ -95,7 +95,7 @@ class DeviceTransport:
     """Rows in one buffer per expert on its own device, in the model's dtype, mapped by its peers.
 
     A buffer is [2S] rows of V elements, padded to ROW_ALIGNMENT, then [2S] float32 log-normalisers. Its handle is
-    in its engine's block; peers map it when they first need it, which is after all engines have started.
+    in its engine's block; peers map it when they first need it, and again when the expert has a new engine.
     """
 
     def __init__(self, plane: Plane, expert: int, memory: DeviceMemory):
@@ -107,19 +107,37 @@ class DeviceTransport:
         self._entries, self._vocab_size = 2 * spec.slots, spec.vocab_size
         self._stride = _stride(spec.vocab_size)
         self._size_bytes = buffer_bytes(spec.slots, spec.vocab_size, spec.dtype)
-        self._rows: Rows | None = None
+        self._offers = plane.fields["handles"][:, 0]
+        self._mapped = np.zeros_like(self._offers)  # which offer of each expert is mapped; 0: none
         self._buffer, handle = memory.allocate(self._size_bytes)
         self._own = self._views(self._buffer)
+        self._buffers = [self._buffer] * len(
+            self._offers
+        )  # in place of one that has not been offered, or is gone
+        self._rows = self._all_rows()
         plane.blocks[expert].offer(handle)
 
     @property
     def rows(self) -> Rows:
-        if self._rows is None:
-            buffers = [self._views(self._buffer_of(k, block)) for k, block in enumerate(self._plane.blocks)]
-            self._rows = Rows(
-                [logits for logits, _ in buffers], [log_normalisers for _, log_normalisers in buffers]
-            )
+        offers = self._offers * self._plane.alive
+        if (offers != self._mapped).any():
+            self._map(offers)
         return self._rows
+
+    def _map(self, offers: np.ndarray) -> None:
+        """Map these offers [K], where they are others than before."""
+        for k in np.flatnonzero(offers != self._mapped).tolist():
+            if k == self._expert or not offers[k]:
+                self._buffers[k] = self._buffer
+            else:
+                handle = self._plane.fields["handle"][k].tobytes()
+                self._buffers[k] = self._memory.open(handle, self._size_bytes)
+        self._mapped = offers
+        self._rows = self._all_rows()
+
+    def _all_rows(self) -> Rows:
+        views = [self._views(buffer) for buffer in self._buffers]
+        return Rows([logits for logits, _ in views], [log_normalisers for _, log_normalisers in views])
 
     def post(self, entries: np.ndarray, logits: torch.Tensor) -> None:
         places, values = torch.from_numpy(entries).to(self.device), logits.to(self._dtype)
@@ -133,14 +151,6 @@ class DeviceTransport:
         log_normalisers = torch.stack([values[places] for values in self.rows.log_normalisers], dim=1)
         found: np.ndarray = (logits - log_normalisers).double().cpu().numpy()
         return found
-
-    def _buffer_of(self, expert: int, block: Block) -> torch.Tensor:
-        if expert == self._expert:
-            return self._buffer
-        handle = block.offered()
-        if handle is None:
-            raise RuntimeError(f"expert {expert} is asked for rows before its engine has started")
-        return self._memory.open(handle, self._size_bytes)
 
     def _views(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [2S, V] and log-normalisers [2S] of a buffer."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import os
+import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +60,15 @@ class LLMEngine:
     def dead_error(self) -> Exception:
         return EngineDeadError()
 
+    def has_work(self) -> bool:
+        return bool(self.llm.output_processor.request_states)
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        # Not the whole of `AsyncLLM`: the first engine's renderer goes on rendering everybody's prompts.
+        self.llm.engine_core.shutdown(timeout=0)
+
     def keep_images(self, key: str) -> None:
         renderer = self.llm.renderer
         process = renderer._process_tokens_async
@@ -81,16 +92,8 @@ class LLMEngine:
         return [renderer._executor, renderer._mm_executor]
 
 
-async def start_engines(
-    names: Sequence[str],
-    configs: Sequence[Any],
-    devices: Sequence[str],
-    spec: PlaneSpec,
-    started: list[LLMEngine],
-    failures: Failures,
-    disable_log_stats: bool,
-) -> list[LLMEngine]:
-    """Start one engine per expert, side by side; ``started`` has those that came up, also on failure.
+class Starter:
+    """Starts the engines of an ensemble, and starts them again.
 
     Args:
         names: of the experts, as errors give them.
@@ -98,45 +101,74 @@ async def start_engines(
         devices: CUDA_VISIBLE_DEVICES of each engine's process; empty on CPU.
         spec: of the plane that they share.
         failures: hears why an engine does not start.
-
-    Raises:
-        StartError: names the experts whose engines did not start, and why.
     """
-    metrics = SharedMetrics(len(configs))
-    cores = _dealt_cores(len(configs))
 
-    def start(expert: int) -> LLMEngine:
-        configs[expert].additional_config = ReportingConfig(
+    def __init__(
+        self,
+        names: Sequence[str],
+        configs: Sequence[Any],
+        devices: Sequence[str],
+        spec: PlaneSpec,
+        failures: Failures,
+        disable_log_stats: bool,
+    ):
+        self._names, self._configs, self._devices = names, configs, devices
+        self._spec, self._failures, self._disable_log_stats = spec, failures, disable_log_stats
+        self._metrics = SharedMetrics(len(configs))
+        self._cores = _dealt_cores(len(configs))
+
+    async def start(self, expert: int) -> LLMEngine:
+        """One expert's engine, in a process of its own.
+
+        Raises:
+            StartError: it does not start; says why.
+        """
+        self._failures.forget(expert)
+        try:
+            return await asyncio.to_thread(self._started, expert)
+        except Exception as error:
+            reason = self._failures.told(self._names) or f"expert {self._names[expert]!r}: {reason_of(error)}"
+            raise StartError(
+                f"an engine did not start: {reason} (the log above has the traceback)"
+            ) from error
+
+    async def start_all(self, started: list[LLMEngine]) -> list[LLMEngine]:
+        """All experts' engines, side by side; ``started`` has those that came up, also on failure.
+
+        Raises:
+            StartError: names the experts whose engines did not start, and why.
+        """
+        started_at = time.monotonic()
+        logger.info("starting %d engines", len(self._configs))
+
+        async def start(expert: int) -> LLMEngine:
+            engine = await self.start(expert)
+            started.append(engine)
+            return engine
+
+        results = await asyncio.gather(*map(start, range(len(self._configs))), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        logger.info("engines ready after %.0f s", time.monotonic() - started_at)
+        return results  # type: ignore[return-value]  # no errors are among them
+
+    def _started(self, expert: int) -> LLMEngine:
+        config = copy.deepcopy(self._configs[expert])  # in which an engine's start leaves what it has found
+        config.additional_config = ReportingConfig(
             expert=expert,
-            plane=spec,
-            cpus=cores[expert],
-            devices=devices[expert],
+            plane=self._spec,
+            cpus=self._cores[expert],
+            devices=self._devices[expert],
             gateway_pid=os.getpid(),
-            failures=failures.address,
+            failures=self._failures.address,
         )
         llm = AsyncLLM.from_vllm_config(
-            configs[expert],
-            stat_loggers=None if disable_log_stats else [metrics.factory_for(expert)],
-            disable_log_stats=disable_log_stats,
+            config,
+            stat_loggers=None if self._disable_log_stats else [self._metrics.factory_for(expert)],
+            disable_log_stats=self._disable_log_stats,
         )
-        engine = LLMEngine(llm)
-        started.append(engine)
-        return engine
-
-    started_at = time.monotonic()
-    logger.info("starting %d engines", len(configs))
-    results = await asyncio.gather(
-        *(asyncio.to_thread(start, expert) for expert in range(len(configs))), return_exceptions=True
-    )
-    errors = {k: result for k, result in enumerate(results) if isinstance(result, BaseException)}
-    if errors:
-        expert, error = next(iter(errors.items()))
-        raise StartError(
-            f"an engine did not start: {failures.told(names) or f'expert {names[expert]!r}: {reason_of(error)}'} "
-            "(the log above has the traceback)"
-        ) from error
-    logger.info("engines ready after %.0f s", time.monotonic() - started_at)
-    return results  # type: ignore[return-value]  # no errors are among them
+        return LLMEngine(llm)
 
 
 def _dealt_cores(engines: int) -> list[tuple[int, ...]]:

@@ -34,11 +34,19 @@ class Failures:
 
     def told(self, names: Sequence[str]) -> str | None:
         """What has failed so far, of experts by their ``names``: "expert 'code': reason"; None: nothing."""
+        self._hear()
+        return "; ".join(f"expert {names[k]!r}: {self._reasons[k]}" for k in sorted(self._reasons)) or None
+
+    def forget(self, expert: int) -> None:
+        """An expert's engine is started anew: what it has reported before is no reason any more."""
+        self._hear()
+        self._reasons.pop(expert, None)
+
+    def _hear(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while True:
                 expert, reason = json.loads(self._socket.recv(65_536))
                 self._reasons.setdefault(expert, reason)  # what comes later follows from it
-        return "; ".join(f"expert {names[k]!r}: {self._reasons[k]}" for k in sorted(self._reasons)) or None
 
     def close(self) -> None:
         self._socket.close()

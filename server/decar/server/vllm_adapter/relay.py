@@ -1,4 +1,4 @@
-"""One request's output from several engines, one after another: leaders hand over, the stream goes on.
+"""One request's output from several engines, one after another: leaders hand over or die, the stream goes on.
 
 Knows vLLM's output processor. Every engine has its own, which turns the engine's tokens into text, log-probabilities
 and stop strings; what it has of a request so far moves to the next leader's.
@@ -6,26 +6,41 @@ and stop strings; what it has of a request so far moves to the next leader's.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from vllm.v1.engine.async_llm import AsyncLLM
-
 from decar.server.protocol.cores import GatewayThread
 from decar.server.protocol.lockstep import follow_membership
-from decar.server.protocol.member import Member
+from decar.server.protocol.member import Member, Spoken
 from decar.server.protocol.plane import Block
+
+_tickets = itertools.count(1)
+
+
+@dataclass
+class BrokenOff:
+    """An answer without a speaker: `decar.server.gateway.engine.Speech`.
+
+    Attributes:
+        tokens: [T], what has been said.
+        state: the user's, as the last speaker's processor had it.
+    """
+
+    tokens: list[int]
+    state: Any
+    ticket: int = field(default_factory=lambda: next(_tickets))
 
 
 @dataclass
 class RelayedRequest:
-    """A request whose leader may change, and whose weights are read along.
+    """A request whose speaker may change, and whose weights are read along.
 
     Attributes:
-        member: its part in the lockstep, as far as the gateway has followed.
+        member: its part in the lockstep, as far as the gateway has followed; None where one engine answers alone.
         speaker: whose processor has the user's state.
         on_tokens: called when tokens are there, with how many there are by now; also where the user gets only the
             whole answer.
@@ -34,9 +49,9 @@ class RelayedRequest:
         heard: how many tokens there are.
     """
 
-    member: Member
+    member: Member | None
     speaker: int
-    on_tokens: Callable[[int], None]
+    on_tokens: Callable[[int], None] | None
     ids: dict[int, str] = field(default_factory=dict)
     early: dict[int, list[Any]] = field(default_factory=dict)
     heard: int = 0
@@ -49,27 +64,78 @@ LATE_S = 0.02
 class Relay:
     """Stands in front of the output processors of ``engines``; ``blocks`` say who leads, ``thread`` does the work."""
 
-    def __init__(self, engines: Sequence[AsyncLLM], blocks: Sequence[Block], thread: GatewayThread):
+    def __init__(self, engines: Sequence[Any], blocks: Sequence[Block], thread: GatewayThread):
         self._blocks = blocks
         self._thread = thread
         self._relayed: dict[tuple[int, str], RelayedRequest] = {}
-        self._processors = [engine.output_processor for engine in engines]
-        self._process = [processor.process_outputs for processor in self._processors]
-        for expert, processor in enumerate(self._processors):
-            processor.process_outputs = partial(self._process_outputs, expert)
+        self._broken_off: dict[tuple[int, int], BrokenOff] = {}  # by who is to go on, and ticket
+        self._processors: list[Any] = [None] * len(engines)
+        self._process: list[Any] = [None] * len(engines)
+        for expert, engine in enumerate(engines):
+            self.stand_before(expert, engine)
 
-    def begin(self, member: Member, on_tokens: Callable[[int], None]) -> RelayedRequest:
-        """A request that its leader is about to be given."""
-        return RelayedRequest(member, member.leader, on_tokens)
+    def stand_before(self, expert: int, engine: Any) -> None:
+        """From now on, an expert's engine is this `LLMEngine`."""
+        processor = self._processors[expert] = engine.llm.output_processor
+        self._process[expert] = processor.process_outputs
+        processor.process_outputs = partial(self._process_outputs, expert)
+        processor.add_request = partial(self._add_request, expert, processor.add_request)
+        processor.propagate_error = partial(self._propagate_error, expert)
+
+    def begin(
+        self,
+        leader: int,
+        member: Member | None = None,
+        on_tokens: Callable[[int], None] | None = None,
+        speech: BrokenOff | None = None,
+    ) -> RelayedRequest:
+        """A request that ``leader`` is about to be given; it goes on with ``speech``, where there is one."""
+        relayed = RelayedRequest(member, leader, on_tokens)
+        if speech is not None:
+            relayed.heard = len(speech.tokens)
+            self._broken_off[leader, speech.ticket] = speech
+        return relayed
 
     def follow(self, relayed: RelayedRequest, expert: int, request_id: str) -> None:
         """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
         relayed.ids[expert] = request_id
         self._relayed[expert, request_id] = relayed
 
+    def speaks(self, relayed: RelayedRequest, expert: int) -> bool:
+        """Whether it is ``expert`` that the user hears now."""
+        return relayed.speaker == expert
+
+    def break_off(self, relayed: RelayedRequest) -> BrokenOff | None:
+        """Forget a request, and take its user's state out of its speaker's processor; None if nothing was said yet."""
+        self.forget(relayed)
+        request_id = relayed.ids.get(relayed.speaker, "")
+        states = self._processors[relayed.speaker].request_states
+        if request_id not in states or not states[request_id].detokenizer.num_output_tokens():
+            return None
+        state = states.pop(request_id)
+        return BrokenOff(list(state.detokenizer.output_token_ids), state)
+
     def forget(self, relayed: RelayedRequest) -> None:
         for expert_and_id in relayed.ids.items():
             self._relayed.pop(expert_and_id, None)
+
+    def _add_request(
+        self, expert: int, add_request: Callable[..., Any], request: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """In place of a processor's `add_request`: who goes on with an answer gets its user's state."""
+        add_request(request, *args, **kwargs)
+        spoken = Spoken.of(request.sampling_params)
+        speech = spoken and self._broken_off.pop((expert, spoken.ticket), None)
+        if speech:
+            states, request_id = self._processors[expert].request_states, request.request_id
+            speech.state.request_id, speech.state.queue = request_id, states[request_id].queue
+            states[request_id] = speech.state
+
+    def _propagate_error(self, expert: int, error: Exception) -> None:
+        """In place of a processor's `propagate_error`: whom the relay knows goes on, and hears of a death elsewhere."""
+        for request_id, state in self._processors[expert].request_states.items():
+            if (expert, request_id) not in self._relayed and state.queue is not None:
+                state.queue.put(error)
 
     def _process_outputs(
         self, expert: int, outputs: list[Any], sent_s: float, *args: Any, **kwargs: Any
@@ -88,11 +154,12 @@ class Relay:
             else:
                 relayed.early.setdefault(expert, []).append(output)
             if relayed is not None:
-                if relayed.member.may_release:
+                if relayed.member is not None and relayed.member.may_release:
                     touched.append(relayed)
                 if output.new_token_ids:
                     relayed.heard += len(output.new_token_ids)
-                    relayed.on_tokens(relayed.heard)
+                    if relayed.on_tokens is not None:
+                        relayed.on_tokens(relayed.heard)
         processed = self._process[expert](now, *args, **kwargs)
         for relayed in touched:
             self._hand_over(relayed, *args, **kwargs)
@@ -108,6 +175,7 @@ class Relay:
             state = old.get(relayed.ids.get(relayed.speaker, ""))
             if state is None:
                 return  # it has ended, or not begun
+            assert relayed.member is not None, "one that answers alone hands nothing over"
             follow_membership(self._blocks, relayed.member)
             speaker = relayed.member.leader_at(state.detokenizer.num_output_tokens())
             if speaker == relayed.speaker:

@@ -22,6 +22,25 @@ class StepV1(Step):
         runner._sample = self._sample_and_settle
         self._settle: Settle | None = None
         self._sampler = True
+        self._spoken: dict[str, Sequence[int]] = {}  # of requests that begin in this step, after so much
+        self._joined: Any = None  # the batch that is asked to say who joins it
+
+    def go_on(self, request_id: str, tokens: Sequence[int]) -> None:
+        """The runner knows such requests only from its own past: so it is given one, before the batch has them."""
+        self._spoken[request_id] = tokens
+        batch = self._runner.input_batch
+        if self._joined is not batch:
+            self._joined = batch
+            self._add_request = batch.add_request
+            batch.add_request = self._add_request_after_tokens
+
+    def _add_request_after_tokens(self, request: Any) -> Any:
+        """In place of the batch's `add_request`."""
+        tokens = self._spoken.pop(request.req_id, None)
+        if tokens is not None:
+            request.output_token_ids.extend(tokens)
+            self.redraw(request.req_id, len(tokens))
+        return self._add_request(request)
 
     def append(self, request_id: str, token: int) -> None:
         self._runner.requests[request_id].output_token_ids.append(token)

@@ -51,6 +51,9 @@ class StepV2(Step):
             num_rejected=torch.zeros_like(one),
         )
 
+    def go_on(self, request_id: str, tokens: Sequence[int]) -> None:
+        """Nothing to do: what was preempted comes with its tokens too."""
+
     def redraw(self, request_id: str, tokens: int) -> None:
         """Nothing to do."""
 

@@ -8,13 +8,14 @@ are there, one computed token is taken back, so that the position runs again and
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, wait
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from decar.server.protocol.lockstep import Observer
-from decar.server.protocol.member import LockstepConfig, Member, PromptRows
+from decar.server.protocol.member import LockstepConfig, Member, PromptRows, spoken_tokens
 from decar.server.protocol.plane import Plane
 from decar.server.vllm_adapter.versions import accept_tokens
 
@@ -39,6 +40,9 @@ class LockstepScheduler(Scheduler):
         self.kv_cache_manager.coordinator.find_longest_cache_hit = self._longest_readable_hit
 
     def add_request(self, request: Request) -> None:
+        tokens = spoken_tokens(request.sampling_params)
+        if tokens:
+            self._go_on(request, tokens)
         super().add_request(request)
         member = Member.of(request.sampling_params)
         if member is not None:
@@ -47,6 +51,7 @@ class LockstepScheduler(Scheduler):
                 self._releasable[request.request_id] = member
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self.lockstep.mine.beat()
         released = [
             request for request, member in self._releasable.items() if not self.lockstep.takes_part(member)
         ]
@@ -117,6 +122,17 @@ class LockstepScheduler(Scheduler):
         request.append_output_token_ids(token)
         accept_tokens(self.structured_output_manager, request, [token])
 
+    def _go_on(self, request: Request, tokens: list[int]) -> None:
+        """Have a new request begin after ``tokens`` [T] of its answer, which other engines have said."""
+        request.append_output_token_ids(tokens)
+        if request.structured_output_request is not None:
+            compiled = request.structured_output_request._grammar
+            if isinstance(compiled, Future):
+                wait(
+                    [compiled]
+                )  # it is compiled meanwhile; no token may be asked of it before it has heard these
+            accept_tokens(self.structured_output_manager, request, tokens)
+
     def _cached_blocks_of(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Cached blocks of a request; of one whose prompt is looked at, only those that need no look.
 
@@ -124,7 +140,8 @@ class LockstepScheduler(Scheduler):
         """
         member, rows = self._members.get(request.request_id), PromptRows.of(request.sampling_params)
         self._readable = None if rows is None else rows.start
-        if member is not None and member.scored is not None and not request.num_output_tokens:
+        begins = request.num_output_tokens == len(spoken_tokens(request.sampling_params))
+        if member is not None and member.scored is not None and begins:
             known, _ = member.scored[self.lockstep.expert]
             self._readable = known - 1  # the last of these tokens predicts the first that is not known
         return self._cached_blocks(request, *args, **kwargs)

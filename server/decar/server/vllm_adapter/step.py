@@ -46,6 +46,10 @@ class Step(ABC):
         """Give a request whose row was dropped the token of that position, as if it had been sampled."""
 
     @abstractmethod
+    def go_on(self, request_id: str, tokens: Sequence[int]) -> None:
+        """Before the step that a request begins in: it begins after ``tokens`` [T], as one does that was preempted."""
+
+    @abstractmethod
     def redraw(self, request_id: str, tokens: int) -> None:
         """Bring a request's random numbers to where they are after ``tokens`` sampled tokens."""
 

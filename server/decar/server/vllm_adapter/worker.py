@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 
 from decar.server.protocol.cores import take_long_slices
 from decar.server.protocol.lockstep import HELD, Lockstep
-from decar.server.protocol.member import LockstepConfig, Member, PromptRows
+from decar.server.protocol.member import LockstepConfig, Member, PromptRows, spoken_tokens
 from decar.server.protocol.plane import Plane
 from decar.server.protocol.transport import transport_of
 from decar.server.vllm_adapter.cuda_memory import CudaMemory
@@ -159,20 +159,22 @@ class LockstepWorker(_Worker):
 
     def _admit(self, new: NewRequestData) -> None:
         """Know a request that this engine begins with, or begins with again: V2 resumes what was preempted so."""
-        rows = PromptRows.of(new.sampling_params)
+        rows, spoken = PromptRows.of(new.sampling_params), spoken_tokens(new.sampling_params)
         if rows is not None:
             self._prompts.write_rows(new.req_id, rows)
+        if spoken:
+            self.step.go_on(new.req_id, spoken)
         resumed = new.req_id in self._members
         member = self._members[new.req_id] if resumed else Member.of(new.sampling_params)
         if member is None:
             return
         self._members[new.req_id] = member
-        self.lockstep.join(member)
+        self.lockstep.join(member, len(spoken))
         if self.lockstep.holds_slot(member):
             self._prompt_tokens[member.slot] = len(new.prompt_token_ids)
-            self.lockstep.produced[member.slot] = _num_output_tokens(new)
+            self.lockstep.produced[member.slot] = max(_num_output_tokens(new), len(spoken))
         if member.scored is not None and not resumed:
-            self._prompts.score(new.req_id, member, new.prompt_token_ids, new.mm_features)
+            self._prompts.score(new.req_id, member, [*new.prompt_token_ids, *spoken], new.mm_features)
 
     def _what_is_due(self, scheduler_output: SchedulerOutput) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Requests whose last known token is computed in this step; which of them have their slot, and slots: [n]."""

@@ -1,0 +1,106 @@
+"""Brings engines back that have died, and ends those that are stuck. Knows when an engine is, not what it computes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from decar.server.gateway.engine import Engine
+from decar.server.gateway.ensemble import EnsembleClient
+from decar.server.gateway.warm_up import warm_up
+
+logger = logging.getLogger("decar")
+
+SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+"""Between an engine's death and its next start. It doubles while they go on dying, and an engine that has lived for
+longer than the longest begins anew."""
+LOOK_S = 1.0
+
+
+class Supervisor:
+    """Keeps the engines of ``client`` alive.
+
+    Args:
+        start: gives an expert a new engine.
+        image: a prompt with an image, which warms an engine; None where the experts take none.
+        stuck_after_s: an engine with work that does not get on for so long is ended. Without an end, everybody who
+            waits for its rows would wait as well.
+    """
+
+    def __init__(
+        self,
+        client: EnsembleClient,
+        start: Callable[[int], Awaitable[Engine]],
+        image: Any | None,
+        stuck_after_s: float,
+    ):
+        self._client, self._start, self._image = client, start, image
+        self._looks = max(round(stuck_after_s / LOOK_S), 1)
+        self._waits = [SHORTEST_WAIT_S] * len(client.experts)
+        self._up_since = [time.monotonic()] * len(client.experts)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def watch(self) -> None:
+        """Begin. Call once, inside the event loop, when all engines are warm."""
+        self._client.health.then = self._dead
+        self._run(self._look_for_stuck())
+
+    def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def _run(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _dead(self, expert: int) -> None:
+        self._run(self._bring_back(expert))
+
+    async def _bring_back(self, expert: int) -> None:
+        client, name = self._client, self._client.experts[expert].name
+        client.experts[expert].engine.end()
+        if time.monotonic() - self._up_since[expert] > LONGEST_WAIT_S:
+            self._waits[expert] = SHORTEST_WAIT_S
+        while True:
+            wait_s = self._waits[expert]
+            self._waits[expert] = min(2 * wait_s, LONGEST_WAIT_S)
+            logger.error("the engine of expert %r has died: it is started again in %.0f s", name, wait_s)
+            await asyncio.sleep(wait_s)
+            try:
+                engine = await self._start(expert)
+            except Exception as error:
+                logger.error("expert %r: %s", name, error)
+                continue
+            client.give_engine(expert, engine)
+            try:
+                await warm_up(client, self._image, expert)
+            except Exception as error:
+                logger.error("expert %r: its new engine cannot be warmed up: %r", name, error)
+                client.health.dead(expert)
+                engine.end()
+                continue
+            client.rejoin(expert)
+            self._up_since[expert] = time.monotonic()
+            logger.info("expert %r is back", name)
+            return
+
+    async def _look_for_stuck(self) -> None:
+        """By how often it was looked, not by the clock: where all has stood still, nobody is stuck."""
+        blocks = self._client.plane.blocks
+        seen = [(-1, 0)] * len(blocks)  # how many beats, and how often they have been so many
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for k, expert in enumerate(self._client.experts):
+                beats, looks = seen[k]
+                now = int(blocks[k].beats[0])
+                if beats != now or not expert.lives or not expert.engine.has_work():
+                    seen[k] = now, 0
+                    continue
+                seen[k] = now, looks + 1
+                if looks + 1 == self._looks:
+                    logger.error("the engine of expert %r does not get on: it is ended", expert.name)
+                    expert.engine.end()
