@@ -84,7 +84,7 @@ class Engine(Protocol):
         ...
 
     def end(self) -> None:
-        """End its process, whatever it is doing, and give back what it has; quiet if that has happened."""
+        """End its process, whatever it is doing; quiet if it has ended."""
         ...
 
     def keep_images(self, key: str) -> None:

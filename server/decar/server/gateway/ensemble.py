@@ -490,7 +490,7 @@ class EnsembleClient(AllEngines):
             self._metrics.observe(reader.between(start, read))
 
     def _needs(self, member: Member, relayed: Any, expert: int) -> bool:
-        """Whether a request is lost without ``expert``: it takes part, or has something to say that it decided before."""
+        """Whether a request is lost without ``expert``: it takes part, or has not said yet what it decided."""
         follow_membership(self.plane.blocks, member)  # those that have released it go on
         return expert in member.active or self._relay.speaks(relayed, expert)
 

@@ -88,9 +88,9 @@ class PromptScorer:
     async def beginning(
         self, prompt: Any, experts: Sequence[int], spoken: Sequence[int] = ()
     ) -> AsyncIterator[Beginning]:
-        """What ``experts`` are known to think of ``prompt`` and what has been ``spoken`` after it. Where that is not all,
-        whoever enters has the rest scored, and says so to `Beginning.learn`; others who ask for the same text wait for
-        that, so that it is scored once."""
+        """What ``experts`` are known to think of ``prompt``, with what has been ``spoken`` after it. Where that is not
+        all, whoever enters has the rest scored, and says so to `Beginning.learn`; others who ask for the same text
+        wait for that, so that it is scored once."""
         ids, salt = [*tokens_of(prompt), *spoken], _salt_of(prompt)
         key = (salt, tuple(ids))
         while (other := self._under_way.get(key)) is not None:

@@ -62,7 +62,6 @@ class Supervisor:
 
     async def _bring_back(self, expert: int) -> None:
         client, name = self._client, self._client.experts[expert].name
-        client.experts[expert].engine.end()
         if time.monotonic() - self._up_since[expert] > LONGEST_WAIT_S:
             self._waits[expert] = SHORTEST_WAIT_S
         while True:

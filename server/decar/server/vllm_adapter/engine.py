@@ -11,7 +11,6 @@ import contextlib
 import copy
 import logging
 import os
-import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,8 @@ class LLMEngine:
         keep_to_limits(llm)
         self.llm = llm
         self.client: EngineClient = llm
-        self.pid = int(llm.engine_core.resources.engine_manager.processes[0].pid)
+        self._process = llm.engine_core.resources.engine_manager.processes[0]
+        self.pid = int(self._process.pid)
         self.cores = os.sched_getaffinity(self.pid) if current_platform.is_cpu() else set()
 
     async def submit(self, request_id: str, prompt: Any, params: SamplingParams, **kwargs: Any) -> Any:
@@ -64,10 +64,7 @@ class LLMEngine:
         return bool(self.llm.output_processor.request_states)
 
     def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        # Not the whole of `AsyncLLM`: the first engine's renderer goes on rendering everybody's prompts.
-        self.llm.engine_core.shutdown(timeout=0)
+        self._process.kill()  # vLLM notices, and gives back the rest
 
     def keep_images(self, key: str) -> None:
         renderer = self.llm.renderer

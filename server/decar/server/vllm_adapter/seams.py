@@ -181,7 +181,18 @@ SEAMS: tuple[Seam, ...] = (
             "num_tokens_no_spec token_ids_cpu is_token_ids",
             used_by="tokens adopted late",
         ),
-        reads(_BATCH, "CachedRequestState", "output_token_ids num_computed_tokens sampling_params generator"),
+        replaces(
+            _BATCH,
+            "InputBatch.add_request",
+            "request",
+            called_in=f"{_RUNNER}:GPUModelRunner._update_states",
+            used_by="a request that begins after tokens of its answer",
+        ),
+        reads(
+            _BATCH,
+            "CachedRequestState",
+            "req_id output_token_ids num_computed_tokens sampling_params generator",
+        ),
         reads("vllm.v1.sample.sampler", "Sampler", "topk_topp_sampler"),
         *(
             calls(
@@ -269,6 +280,13 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.core.kv_cache_manager", "KVCacheManager", "coordinator"),
         reads("vllm.v1.request", "Request", "request_id sampling_params status priority arrival_time"),
         reads("vllm.v1.request", "Request", "num_computed_tokens num_tokens num_output_tokens"),
+        reads("vllm.v1.request", "Request", "structured_output_request"),
+        reads(
+            "vllm.v1.structured_output.request",
+            "StructuredOutputRequest",
+            "_grammar",
+            used_by="waited for where it has to hear of tokens that were said before",
+        ),
         calls("vllm.v1.request", "Request.append_output_token_ids", "token_ids"),
         reads("vllm.v1.request", "RequestStatus", "WAITING RUNNING PREEMPTED FINISHED_ABORTED"),
         reads("vllm.v1.engine", "EngineCoreOutputs", "outputs finished_requests scheduler_stats"),
@@ -375,8 +393,22 @@ SEAMS: tuple[Seam, ...] = (
             "engine_core_outputs, engine_core_timestamp, *args, **kwargs",
             called_in=f"{_ENGINE}:AsyncLLM._run_output_handler",
         ),
+        replaces(
+            _PROCESSOR,
+            "OutputProcessor.add_request",
+            "request, *args, **kwargs",
+            called_in=f"{_ENGINE}:AsyncLLM._add_request",
+            used_by="an answer that another engine goes on with",
+        ),
+        replaces(
+            _PROCESSOR,
+            "OutputProcessor.propagate_error",
+            "error",
+            called_in=f"{_ENGINE}:AsyncLLM._run_output_handler",
+        ),
         reads(_PROCESSOR, "OutputProcessor", "request_states"),
-        reads(_PROCESSOR, "RequestState", "request_id detokenizer"),
+        reads(_PROCESSOR, "RequestState", "request_id detokenizer queue"),
+        reads("vllm.v1.engine.detokenizer", "IncrementalDetokenizer", "output_token_ids"),
         calls("vllm.v1.engine.detokenizer", "IncrementalDetokenizer.num_output_tokens"),
     ),
     *used_by(
