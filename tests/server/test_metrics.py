@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,10 @@ def test_engines_counters_are_labelled_by_expert(
     prose.count("pruned")
     prose.count("handed_over", 4)
     prose.count("mix_ns", 2_500_000_000)
-    plane.alive[1] = 0
+    metrics.watch([SimpleNamespace(name="code", up=True), SimpleNamespace(name="prose", up=False)])
+    metrics.failed_over(1)
+    metrics.failed_over(1)
+    metrics.restarted(0)
 
     def by_expert(name: str) -> list[float | None]:
         return [registry.get_sample_value(name, {"expert": expert}) for expert in ("code", "prose")]
@@ -49,6 +53,8 @@ def test_engines_counters_are_labelled_by_expert(
     assert by_expert("decar:handed_over_total") == [0, 4]
     assert by_expert("decar:mixing_seconds_total") == [0, 2.5]
     assert by_expert("decar:expert_up") == [1, 0]
+    assert by_expert("decar:failovers_total") == [0, 2]
+    assert by_expert("decar:restarts_total") == [1, 0]
 
 
 def test_weights_become_histograms_per_token(metrics: EnsembleMetrics, registry: CollectorRegistry) -> None:

@@ -108,34 +108,32 @@ class DeviceTransport:
         self._stride = _stride(spec.vocab_size)
         self._size_bytes = buffer_bytes(spec.slots, spec.vocab_size, spec.dtype)
         self._offers = plane.fields["handles"][:, 0]
-        self._mapped = np.zeros_like(self._offers)  # which offer of each expert is mapped; 0: none
+        self._mapped = np.full_like(self._offers, -1)  # which offer of each expert is mapped; 0: it is gone
         self._buffer, handle = memory.allocate(self._size_bytes)
         self._own = self._views(self._buffer)
-        self._buffers = [self._buffer] * len(
-            self._offers
-        )  # in place of one that has not been offered, or is gone
-        self._rows = self._all_rows()
+        self._buffers = [self._buffer] * len(self._offers)  # in place of one that is gone: nobody reads it
+        self._rows: Rows | None = None
         plane.blocks[expert].offer(handle)
 
     @property
     def rows(self) -> Rows:
         offers = self._offers * self._plane.alive
         if (offers != self._mapped).any():
-            self._map(offers)
+            self._rows = self._mapped_rows(offers)
+        assert self._rows is not None, "an engine has at least its own"
         return self._rows
 
-    def _map(self, offers: np.ndarray) -> None:
-        """Map these offers [K], where they are others than before."""
+    def _mapped_rows(self, offers: np.ndarray) -> Rows:
+        """Everybody's rows, by these offers [K]."""
         for k in np.flatnonzero(offers != self._mapped).tolist():
-            if k == self._expert or not offers[k]:
+            if k == self._expert or not self._plane.alive[k]:
                 self._buffers[k] = self._buffer
+            elif not offers[k]:
+                raise RuntimeError(f"expert {k} is asked for rows before its engine has started")
             else:
                 handle = self._plane.fields["handle"][k].tobytes()
                 self._buffers[k] = self._memory.open(handle, self._size_bytes)
         self._mapped = offers
-        self._rows = self._all_rows()
-
-    def _all_rows(self) -> Rows:
         views = [self._views(buffer) for buffer in self._buffers]
         return Rows([logits for logits, _ in views], [log_normalisers for _, log_normalisers in views])
 

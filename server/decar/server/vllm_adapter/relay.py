@@ -47,6 +47,7 @@ class RelayedRequest:
         ids: expert -> the id that its engine knows the request by.
         early: expert -> outputs of tokens that come after ones which are still on their way from another engine.
         heard: how many tokens there are.
+        going_on: who is to go on with which ticket's answer.
     """
 
     member: Member | None
@@ -55,6 +56,7 @@ class RelayedRequest:
     ids: dict[int, str] = field(default_factory=dict)
     early: dict[int, list[Any]] = field(default_factory=dict)
     heard: int = 0
+    going_on: tuple[int, int] | None = None
 
 
 LATE_S = 0.02
@@ -87,13 +89,14 @@ class Relay:
         leader: int,
         member: Member | None = None,
         on_tokens: Callable[[int], None] | None = None,
-        speech: BrokenOff | None = None,
+        speech: Any | None = None,
     ) -> RelayedRequest:
-        """A request that ``leader`` is about to be given; it goes on with ``speech``, where there is one."""
+        """A request that ``leader`` is about to be given; it goes on with ``speech`` (`BrokenOff`), if any."""
         relayed = RelayedRequest(member, leader, on_tokens)
         if speech is not None:
             relayed.heard = len(speech.tokens)
-            self._broken_off[leader, speech.ticket] = speech
+            relayed.going_on = leader, speech.ticket
+            self._broken_off[relayed.going_on] = speech
         return relayed
 
     def follow(self, relayed: RelayedRequest, expert: int, request_id: str) -> None:
@@ -118,6 +121,8 @@ class Relay:
     def forget(self, relayed: RelayedRequest) -> None:
         for expert_and_id in relayed.ids.items():
             self._relayed.pop(expert_and_id, None)
+        if relayed.going_on is not None:
+            self._broken_off.pop(relayed.going_on, None)
 
     def _add_request(
         self, expert: int, add_request: Callable[..., Any], request: Any, *args: Any, **kwargs: Any
@@ -125,17 +130,17 @@ class Relay:
         """In place of a processor's `add_request`: who goes on with an answer gets its user's state."""
         add_request(request, *args, **kwargs)
         spoken = Spoken.of(request.sampling_params)
-        speech = spoken and self._broken_off.pop((expert, spoken.ticket), None)
-        if speech:
+        speech = None if spoken is None else self._broken_off.pop((expert, spoken.ticket), None)
+        if speech is not None:
             states, request_id = self._processors[expert].request_states, request.request_id
             speech.state.request_id, speech.state.queue = request_id, states[request_id].queue
             states[request_id] = speech.state
 
-    def _propagate_error(self, expert: int, error: Exception) -> None:
+    def _propagate_error(self, expert: int, e: Exception) -> None:
         """In place of a processor's `propagate_error`: whom the relay knows goes on, and hears of a death elsewhere."""
         for request_id, state in self._processors[expert].request_states.items():
             if (expert, request_id) not in self._relayed and state.queue is not None:
-                state.queue.put(error)
+                state.queue.put(e)
 
     def _process_outputs(
         self, expert: int, outputs: list[Any], sent_s: float, *args: Any, **kwargs: Any

@@ -403,7 +403,7 @@ SEAMS: tuple[Seam, ...] = (
         replaces(
             _PROCESSOR,
             "OutputProcessor.propagate_error",
-            "error",
+            "e",
             called_in=f"{_ENGINE}:AsyncLLM._run_output_handler",
         ),
         reads(_PROCESSOR, "OutputProcessor", "request_states"),
