@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decar.router import Ensemble
 from decar.router.errors import RequestError
+from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
 from decar.server.gateway.request import Call, current_call, model_ids, offered_routers, parse_call
 from decar.server.protocol.cores import GatewayThread
@@ -158,7 +159,7 @@ class DecarMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        plain, path = send, scope["path"].removeprefix(scope.get("root_path", ""))
         body = await _read_body(receive)
         if body is None:
             message = f"the request body is larger than {MAX_BODY_BYTES // 2**20} MiB"
@@ -176,30 +177,15 @@ class DecarMiddleware:
                 message = "decar.trace cannot follow a beam search: leave one of them out"
                 return await error_response(message, 400, "decar.trace")(scope, receive, send)
             current_call.set(call)
-            send = _Available(call, scope, receive, send)
             body = json.dumps(fields).encode()
             if path in ANNOTATED_PATHS and (fields.get("model") is None or fields["model"] in self._models):
                 send = _Annotated(call, send)
-        await self.app(_with_length(scope, len(body)), _replay(body, receive), send)
-
-
-class _Available:
-    """A `send` that gives in place of an error what the `Call` says of when there will be an answer."""
-
-    def __init__(self, call: Call, scope: Scope, receive: Receive, send: Send):
-        self._call = call
-        self._scope, self._receive, self._send = scope, receive, send
-        self._answered = False
-
-    async def __call__(self, message: Message) -> None:
-        reason = self._call.unavailable
-        if message["type"] == "http.response.start" and message["status"] >= 500 and reason:
-            self._answered = True
-            response = error_response(reason, 503, None, "ServiceUnavailableError")
+        try:
+            await self.app(_with_length(scope, len(body)), _replay(body, receive), send)
+        except ExpertDown as down:  # raised before anything was sent: a stream ends with an event
+            response = error_response(str(down), 503, None, "ServiceUnavailableError")
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
-            await response(self._scope, self._receive, self._send)
-        elif not self._answered:
-            await self._send(message)
+            await response(scope, receive, plain)
 
 
 class _Annotated:

@@ -31,6 +31,7 @@ from decar.server.gateway.sampling import (
     params_alone,
     params_of,
     params_of_choices,
+    produced_by,
     uniforms,
     without_prompt_logprobs,
 )
@@ -174,7 +175,7 @@ class EnsembleClient(AllEngines):
                     yield output
         except Exception:
             if client.errored:
-                raise self._down(asked.call, [expert]) from None
+                raise self._down([expert]) from None
             raise
 
     # --- whoever dies -------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ class EnsembleClient(AllEngines):
         call = asked.call
         self._metrics.failed_over(expert)
         if call.on_expert_loss == "fail":
-            raise self._down(call, [expert])
+            raise self._down([expert])
         if asked.speech is not None and asked.params.prompt_logprobs is not None:
             asked.params = without_prompt_logprobs(asked.params)  # they have been said
 
@@ -252,17 +253,14 @@ class EnsembleClient(AllEngines):
             return log_weights
         call.degraded.update(dict.fromkeys(self.experts[k].name for k in missing))
         if len(missing) == len(weighed) or call.on_expert_loss == "fail":
-            raise self._down(call, missing)
+            raise self._down(missing)
         rest = np.array(log_weights)
         rest[missing] = -np.inf
         return rest - np.logaddexp.reduce(rest)
 
-    def _down(self, call: Call, experts: Sequence[int]) -> ExpertDown:
+    def _down(self, experts: Sequence[int]) -> ExpertDown:
         names = ", ".join(repr(self.experts[k].name) for k in experts)
-        call.unavailable = (
-            f"the engine of expert {names} is down, and is being started again: ask again in a moment"
-        )
-        return ExpertDown(call.unavailable)
+        return ExpertDown(f"expert {names} is down and is being started again: ask again in a moment")
 
     # --- weigh --------------------------------------------------------------------------------------------
 
@@ -374,18 +372,21 @@ class EnsembleClient(AllEngines):
         ]
         key = object()
         self.thread.hurry(key, True)
-        produced = 0
+        start = len(asked.spoken)
+        produced = [start] * asked.params.n
         try:
             async for output in outputs:
-                produced += sum(len(completion.token_ids) for completion in output.outputs)
-                if call.trace:
-                    for completion in output.outputs:
-                        traces[completion.index].weights += [weights] * len(completion.token_ids)
-                        traces[completion.index].leaders += [name] * len(completion.token_ids)
+                for completion in output.outputs:
+                    index = completion.index
+                    news = produced_by(completion, asked.params, produced[index]) - produced[index]
+                    produced[index] += news
+                    if call.trace:
+                        traces[index].weights += [weights] * news
+                        traces[index].leaders += [name] * news
                 yield output
         finally:
             self.thread.hurry(key, False)
-            self._metrics.observe_alone(produced)
+            self._metrics.observe_alone(sum(produced) - start * asked.params.n)
             await outputs.aclose()
 
     # --- slot, leader, fan out, stream --------------------------------------------------------------------
@@ -471,7 +472,7 @@ class EnsembleClient(AllEngines):
                 while not finished:
                     output = await hearing.next()
                     finished = output.finished
-                    produced += sum(len(completion.token_ids) for completion in output.outputs)
+                    produced = produced_by(output.outputs[0], asked.params, produced)
                     self.thread.hurry(slot, member.may_release or produced == start)
                     note(produced)
                     yield output

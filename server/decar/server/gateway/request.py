@@ -70,7 +70,6 @@ class Call:
         on_expert_loss: whether to go on without an expert that is down.
         warms: an expert that may take part though it is not up yet, since this warms it.
         degraded: names of experts that should have taken part and were down, in the order that this was found in.
-        unavailable: why there is no answer now, though the request is a good one.
         choices: by choice index, once routed.
     """
 
@@ -86,7 +85,6 @@ class Call:
     on_expert_loss: OnExpertLoss = "renormalise"
     warms: int | None = None
     degraded: dict[str, None] = field(default_factory=dict)
-    unavailable: str | None = None
     choices: dict[int, ChoiceTrace] = field(default_factory=dict)
     prompts: int = 0  # prompts seen so far: a completion request may bring several
 

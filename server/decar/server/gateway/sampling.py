@@ -76,6 +76,12 @@ def params_of_choices(params: SamplingParams) -> list[SamplingParams]:
     return choices
 
 
+def produced_by(completion: CompletionOutput, params: SamplingParams, before: int) -> int:
+    """Tokens of an answer with ``completion``, of which there were so many ``before``; in a stream it has new ones."""
+    count = len(completion.token_ids)
+    return before + count if params.output_kind == RequestOutputKind.DELTA else count
+
+
 async def merged(
     choices: list[AsyncGenerator[RequestOutput, None]], params: SamplingParams
 ) -> AsyncGenerator[RequestOutput, None]:

@@ -17,6 +17,7 @@ class SharedMetrics:
     def __init__(self, experts: int):
         self._experts = experts
         self._logger: PrometheusStatLogger | None = None
+        self._announced = False
         self._lock = threading.Lock()  # engines are built in threads of their own
 
     def logger(self, vllm_config: Any) -> PrometheusStatLogger:
@@ -38,7 +39,8 @@ class SharedMetrics:
                 self._logger.record(*args, **kwargs)
 
             def log_engine_initialized(self) -> None:
-                if expert == 0:
+                if expert == 0 and not shared._announced:  # its next engine would register them again
+                    shared._announced = True
                     self._logger.log_engine_initialized()
 
             def record_admission_rejection(self, *args: Any, **kwargs: Any) -> None:

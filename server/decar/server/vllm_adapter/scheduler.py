@@ -125,6 +125,9 @@ class LockstepScheduler(Scheduler):
     def _go_on(self, request: Request, tokens: list[int]) -> None:
         """Have a new request begin after ``tokens`` [T] of its answer, which other engines have said."""
         request.append_output_token_ids(tokens)
+        request.prefill_stats = (
+            None  # of a request's first prefill; vLLM takes it for one of the prompt alone
+        )
         if request.structured_output_request is not None:
             compiled = request.structured_output_request._grammar
             if isinstance(compiled, Future):

@@ -280,7 +280,7 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.core.kv_cache_manager", "KVCacheManager", "coordinator"),
         reads("vllm.v1.request", "Request", "request_id sampling_params status priority arrival_time"),
         reads("vllm.v1.request", "Request", "num_computed_tokens num_tokens num_output_tokens"),
-        reads("vllm.v1.request", "Request", "structured_output_request"),
+        reads("vllm.v1.request", "Request", "structured_output_request prefill_stats"),
         reads(
             "vllm.v1.structured_output.request",
             "StructuredOutputRequest",
