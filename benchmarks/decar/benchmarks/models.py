@@ -40,6 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
+        "initializer_range": 0.02,  # larger weights would spread bfloat16's rounding over so many layers to nats
     },
 }
 
@@ -61,10 +62,8 @@ def build_ensemble(directory: Path, shape: str, experts: int = 2) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0")
-    others = {"tie_word_embeddings": False, "dtype": "float32"}
-    config = LlamaConfig(
-        **{**others, **sizes}, max_position_embeddings=1024, initializer_range=0.1, eos_token_id=1
-    )
+    sizes = {"tie_word_embeddings": False, "dtype": "float32", "initializer_range": 0.1, **sizes}
+    config = LlamaConfig(**sizes, max_position_embeddings=1024, eos_token_id=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # a billion random numbers take minutes on a CPU
     entries = []
     for i in range(experts):
@@ -73,7 +72,7 @@ def build_ensemble(directory: Path, shape: str, experts: int = 2) -> Path:
         path = directory / "experts" / name
         with torch.device(device):
             model = LlamaForCausalLM(config)
-        model.to(config.dtype).save_pretrained(path)
+        model.to(getattr(torch, sizes["dtype"])).save_pretrained(path)
         fast.save_pretrained(path)
         entries.append({"name": name, "path": f"experts/{name}", "prior": 1 / experts})
     manifest = {"format_version": 1, "name": shape, "experts": entries, "router": {"kind": "prior"}}

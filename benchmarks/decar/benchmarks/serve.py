@@ -165,11 +165,9 @@ def _measure_all(
     with contextlib.ExitStack() as servers:
         # The client's imports take seconds: while a plain server starts, the other cores have nothing to do.
         threading.Thread(target=importlib.import_module, args=("vllm.benchmarks.serve",)).start()
-        say("plain vLLM")
+        say("all servers")
         count = len(bench.experts) if {"independent", "split", "http"} & set(compared) else 1
-        plain = servers.enter_context(bench.plain_servers(count))
-        say("the ensemble")
-        ensemble = servers.enter_context(bench.ensemble_server())
+        plain, ensemble = servers.enter_context(bench.servers(count))
         base = ensemble.base_url
         equal = dict.fromkeys(bench.experts, 1 / len(bench.experts))
         decar: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from decar.benchmarks.load import Load, Measured, Prompts, Target, measure, together
 from decar.benchmarks.texts import Texts
-from decar.clients.child import Server, free_port, serving
+from decar.clients.child import Server, free_port, launched
 
 
 @dataclass
@@ -91,26 +91,26 @@ class Bench:
         return ids
 
     @contextlib.contextmanager
-    def plain_servers(self, count: int) -> Iterator[list[tuple[Server, str]]]:
-        """The first ``count`` experts' plain vLLM servers, each on its share of the cores, with their model ids."""
+    def servers(self, count: int) -> Iterator[tuple[list[tuple[Server, str]], Server]]:
+        """The first ``count`` experts' plain vLLM servers, each on its share of the cores, with their model ids; and
+        the ensemble's. They start side by side."""
         share = max(len(self.cores) // len(self.experts), 1)
+        flags, module = self._all_flags(), [sys.executable, "-m"]
         with contextlib.ExitStack() as stack:
-            servers = []
-            for i, (name, path) in enumerate(list(self.experts.items())[:count]):
-                command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path)]
-                command += ["--served-model-name", name, "--max-logprobs", "-1", *self._all_flags()]
-                dealt = self.cores[i * share % len(self.cores) :][:share]
-                cores = () if self.on_gpu else dealt
-                log = self.logs / f"{name}.log"
-                servers.append((stack.enter_context(serving(command, free_port(), log, cores=cores)), name))
-            yield servers
 
-    @contextlib.contextmanager
-    def ensemble_server(self) -> Iterator[Server]:
-        command = [sys.executable, "-m", "decar.server", "serve", str(self.directory), *self._all_flags()]
-        cores = () if self.on_gpu else self.cores
-        with serving(command, free_port(), self.logs / "ensemble.log", cores=cores) as server:
-            yield server
+            def launch(name: str, command: list[str], cores: list[int]) -> Callable[[], Server]:
+                log = self.logs / f"{name}.log"
+                cores = [] if self.on_gpu else cores
+                return stack.enter_context(launched([*command, *flags], free_port(), log, cores=cores))
+
+            plain = []
+            for i, (name, path) in enumerate(list(self.experts.items())[:count]):
+                command = [*module, "vllm.entrypoints.openai.api_server", "--model", str(path)]
+                command += ["--served-model-name", name, "--max-logprobs", "-1"]
+                dealt = self.cores[i * share % len(self.cores) :][:share]
+                plain.append((launch(name, command, dealt), name))
+            ensemble = launch("ensemble", [*module, "decar.server", "serve", str(self.directory)], self.cores)
+            yield [(started(), name) for started, name in plain], ensemble()
 
     def _all_flags(self) -> list[str]:
         """The same KV cache for every engine: otherwise a plain server would take what K engines share."""

@@ -86,7 +86,7 @@ def ttft(
 def _measure(bench: Bench, load: Load, repeats: int) -> None:
     """Fill ``bench.runs``."""
     task = bench.progress.add_task("starting", total=None)
-    with bench.plain_servers(1) as [(single, name)], bench.ensemble_server() as ensemble:
+    with bench.servers(1) as ([(single, name)], ensemble):
         systems = {
             "single": bench.target(single, name),
             "posterior": bench.target(ensemble, bench.name, decar={"route": "posterior"}),

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -34,7 +34,23 @@ class Server(NamedTuple):
 
 @contextlib.contextmanager
 def serving(command: Sequence[str], port: int, log: Path, *, cores: Collection[int] = ()) -> Iterator[Server]:
-    """Run a server until the block ends.
+    """Run a server until the block ends, see `launched`.
+
+    Yields:
+        the server, once /health answers 200.
+
+    Raises:
+        ServerDidNotStart: see there.
+    """
+    with launched(command, port, log, cores=cores) as started:
+        yield started()
+
+
+@contextlib.contextmanager
+def launched(
+    command: Sequence[str], port: int, log: Path, *, cores: Collection[int] = ()
+) -> Iterator[Callable[[], Server]]:
+    """Run a server until the block ends, without waiting for it.
 
     Args:
         command: what to run, without --host and --port.
@@ -43,10 +59,7 @@ def serving(command: Sequence[str], port: int, log: Path, *, cores: Collection[i
         cores: confines it to these; empty leaves it free.
 
     Yields:
-        the server, once /health answers 200.
-
-    Raises:
-        ServerDidNotStart: see there.
+        a function that gives the server, once /health answers 200; it raises `ServerDidNotStart`.
     """
     base = f"http://127.0.0.1:{port}"
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
@@ -58,13 +71,17 @@ def serving(command: Sequence[str], port: int, log: Path, *, cores: Collection[i
         subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process,
         httpx.Client(timeout=5, verify=False) as client,  # no TLS on 127.0.0.1: certificates are slow to load
     ):
-        try:
-            deadline = time.monotonic() + START_DEADLINE_S
+        deadline = time.monotonic() + START_DEADLINE_S
+
+        def started() -> Server:
             while not _healthy(client, f"{base}/health"):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise ServerDidNotStart(f"the server did not start; the end of {log}:\n{_tail(log)}")
                 time.sleep(POLL_S)
-            yield Server(base, process.pid)
+            return Server(base, process.pid)
+
+        try:
+            yield started
         finally:
             process.terminate()
             try:

@@ -51,7 +51,7 @@ RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
 
 def prepare_environment() -> None:
     """vLLM settings that decar relies on. Where the user set one of them, it stays."""
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 has not been seen exact on a GPU yet
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 is exact on a GPU, and not timed there yet
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -57,7 +57,7 @@ class LockstepWorker(_Worker):
         self._turns = self.lockstep.turns(*np.zeros((2, 0), np.int64))  # of these
         self._ready = self._turns  # of these, those that this engine leads and whose rows have all come
         self._rows: list[int] = []  # of what is due, in this step's batch
-        self._batch = _Batch.of([], {})
+        self._batch = _Batch.of([], {}, self.lockstep, self._prompt_tokens)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
@@ -181,33 +181,43 @@ class LockstepWorker(_Worker):
         new, cached = scheduler_output.scheduled_new_reqs, scheduler_output.scheduled_cached_reqs
         ids = [*(begun.req_id for begun in new), *cached.req_ids]
         if new or ids != self._batch.ids:  # an id may come back, for another request
-            self._batch = _Batch.of(ids, self._members)
-        shared, slots = self._batch.shared, self._batch.slots
-        if not len(shared):
+            self._batch = _Batch.of(ids, self._members, self.lockstep, self._prompt_tokens)
+        lockstep, batch = self.lockstep, self._batch
+        slots = batch.slots
+        if not len(slots):
             return _NOTHING
-        positions = np.array([*map(_num_output_tokens, new), *cached.num_output_tokens])[shared]
-        ends = np.array([*(begun.num_computed_tokens for begun in new), *cached.num_computed_tokens])[shared]
-        ends += [scheduler_output.num_scheduled_tokens[ids[i]] for i in shared.tolist()]
-        lockstep = self.lockstep
-        holding = self._batch.generations == lockstep.generation[slots]
-        led_by = lockstep.leader[slots]
-        # One that has been released is left alone: the scheduler, which knows too, ends it.
-        goes_on = lockstep.take_part(slots) & holding
-        taken_over = (
-            goes_on & (led_by != lockstep.leader[slots]) & (lockstep.leader[slots] == lockstep.expert)
-        )
-        for i in np.flatnonzero(taken_over):
-            request_id = ids[shared[i]]
-            tokens, _ = self._members[request_id].led_before[-1]
-            self.step.redraw(request_id, tokens)
+        positions = np.array([*map(_num_output_tokens, new), *cached.num_output_tokens])[batch.shared]
+        ends = np.array([*(begun.num_computed_tokens for begun in new), *cached.num_computed_tokens])
+        ends = ends[batch.shared] + [*map(scheduler_output.num_scheduled_tokens.__getitem__, batch.requests)]
+        goes_on = self._who_goes_on() if batch.may_release else batch.holding
         produced, alone_from = lockstep.produced[slots], lockstep.alone_from[slots]
-        for i in np.flatnonzero(goes_on & (produced < positions) & (produced < alone_from)):
-            goes_on[i] = self._adopt_late(ids[shared[i]], int(slots[i]))
-            produced[i] = lockstep.produced[slots[i]]
-        goes_on &= produced < alone_from  # else nobody is left to mix with: plain vLLM
-        goes_on &= ends >= self._prompt_tokens[slots] + produced
-        due = np.flatnonzero(goes_on | ~holding)
-        return [ids[i] for i in shared[due].tolist()], holding[due], slots[due]
+        late = goes_on & (produced < positions) & (produced < alone_from)
+        if late.any():
+            goes_on = goes_on.copy()
+            for i in np.flatnonzero(late):
+                goes_on[i] = self._adopt_late(batch.requests[i], int(slots[i]))
+                produced[i] = lockstep.produced[slots[i]]
+        # Where nobody is left to mix with, it is plain vLLM.
+        goes_on = goes_on & (produced < alone_from) & (ends >= batch.prompt_tokens + produced)
+        if goes_on.all():
+            return batch.requests, goes_on, slots
+        due = np.flatnonzero(goes_on | ~batch.holding)
+        return [batch.requests[i] for i in due], batch.holding[due], slots[due]
+
+    def _who_goes_on(self) -> np.ndarray:
+        """Which of the batch's shared requests [n] this engine still takes part in.
+
+        One that has been released is left alone: the scheduler, which knows too, ends it. One whose lead this engine
+        has taken over goes on in its stream of random numbers.
+        """
+        lockstep, batch = self.lockstep, self._batch
+        led_by = lockstep.leader[batch.slots]
+        goes_on = lockstep.take_part(batch.slots) & batch.holding
+        leads = lockstep.leader[batch.slots]
+        for i in np.flatnonzero(goes_on & (led_by != leads) & (leads == lockstep.expert)):
+            tokens, _ = self._members[batch.requests[i]].led_before[-1]
+            self.step.redraw(batch.requests[i], tokens)
+        return goes_on
 
     def _adopt_late(self, request_id: str, slot: int) -> bool:
         """Catch up with the scheduler, which took a held follower's token from the plane between two steps.
@@ -228,20 +238,38 @@ class _Batch:
 
     Attributes:
         ids: of all its requests.
-        shared: indices [n] of those that other engines take part in.
-        slots, generations: theirs [n].
+        shared: indices [n] of those that other engines take part in; a slice where it is all of them.
+        requests: their ids [n].
+        slots, prompt_tokens: theirs [n].
+        holding: which of them [n] have their slot still: who joins a step takes another's.
+        may_release: whether an engine may leave one of them.
     """
 
     ids: list[str]
-    shared: np.ndarray
+    shared: np.ndarray | slice
+    requests: list[str]
     slots: np.ndarray
-    generations: np.ndarray
+    prompt_tokens: np.ndarray
+    holding: np.ndarray
+    may_release: bool
 
     @classmethod
-    def of(cls, ids: list[str], members: Mapping[str, Member]) -> _Batch:
-        found = [(i, members[request_id]) for i, request_id in enumerate(ids) if request_id in members]
-        fields = [(i, member.slot, member.generation) for i, member in found]
-        return cls(ids, *np.array(fields, np.int64).reshape(-1, 3).T.copy())
+    def of(
+        cls, ids: list[str], members: Mapping[str, Member], lockstep: Lockstep, prompt_tokens: np.ndarray
+    ) -> _Batch:
+        found = [i for i, request_id in enumerate(ids) if request_id in members]
+        theirs = [members[ids[i]] for i in found]
+        slots = np.array([member.slot for member in theirs], np.int64)
+        generations = np.array([member.generation for member in theirs], np.int64)
+        return cls(
+            ids,
+            slice(None) if len(found) == len(ids) else np.array(found, np.int64),
+            [ids[i] for i in found],
+            slots,
+            prompt_tokens[slots],
+            generations == lockstep.generation[slots],
+            any(member.may_release for member in theirs),
+        )
 
 
 _NOTHING: tuple[list[str], np.ndarray, np.ndarray] = [], np.zeros(0, bool), np.zeros(0, np.int64)
