@@ -34,6 +34,7 @@ def serve(
     flags: Sequence[str],
     placement: str | None = None,
     allow_untested_vllm: bool = False,
+    admin_key: str | None = None,
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM.
 
@@ -41,6 +42,7 @@ def serve(
         flags: vLLM's own server and engine flags, given to every engine.
         placement: "EXPERT=GPU,..."; None leaves it to decar.
         allow_untested_vllm: go on with a vLLM of any version.
+        admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -63,19 +65,23 @@ def serve(
     with bound_socket(args) as sock:
         for name in remove_stale():
             logger.warning("removed shared memory %s of a server that is gone", name)
-        uvloop.run(_serve(ensemble, args, sock, placement))
+        uvloop.run(_serve(ensemble, args, sock, placement, admin_key))
 
 
-async def _serve(ensemble: Ensemble, args: Namespace, sock: socket.socket, placement: str | None) -> None:
+async def _serve(
+    ensemble: Ensemble, args: Namespace, sock: socket.socket, placement: str | None, admin_key: str | None
+) -> None:
     from decar.server.gateway.api import extend
+    from decar.server.gateway.http_server import BoundedHttpProtocol
     from decar.server.vllm_adapter.app import api_keys, listen, openai_app
 
     async with _running_ensemble(ensemble, args, placement) as client:
+        keys = api_keys(args, admin_key)
         app = await openai_app(client, args)
-        extend(app, client, api_keys(args))
+        extend(app, client, keys, admin_key)
         host, port = sock.getsockname()[:2]
         print(f"decar: {ensemble.name} listens on http://{host}:{port}/v1", flush=True)
-        stopped = await listen(app, args, sock)
+        stopped = await listen(app, args, sock, BoundedHttpProtocol)
     await stopped
 
 
