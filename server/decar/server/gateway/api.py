@@ -41,12 +41,10 @@ def extend(app: FastAPI, client: EnsembleClient, keys: Sequence[str], admin_key:
         keys: all but /health needs one of them, or the admin's; none: nobody is asked.
         admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
     """
-    vllm_routes = list(app.router.routes)
+    theirs = list(app.router.routes)
     app.include_router(routes)
-    app.router.routes[:] = [
-        *app.router.routes[len(vllm_routes) :],
-        *vllm_routes,
-    ]  # the first that fits answers
+    ours = app.router.routes[len(theirs) :]
+    app.router.routes[:] = [*ours, *theirs]  # the first that fits answers
     app.state.ensemble_client = client
     app.add_exception_handler(HTTPException, http_error)  # vLLM's own leaves out what Starlette raises
     app.openapi = describing_offered(app.openapi)  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -18,7 +19,7 @@ from decar.server.protocol.cores import GatewayThread
 
 logger = logging.getLogger("decar")
 
-ErrorHandler = Callable[[Request, Exception], Awaitable[Response]]
+ErrorHandler = Callable[[Request, Any], Response | Awaitable[Response]]
 
 
 class GuardMiddleware:
@@ -62,7 +63,8 @@ class GuardMiddleware:
     async def _response(self, request: Request, error: Exception) -> Response:
         with contextlib.suppress(Exception):
             if self._handler is not None:
-                return await self._handler(request, error)
+                response = self._handler(request, error)
+                return await response if isinstance(response, Awaitable) else response
         return error_response(
             "the server could not answer this request; its log has the reason",
             500,

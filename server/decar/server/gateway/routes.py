@@ -36,6 +36,7 @@ OFFERED: dict[str, tuple[str, ...]] = {
     "/v1/messages": ("POST",),
     "/v1/messages/count_tokens": ("POST",),
     "/invocations": ("POST",),
+    "/inference/v1/abort_requests": ("POST",),  # with --enable-scale-out
     "/tokenize": ("POST",),
     "/detokenize": ("POST",),
     "/tokenizer_info": ("GET",),  # with --enable-tokenizer-info-endpoint
@@ -66,7 +67,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
         *("/weight_checker", "/get_world_size"),
     ),
     "it speaks to one engine, and an ensemble has several, which know a request by other names": (
-        *("/inference/v1/generate", "/inference/v1/abort_requests", "/abort_requests"),
+        *("/inference/v1/generate", "/abort_requests"),
         *("/v1/chat/completions/render", "/v1/completions/render", "/v1/messages/render"),
         *("/v1/responses/render", "/v1/chat/completions/derender", "/v1/completions/derender"),
     ),
