@@ -16,12 +16,14 @@ import pytest
 
 from tests.helpers import ADMIN_KEY, Server, assert_error, in_batches, wait_until
 from tests.mutations import BY_TYPE, FIELDS, MESSAGES, Mutated, bases, mutated
+from tests.reference import Reference
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 ANSWERED_WITHIN_S = 60
 SEED = 17
 AT_ONCE = 8
+OFFERED_TO_ALL = ("/v1/models", "/v1/ensemble", "/version", "/load", "/metrics", "/openapi.json", "/health")
 
 
 class Kept:
@@ -243,13 +245,15 @@ def test_what_is_offered_is_described(duo_server: Server) -> None:
     assert not any(word in path for path in paths for word in ("elastic", "lora", "inference", "batch"))
 
 
-def test_only_the_admin_sees_paths_and_processes(duo_server: Server) -> None:
+def test_only_the_admin_sees_paths_and_processes(duo_server: Server, duo: Reference) -> None:
+    directory = str(duo.directory)
     for path in ("/v1/models", "/v1/models/duo", "/v1/ensemble"):
-        shown = duo_server.http.get(path).text
-        hidden = duo_server.http.get(path, headers={"authorization": "Bearer none"}).text
-        assert "ensembles" in shown
-        for secret in ("ensembles", "/tmp", '"pid"', ADMIN_KEY):
-            assert secret not in hidden
+        assert directory in duo_server.http.get(path).text
+    for path in (*OFFERED_TO_ALL, "/v1/models/duo"):
+        hidden = duo_server.http.get(path, headers={"authorization": "Bearer none"})
+        assert hidden.status_code == 200
+        for secret in (directory, '"pid"', ADMIN_KEY, "/site-packages/"):
+            assert secret not in hidden.text
 
 
 # ---------------------------------------------------------------------------------------------- connections

@@ -74,6 +74,7 @@ def app_of(*keys: str, admin: str | None = None, server: FakeServer | None = Non
 
     @app.get("/health")
     @app.get("/metrics")
+    @app.get("/tokenizer_info")
     @app.post("/scale_elastic_ep")
     @app.post("/of/a/newer/version")
     async def answers() -> dict[str, bool]:
@@ -166,6 +167,14 @@ async def test_only_the_admin_sees_paths_and_processes(keys: tuple[str, ...]) ->
         experts = (await client.get("/v1/ensemble", headers=ADMIN)).json()["experts"]
         assert [expert["pid"] for expert in experts] == [1000, 1001]
         assert (await client.get("/metrics", headers=ADMIN)).status_code == 200
+
+
+async def test_what_shows_paths_is_for_the_admin() -> None:
+    async with client_of(app_of(admin="admin")) as client:
+        response = await client.get("/tokenizer_info")
+        assert response.status_code == 403
+        assert "--admin-key" in response.json()["error"]["message"]
+        assert (await client.get("/tokenizer_info", headers=ADMIN)).status_code == 200
 
 
 @pytest.mark.parametrize("admin", [None, ""])

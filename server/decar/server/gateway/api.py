@@ -85,7 +85,7 @@ async def _model_cards(request: Request) -> list[dict[str, Any]]:
     """vLLM's cards, whose ``root`` is a path for the admin alone."""
     shown = await request.app.state.openai_serving_models.show_available_models()
     cards: list[dict[str, Any]] = [card.model_dump() for card in shown.data]
-    return cards if is_admin(request) else [{**card, "root": card["id"]} for card in cards]
+    return cards if is_admin(request.scope) else [{**card, "root": card["id"]} for card in cards]
 
 
 @routes.get("/v1/ensemble")
@@ -107,7 +107,7 @@ async def ensemble(request: Request) -> JSONResponse:
             client.experts, manifest.experts, client.plane.blocks, client.leaders.counts(), strict=True
         )
     ]
-    if is_admin(request):
+    if is_admin(request.scope):
         for shown, expert, checkpoint in zip(experts, client.experts, client.ensemble.experts, strict=True):
             shown.update(pid=expert.engine.pid, path=str(checkpoint.path))
     return JSONResponse(

@@ -107,9 +107,9 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def is_admin(request: Request) -> bool:
-    """Whether ``request`` has brought the admin's key."""
-    return bool(getattr(request.state, "decar_admin", False))
+def is_admin(scope: Scope) -> bool:
+    """Whether a request has brought the admin's key."""
+    return bool(scope["state"]["decar_admin"])
 
 
 class ArrivalMiddleware:

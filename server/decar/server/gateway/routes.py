@@ -13,6 +13,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from decar.server.gateway.errors import error_response
+from decar.server.gateway.middleware import is_admin
 
 OFFERED: dict[str, tuple[str, ...]] = {
     "/health": ("GET",),
@@ -44,6 +45,9 @@ OFFERED: dict[str, tuple[str, ...]] = {
     "/stop_profile": ("POST",),
 }
 """Path -> methods."""
+
+FOR_THE_ADMIN = frozenset({"/tokenizer_info"})
+"""Those of them that show paths."""
 
 REFUSED: dict[str, tuple[str, ...]] = {
     "engines are started, stopped and scaled by decar alone": (
@@ -118,6 +122,9 @@ class OfferedMiddleware:
             allowed = ", ".join(OFFERED[route])
             response = error_response(f"{path} is for {allowed}, not {scope.get('method')}", 405, None)
             response.headers["allow"] = allowed
+        elif route in FOR_THE_ADMIN and not is_admin(scope):
+            message = f"{path} shows paths: give the key of --admin-key as API key"
+            response = error_response(message, 403, None, "PermissionDeniedError")
         else:
             return await self.app(scope, receive, send)
         await response(scope, receive, send)
