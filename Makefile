@@ -6,7 +6,7 @@ PORT ?= 8000
 VLLM ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint seams bench clean
+.PHONY: setup demo test soak lint seams bench clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
@@ -18,6 +18,9 @@ demo: setup  ## train two experts, serve them as one model, and chat
 
 test: setup  ## unit tests and end-to-end tests on real engines
 	$(BIN)/python -m pytest
+
+soak: setup  ## what takes too long for every change: thousands of requests, faults under load
+	$(BIN)/python -m pytest -m soak
 
 lint: setup  ## formatting, style, types
 	$(BIN)/ruff format --check .

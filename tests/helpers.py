@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 START_DEADLINE_S = 300  # engines take about 20 s each on an idle core; other tests may keep the cores busy
 STOP_DEADLINE_S = 60
 REQUEST_DEADLINE_S = 180
+ADMIN_KEY = "the-tests-own"
 SHARED_MEMORY = Path("/dev/shm")
 
 EXACT = (
@@ -63,7 +64,13 @@ def serve_command(directory: Path, *flags: str) -> list[str]:
 
 def serve_environment() -> dict[str, str]:
     exact = {"TRITON_F32_DEFAULT": "ieee"}  # on a GPU, vLLM's attention takes the shorter tf32 otherwise
-    return {**os.environ, **exact, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return {
+        **os.environ,
+        **exact,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DECAR_ADMIN_KEY": ADMIN_KEY,
+    }
 
 
 def run_serve(directory: Path, *flags: str, deadline_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -193,8 +200,14 @@ class Server:
 
     @cached_property
     def http(self) -> httpx.Client:
+        """A client that sees what the admin may see."""
         # Certificates are not needed here, and reading them is most of what a client costs.
-        return httpx.Client(base_url=self.url, timeout=REQUEST_DEADLINE_S, verify=False)
+        return httpx.Client(
+            base_url=self.url,
+            timeout=REQUEST_DEADLINE_S,
+            verify=False,
+            headers={"authorization": f"Bearer {ADMIN_KEY}"},
+        )
 
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(

@@ -121,6 +121,18 @@ def test_every_file_of_the_server_is_in_a_room() -> None:
     assert {path for room in ROOMS for path in in_room(room)} == set(sources("server"))
 
 
+@pytest.mark.parametrize("part", ARROWS)
+def test_no_checkpoint_brings_code_along(part: str) -> None:
+    """transformers' classes that choose one by a checkpoint's files ask on stdin, where they are not told."""
+    for path in sources(part):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Attribute) and called.attr in ("from_pretrained", "from_config"):
+                assert isinstance(node, ast.Call)
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("trust_remote_code") == "False", f"{path}: {ast.unparse(node)}"
+
+
 def outside_the_adapter() -> list[Path]:
     parts = [path for part in ARROWS for path in sources(part)]
     return [path for path in parts if not path.is_relative_to(SERVER / "vllm_adapter")]
@@ -229,6 +241,7 @@ NAMED_IN = re.compile(r"((?:`[A-Za-z_][\w.]*`(?:,| and|, and)? )+)in `([\w./-]+\
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 RESULTS = [ROOT / folder for folder in ("benchmarks/results", "docs/evaluation", "docs/routing")]
 """Folders of nothing but what programs wrote."""
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 RESULT = re.compile(r"`([^`\s]+/[^`\s]+)`")
 
 
@@ -289,6 +302,13 @@ def test_paths_and_links_in_documents_exist(document: Path) -> None:
     missing = [path for path in begins_here if not source_named(path).exists()]
     missing += [link for link in LINK.findall(text) if not (document.parent / link).exists()]
     assert not missing
+
+
+def test_tests_that_documents_name_exist() -> None:
+    named = [found for document in DOCUMENTS for found in TEST.findall(document.read_text())]
+    assert named
+    for path, name in named:
+        assert name in defined(ROOT / path), f"{path} defines no {name}"
 
 
 def results_named() -> set[Path]:

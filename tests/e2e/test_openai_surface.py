@@ -80,7 +80,7 @@ def test_models_are_the_ensemble_and_each_expert(client: openai.OpenAI, duo: Ref
         assert retrieved.object == "model"
         assert retrieved.model_extra is not None
         assert retrieved.model_extra["max_model_len"] == 512
-        assert retrieved.model_extra["root"]
+        assert retrieved.model_extra["root"] == model.id  # a path is for the admin
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve(f"{duo.name}/stranger")
 

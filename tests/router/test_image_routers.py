@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -258,3 +259,32 @@ def test_a_router_on_embeddings_keeps_its_model_beside_it(
     (tmp_path / "embedding/preprocessor_config.json").unlink()
     with pytest.raises(EnsembleError, match="no image-embedding model can be read from"):
         read.features([digits(1)])
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("known", [True, False], ids=["a known architecture", "one of its own"])
+def test_an_encoder_that_brings_code_is_refused(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, known: bool
+) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("somebody was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    directory, marker = tmp_path / "embedding", tmp_path / "run"
+    shutil.copytree(clip, directory)
+    kinds = ("AutoConfig", "AutoModel") if file == "config.json" else ("AutoImageProcessor",)
+    config = json.loads((directory / file).read_text())
+    config["auto_map"] = dict.fromkeys(kinds, "theirs.Theirs")
+    if not known:
+        config["model_type" if file == "config.json" else "image_processor_type"] = "Theirs"
+        config.pop("architectures", None)
+    (directory / file).write_text(json.dumps(config))
+    (directory / "theirs.py").write_text(
+        f'from pathlib import Path\nPath("{marker}").touch()\nclass Theirs: ...\n'
+    )
+    with contextlib.nullcontext() if known else pytest.raises(EnsembleError) as caught:
+        ImageEmbeddingFeatures(directory)([digits(1)])
+    assert not marker.exists()
+    if caught is not None:
+        assert "\n" not in str(caught.value)
+        assert str(directory) in str(caught.value)

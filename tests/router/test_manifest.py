@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -160,7 +161,75 @@ def test_a_link_out_of_the_directory_leaves_it(directory: Path, trio: Reference)
     path = directory / "experts/code"
     shutil.rmtree(path)
     path.symlink_to(trio.directory / "experts/code")
-    assert "leaves the ensemble directory" in only_problem(directory)
+    problem = only_problem(directory)
+    assert f"{path} is a link" in problem
+    assert "leaves the ensemble directory; copy" in problem
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ensemble.json",
+        "experts/code/config.json",
+        "experts/code/model.safetensors",
+        "experts/code/tokenizer.json",
+        "experts/code/more.safetensors",
+        "experts/code/below/anything",
+        "router/router.json",
+        "elsewhere",
+    ],
+)
+@pytest.mark.parametrize("relative", [True, False])
+def test_no_file_may_be_a_link_out_of_the_directory(directory: Path, name: str, relative: bool) -> None:
+    """Whatever it is for: what is read of an ensemble is what was checked, and what a copy of it holds."""
+    target = directory.parent / "outside"
+    link = directory / name
+    link.parent.mkdir(exist_ok=True)
+    if link.exists():
+        link.rename(target)
+    link.symlink_to(os.path.relpath(target, link.parent) if relative else target)
+    problem = only_problem(directory)
+    assert f"{link} is a link" in problem
+    assert "leaves the ensemble directory; copy" in problem
+
+
+def test_links_inside_the_directory_are_followed(directory: Path) -> None:
+    weights = directory / "experts/code/model.safetensors"
+    weights.rename(directory / "shared.safetensors")
+    weights.symlink_to("../../shared.safetensors")
+    (directory / "loop").symlink_to("loop")
+    Ensemble.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("../../../outside.safetensors", "leaves"),
+        ("../prose/model.safetensors", "leaves"),
+        ("below/../../x.safetensors", "leaves"),
+        ("/etc/passwd", "leaves"),
+        ("model.safetensors\0.txt", "no file name"),
+        ("", "no file name"),
+        (None, "no file name"),
+        (3, "no file name"),
+        (["model.safetensors"], "no file name"),
+    ],
+)
+def test_a_weight_map_names_the_files_of_its_own_folder(directory: Path, name: Any, word: str) -> None:
+    shutil.copy(directory / "experts/code/model.safetensors", directory.parent / "outside.safetensors")
+    index = directory / "experts/code/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": name}}))
+    problem = only_problem(directory)
+    assert f"'code': {index}: in its weight_map, {name!r}" in problem
+    assert word in problem
+    assert problem.endswith(("copy the file inside", "export the expert again"))
+
+
+@pytest.mark.parametrize("path", ["experts/code\0", "\0", "loop/code"])
+def test_a_path_that_is_none(directory: Path, path: str) -> None:
+    (directory / "loop").symlink_to("loop")
+    edit_json(directory / "ensemble.json", lambda m: m["experts"][1].update(path=path))
+    assert "'code'" in only_problem(directory)
 
 
 # ---------------------------------------------------------------------------------------------- experts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickletools
 import shutil
@@ -292,3 +293,36 @@ def test_a_router_on_embeddings_keeps_its_model_beside_it(
     (tmp_path / "embedding" / "model.safetensors").unlink()
     with pytest.raises(EnsembleError, match="no embedding model can be read from"):
         read_router(tmp_path, NAMES).features(TEXTS)
+
+
+CODE = 'from pathlib import Path\nPath("{marker}").touch()\nclass Theirs:\n    pass\n'
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("known", [True, False], ids=["a known architecture", "one of its own"])
+def test_an_encoder_that_brings_code_is_refused(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, known: bool
+) -> None:
+    """Nothing of it is run, and nobody is asked: whoever starts a server may not be at its terminal."""
+
+    def asked(*_: object) -> str:
+        raise AssertionError("somebody was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    directory, marker = tmp_path / "embedding", tmp_path / "run"
+    shutil.copytree(encoder, directory)
+    kinds = ("AutoConfig", "AutoModel") if file == "config.json" else ("AutoTokenizer",)
+    reference = "theirs.Theirs"
+    config = json.loads((directory / file).read_text())
+    config["auto_map"] = {kind: [reference, None] if kind == "AutoTokenizer" else reference for kind in kinds}
+    if not known:
+        config["model_type" if file == "config.json" else "tokenizer_class"] = "Theirs"
+    (directory / file).write_text(json.dumps(config))
+    (directory / "theirs.py").write_text(CODE.format(marker=marker))
+    may_be_read = known or file == "tokenizer_config.json"  # by a class that transformers has
+    with contextlib.nullcontext() if may_be_read else pytest.raises(EnsembleError) as caught:
+        EmbeddingFeatures(directory)(["the whale"])
+    assert not marker.exists()
+    if caught is not None:
+        assert "\n" not in str(caught.value)
+        assert str(directory) in str(caught.value)

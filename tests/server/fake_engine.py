@@ -252,7 +252,9 @@ def fake_ensemble(*priors: float) -> Ensemble:
         ExpertEntry(name=name, path=name, prior=prior) for name, prior in zip(names, priors, strict=True)
     )
     experts: Any = tuple(
-        SimpleNamespace(name=entry.name, prior=entry.prior, vocab_size=VOCAB_SIZE + k)
+        SimpleNamespace(
+            name=entry.name, prior=entry.prior, vocab_size=VOCAB_SIZE + k, path=Path("/somewhere", entry.path)
+        )
         for k, entry in enumerate(entries)
     )
     return Ensemble(Path("fake"), Manifest(name="fake", experts=entries), experts)

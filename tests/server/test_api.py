@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from decar.router import Ensemble
 from decar.server.gateway import api
+from decar.server.gateway.body import MAX_DEPTH
 from decar.server.gateway.request import ChoiceTrace, current_call
 
 from .test_routing import ensemble
@@ -120,7 +121,7 @@ async def test_a_bad_decar_is_refused_before_the_app_sees_it(ensemble: Ensemble)
     assert "zero or more" in error["message"]
 
 
-@pytest.mark.parametrize("body", [b"{", b"[1]", b"", b'"text"', b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"", b'"text"', b"[" * 100])
 async def test_what_is_no_json_object_is_left_to_the_app(ensemble: Ensemble, body: bytes) -> None:
     async def raw(request: Request) -> JSONResponse:
         return JSONResponse({"length": len(await request.body())})
@@ -130,23 +131,81 @@ async def test_what_is_no_json_object_is_left_to_the_app(ensemble: Ensemble, bod
     assert response.json() == {"length": len(body)}
 
 
+@pytest.mark.parametrize("model", [None, "", "test", True, 3, 1.5, ["test"], {"test": "test"}, [[]], {}])
+async def test_a_model_of_any_type_is_left_to_the_app(ensemble: Ensemble, model: Any) -> None:
+    """Which answers whom it answers: what it has generated says by whom."""
+    async with client_of(ensemble, echo) as client:
+        response = await client.post("/v1/completions", json={"model": model})
+    assert response.status_code == 200
+    assert response.json()["got"] == {"model": model}
+    assert response.json()["decar"]["leader"] == "prose"
+
+
+def nested(depth: int, kind: str) -> str:
+    return "[" * depth + "]" * depth if kind == "lists" else '{"a":' * depth + "1" + "}" * depth
+
+
+@pytest.mark.parametrize("kind", ["lists", "objects"])
+@pytest.mark.parametrize("form", ["%s", '{"prompt": %s}', '{"decar": %s}', '["[[[", %s]'])
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 500, 990, 1_000, 5_000, 100_000])
+async def test_what_is_nested_too_deep_is_refused(
+    ensemble: Ensemble, kind: str, form: str, depth: int
+) -> None:
+    async def never(request: Request) -> Any:
+        raise AssertionError("the app was called")
+
+    async with client_of(ensemble, never) as client:
+        response = await client.post("/v1/completions", content=form % nested(depth, kind))
+    assert response.status_code == 400
+    assert str(MAX_DEPTH) in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["lists", "objects"])
+async def test_what_is_nested_less_is_not(ensemble: Ensemble, kind: str) -> None:
+    many = "[" * 500 + "{" * 500  # in a text
+    body = f'{{"x": {nested(MAX_DEPTH - 1, kind)}, "y": {json.dumps(many)}}}'
+    async with client_of(ensemble, echo) as client:
+        response = await client.post("/v1/completions", content=body)
+    assert response.json()["got"]["y"] == many
+
+
+async def test_what_the_app_trips_over_before_it_generates_is_the_requests_fault(ensemble: Ensemble) -> None:
+    async def trips(request: Request) -> Any:
+        call = current_call.get()
+        body = await request.json()
+        if call is not None and body.get("generated"):
+            call.prompts += 1
+        return body["structured_outputs"].get("json")
+
+    async with client_of(ensemble, trips) as client:
+        for body in ({}, {"structured_outputs": "x"}, {"structured_outputs": None}):
+            response = await client.post("/v1/completions", json=body)
+            assert response.status_code == 400
+            assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+            with pytest.raises((AttributeError, KeyError)):
+                await client.post("/v1/completions", json={**body, "generated": True})
+
+
+async def test_a_client_that_goes_away_while_it_sends_is_not_served(ensemble: Ensemble) -> None:
+    async def never(*_: Any) -> None:
+        raise AssertionError("the app was called, or an answer sent")
+
+    received: list[Message] = [
+        {"type": "http.request", "body": b"{}", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        return received.pop(0)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    await api.DecarMiddleware(never, ensemble)(scope, receive, never)
+
+
 async def test_a_body_without_end_is_cut_off(ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "MAX_BODY_BYTES", 1000)
     async with client_of(ensemble, echo) as client:
         response = await client.post("/v1/completions", content=b"x" * 1001)
     assert response.status_code == 413
     assert response.json()["error"]["type"] == "BadRequestError"
-
-
-async def test_with_a_key_only_health_is_open() -> None:
-    app = FastAPI(middleware=[Middleware(api.KeyMiddleware, tokens=["right", "also"])])
-    for path in ("/health", "/metrics", "/invocations"):
-        app.add_api_route(path, lambda: {"ok": True})
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        assert (await client.get("/health")).status_code == 200
-        for path in ("/metrics", "/invocations"):
-            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right"}):
-                refused = await client.get(path, headers=headers)
-                assert refused.status_code == 401
-                assert set(refused.json()["error"]) == {"message", "type", "param", "code"}
-            assert (await client.get(path, headers={"authorization": "Bearer also"})).status_code == 200
+    assert response.headers["connection"] == "close"  # the rest is not read

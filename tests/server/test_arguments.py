@@ -11,6 +11,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from decar.router.errors import StartError
+from decar.server.vllm_adapter.app import api_keys
 from decar.server.vllm_adapter.arguments import RESERVED_FLAGS, parse_flags, refuse_reserved
 
 RESERVED = [flag for flags in RESERVED_FLAGS.values() for flag in flags]
@@ -74,3 +75,16 @@ def test_what_an_ensemble_can_have_is_parsed() -> None:
 def test_other_refusals(flags: list[str], says: str) -> None:
     with pytest.raises(StartError, match=says):
         parse_flags(flags, "directory", ["demo"])
+
+
+def test_the_admins_key_is_one_of_the_keys_where_there_are_any() -> None:
+    args = Namespace(api_key=["user"])
+    assert api_keys(args, "admin") == args.api_key == ["user", "admin"]
+    assert api_keys(Namespace(api_key=["user"]), None) == ["user"]
+    assert api_keys(Namespace(api_key=None), "admin") == []
+
+
+def test_headers_are_bounded_closer_than_vllm_would() -> None:
+    assert parse_flags([], "directory", ["demo"]).h11_max_incomplete_event_size == 2**16
+    flags = ["--h11-max-incomplete-event-size", "1000"]
+    assert parse_flags(flags, "directory", ["demo"]).h11_max_incomplete_event_size == 1000

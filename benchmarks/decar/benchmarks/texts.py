@@ -32,7 +32,7 @@ class Texts:
     def __init__(self, files: Sequence[Path], tokenizer: Path, length: int):
         self._files = files
         self._used = 0  # of each file
-        encoder = AutoTokenizer.from_pretrained(tokenizer)
+        encoder = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self._prompts: list[list[str]] = []
         for file in files:
             found = []

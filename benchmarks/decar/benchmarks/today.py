@@ -40,7 +40,9 @@ class Mixture:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._log_weights = torch.tensor(weights, device=self._device).log()
         self._models: list[Any] = [
-            AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(self._device).eval()
+            AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=False)
+            .to(self._device)
+            .eval()
             for path in experts
         ]
 

@@ -90,9 +90,15 @@ class EmbeddingFeatures:
         from transformers import AutoModel, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.directory, local_files_only=True, trust_remote_code=False
+            )
             model = AutoModel.from_pretrained(
-                self.directory, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                self.directory,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
             )
         except (OSError, ValueError, KeyError) as error:
             raise EnsembleError(

@@ -102,13 +102,19 @@ class ImageEmbeddingFeatures:
         try:
             # Pillow resizes alike everywhere, torchvision a little differently and not everywhere.
             processor = transformers.AutoImageProcessor.from_pretrained(
-                self.directory, local_files_only=True, backend="pil"
+                self.directory, local_files_only=True, trust_remote_code=False, backend="pil"
             )
-            config = transformers.AutoConfig.from_pretrained(self.directory, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                self.directory, local_files_only=True, trust_remote_code=False
+            )
             # The automatic class for a vision encoder would leave its projection out.
             architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
             model = architecture.from_pretrained(
-                self.directory, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                self.directory,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
             )
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise EnsembleError(

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from decar.router.errors import EnsembleError, did_you_mean
 from decar.router.files import router_problems
+from decar.router.inside import check_file_name, inside, links_out
 
 MANIFEST_NAME = "ensemble.json"
 MAX_EXPERTS = 16
@@ -157,11 +158,20 @@ class ExpertCheckpoint:
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:
+        """
+        Raises:
+            EnsembleError: their index cannot be read, or names a file that is not the expert's own.
+        """
         index = self.path / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return tuple(self.path / name for name in names)
-        return tuple(sorted(self.path.glob("*.safetensors")))
+        if not index.exists():
+            return tuple(sorted(self.path.glob("*.safetensors")))
+        try:
+            names = {check_file_name(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except EnsembleError as error:
+            raise EnsembleError(f"{index}: in its weight_map, {error}") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise EnsembleError(f"{index} cannot be read ({error})") from None
+        return tuple(self.path / name for name in sorted(names))
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -224,6 +234,9 @@ class Ensemble:
     def inspect(cls, directory: str | Path) -> tuple[Ensemble | None, list[str]]:
         """Read ``directory``; return what could be read and every problem found, worst first."""
         directory = Path(directory)
+        problems = links_out(directory)
+        if problems:  # nothing is read that lies elsewhere
+            return None, problems
         try:
             manifest = _read_manifest(directory)
         except EnsembleError as error:
@@ -330,11 +343,10 @@ def _field_names(model: type[BaseModel], seen: set[type] | None = None) -> list[
 
 
 def _read_expert(directory: Path, entry: ExpertEntry) -> ExpertCheckpoint:
-    path = (directory / entry.path).resolve()
-    if not path.is_relative_to(directory.resolve()):
-        raise EnsembleError(
-            f"expert {entry.name!r}: path {entry.path!r} leaves the ensemble directory; copy it inside"
-        )
+    try:
+        path = inside(directory, entry.path)
+    except EnsembleError as error:
+        raise EnsembleError(f"expert {entry.name!r}: {error}") from None
     config_path = path / "config.json"
     try:
         config = json.loads(config_path.read_text())
@@ -361,8 +373,8 @@ def _read_expert(directory: Path, entry: ExpertEntry) -> ExpertCheckpoint:
 def _weight_problems(expert: ExpertCheckpoint) -> list[str]:
     try:
         files = expert.weight_files
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return [f"expert {expert.name!r}: model.safetensors.index.json cannot be read ({error})"]
+    except EnsembleError as error:
+        return [f"expert {expert.name!r}: {error}"]
     if not files:
         return [f"expert {expert.name!r}: no *.safetensors in {expert.path}; export the expert again"]
     problems = []

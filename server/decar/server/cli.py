@@ -62,6 +62,14 @@ def serve(
             min=1.0, help="Seconds without a step after which an engine is ended and started again."
         ),
     ] = 30.0,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DECAR_ADMIN_KEY",
+            show_envvar=True,
+            help="Who gives it as API key sees paths and process ids; without one, nobody does.",
+        ),
+    ] = None,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
@@ -71,7 +79,15 @@ def serve(
     from decar.server.serve import raise_on_sigterm, serve
 
     raise_on_sigterm()
-    serve(directory, context.args, placement, allow_untested_vllm, min_experts, engine_timeout)
+    serve(
+        directory,
+        context.args,
+        placement,
+        allow_untested_vllm,
+        min_experts=min_experts,
+        engine_timeout_s=engine_timeout,
+        admin_key=admin_key,
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is stopped; native libraries would only report their leaks from here on
@@ -101,14 +117,15 @@ def _describe(ensemble: Ensemble, console: Console) -> None:
     for expert in ensemble.experts:
         try:
             parameters, fingerprint = f"{expert.num_parameters / 1e6:,.1f} M", expert.tokenizer_fingerprint
+            size = f"{expert.weight_bytes / 2**20:,.1f} MiB"
         except (DecarError, OSError, ValueError):
-            parameters = fingerprint = "unreadable"
+            parameters = fingerprint = size = "unreadable"
         fingerprints.setdefault(fingerprint, []).append(expert.name)
         table.add_row(
             expert.name,
             expert.architecture,
             parameters,
-            f"{expert.weight_bytes / 2**20:,.1f} MiB",
+            size,
             f"{expert.prior / total:.3f}",
             f"{expert.vocab_size:,}",
             f"{expert.max_positions:,}" if expert.max_positions else "?",

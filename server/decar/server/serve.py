@@ -36,6 +36,7 @@ def serve(
     allow_untested_vllm: bool = False,
     min_experts: int = 1,
     engine_timeout_s: float = 30.0,
+    admin_key: str | None = None,
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM.
 
@@ -45,6 +46,7 @@ def serve(
         allow_untested_vllm: go on with a vLLM of any version.
         min_experts: how many have to live for /health to say that the ensemble is served.
         engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
+        admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -69,7 +71,7 @@ def serve(
     with bound_socket(args) as sock:
         for name in remove_stale():
             logger.warning("removed shared memory %s of a server that is gone", name)
-        uvloop.run(_serve(ensemble, args, sock, placement, min_experts, engine_timeout_s))
+        uvloop.run(_serve(ensemble, args, sock, placement, min_experts, engine_timeout_s, admin_key))
 
 
 async def _serve(
@@ -79,17 +81,20 @@ async def _serve(
     placement: str | None,
     min_experts: int,
     engine_timeout_s: float,
+    admin_key: str | None,
 ) -> None:
     from decar.server.gateway.api import extend
+    from decar.server.gateway.http_server import BoundedHttpProtocol
     from decar.server.vllm_adapter.app import api_keys, listen, openai_app
 
     running = _running_ensemble(ensemble, args, placement, min_experts, engine_timeout_s)
     async with running as client:
+        keys = api_keys(args, admin_key)
         app = await openai_app(client, args)
-        extend(app, client, api_keys(args))
+        extend(app, client, keys, admin_key)
         host, port = sock.getsockname()[:2]
         print(f"decar: {ensemble.name} listens on http://{host}:{port}/v1", flush=True)
-        stopped = await listen(app, args, sock)
+        stopped = await listen(app, args, sock, BoundedHttpProtocol)
     await stopped
 
 

@@ -129,10 +129,10 @@ def count_parameters(config: TrainConfig, name: str) -> int | None:
     checkpoint = config.model_of(name).get("checkpoint")
     if checkpoint is None or not (Path(checkpoint) / "config.json").is_file():
         return None
-    described = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    described = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     auto = AutoModelForImageTextToText if reads_images(described) else AutoModelForCausalLM
     with torch.device("meta"):
-        return int(auto.from_config(described).num_parameters())
+        return int(auto.from_config(described, trust_remote_code=False).num_parameters())
 
 
 def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[str, Cost]) -> Estimate:

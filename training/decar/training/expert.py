@@ -240,7 +240,9 @@ def make_trainer(config: TrainConfig, model: Any, train: Rows, directory: Path) 
                 return super()._load_from_checkpoint(resume_from_checkpoint, model)
             # The Trainer takes names as they are on disk, but image-text models save theirs under older ones: it would
             # load nothing, and say so in a warning.
-            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+            saved = type(self.model).from_pretrained(
+                resume_from_checkpoint, dtype=torch.float32, trust_remote_code=False
+            )
             self.model.load_state_dict(saved.state_dict())
 
     settings = config.training

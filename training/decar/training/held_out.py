@@ -129,9 +129,11 @@ def load_model(directory: Path) -> Any:
     """The model in ``directory``, of text alone or of images and text; fp32, on the GPU where there is one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    with_images = reads_images(AutoConfig.from_pretrained(directory, local_files_only=True))
-    kind: Any = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
-    model = kind.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    described = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    kind: Any = AutoModelForImageTextToText if reads_images(described) else AutoModelForCausalLM
+    model = kind.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

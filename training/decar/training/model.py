@@ -100,7 +100,9 @@ def model_config(config: TrainConfig, name: str, tokenizer: Any) -> Any:
     own = {"vocab_size": len(tokenizer), **_special_tokens(tokenizer)}
     try:
         if "checkpoint" in description:
-            return AutoConfig.from_pretrained(description["checkpoint"], local_files_only=True)
+            return AutoConfig.from_pretrained(
+                description["checkpoint"], local_files_only=True, trust_remote_code=False
+            )
         if reads_images(CONFIG_MAPPING[description["model_type"]]()):
             text = {**own, **description.get("text_config", {})}
             return AutoConfig.for_model(**{**description, "text_config": text})
@@ -133,10 +135,13 @@ def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
     try:
         if "checkpoint" in description:
             model = auto.from_pretrained(
-                description["checkpoint"], dtype=torch.float32, local_files_only=True
+                description["checkpoint"],
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         else:
-            model = auto.from_config(wanted, dtype=torch.float32)
+            model = auto.from_config(wanted, dtype=torch.float32, trust_remote_code=False)
             model.generation_config = GenerationConfig(**_special_tokens(tokenizer))
     except _REFUSED as error:
         raise _cannot_be_built(name, error) from None

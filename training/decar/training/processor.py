@@ -50,9 +50,11 @@ def _read(directory: Path) -> Any:
     from transformers import AutoImageProcessor, AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         # Pillow resizes alike everywhere, torchvision a little differently and not everywhere.
-        images = AutoImageProcessor.from_pretrained(directory, local_files_only=True, backend="pil")
+        images = AutoImageProcessor.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
     except (OSError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         raise TrainingError(
             f"no processor can be read from {directory} ({' '.join(str(error).split())})"

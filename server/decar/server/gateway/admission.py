@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
 from decar.router.errors import StartError
@@ -93,6 +94,20 @@ class Admission:
                     f"--max-logprobs allows {self._max_logprobs}",
                     parameter=field,
                 )
+
+
+def check_grammar(params: SamplingParams, output: RequestOutput) -> None:
+    """
+    Raises:
+        VLLMValidationError: an engine has ended a request because its grammar does not compile.
+    """
+    if params.structured_outputs is not None and any(
+        part.finish_reason == "error" for part in output.outputs
+    ):
+        raise VLLMValidationError(
+            "the grammar that structured_outputs, response_format or tools ask for cannot be compiled",
+            parameter="structured_outputs",
+        )
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

@@ -6,26 +6,30 @@ Without a trace the object is spliced in front of the first brace, so that nothi
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import secrets
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decar.router import Ensemble
 from decar.router.errors import RequestError
+from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, with_length
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
-from decar.server.gateway.request import Call, current_call, model_ids, offered_routers, parse_call
-from decar.server.protocol.cores import GatewayThread
+from decar.server.gateway.errors import error_response, http_error
+from decar.server.gateway.middleware import ArrivalMiddleware, GuardMiddleware, KeyMiddleware, is_admin
+from decar.server.gateway.request import Call, current_call, offered_routers, parse_call
+from decar.server.gateway.routes import OfferedMiddleware, describing_offered
+
+logger = logging.getLogger("decar")
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20
@@ -33,52 +37,64 @@ RETRY_AFTER_S = 10
 """When to ask again for an expert that is down: an engine takes about as long to start, and longer on a CPU."""
 
 
-def extend(app: FastAPI, client: EnsembleClient, keys: Sequence[str]) -> None:
-    """Add decar's routes and middleware to vLLM's ``app``. With ``keys``, all but /health needs one."""
+def extend(app: FastAPI, client: EnsembleClient, keys: Sequence[str], admin_key: str | None = None) -> None:
+    """Add decar's routes and middleware to vLLM's ``app``.
+
+    Args:
+        keys: all but /health needs one of them, or the admin's; none: nobody is asked.
+        admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
+    """
+    theirs = list(app.router.routes)
     app.include_router(routes)
+    ours = app.router.routes[len(theirs) :]
+    app.router.routes[:] = [*ours, *theirs]  # the first that fits answers
     app.state.ensemble_client = client
     app.add_exception_handler(HTTPException, http_error)  # vLLM's own leaves out what Starlette raises
-    # Innermost, so that vLLM's authentication has let the request pass before its body is read.
-    app.user_middleware.append(Middleware(DecarMiddleware, ensemble=client.ensemble))
-    if keys:
-        app.user_middleware.insert(0, Middleware(KeyMiddleware, tokens=keys))
-    app.user_middleware.insert(0, Middleware(ArrivalMiddleware, thread=client.thread))
+    app.openapi = describing_offered(app.openapi)  # type: ignore[method-assign]
+    # CORS's headers go on every answer, errors and refused keys included, and a browser asks without a key.
+    cors = [middleware for middleware in app.user_middleware if middleware.cls is CORSMiddleware]
+    app.user_middleware[:] = [
+        *cors,
+        Middleware(GuardMiddleware, handler=app.exception_handlers.get(Exception)),
+        Middleware(ArrivalMiddleware, thread=client.thread),
+        Middleware(KeyMiddleware, tokens=keys, admin=admin_key),
+        Middleware(OfferedMiddleware),
+        *(middleware for middleware in app.user_middleware if middleware not in cors),
+        # Innermost, so that vLLM's authentication has let the request pass before its body is read.
+        Middleware(DecarMiddleware, ensemble=client.ensemble),
+    ]
     app.middleware_stack = app.build_middleware_stack()  # vLLM's app has already built its own
-
-
-def error_response(
-    message: str, status: int, param: str | None, kind: str = "BadRequestError"
-) -> JSONResponse:
-    """An error body as OpenAI's API gives it."""
-    error = {"message": message, "type": kind, "param": param, "code": status}
-    return JSONResponse({"error": error}, status_code=status)
-
-
-async def http_error(_: Request, error: Exception) -> JSONResponse:
-    """Unknown routes, wrong methods and unreadable bodies in the form of every other error."""
-    assert isinstance(error, HTTPException)
-    kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
-    response = error_response(str(error.detail), error.status_code, None, kind)
-    response.headers.update(error.headers or {})
-    return response
 
 
 routes = APIRouter()
 
 
+@routes.get("/v1/models")
+async def models(request: Request) -> JSONResponse:
+    """The ensemble, and each expert alone."""
+    return JSONResponse({"object": "list", "data": await _model_cards(request)})
+
+
 @routes.get("/v1/models/{model_id:path}")
 async def model(model_id: str, request: Request) -> JSONResponse:
     """One model, as `client.models.retrieve` asks."""
-    models = await request.app.state.openai_serving_models.show_available_models()
-    for card in models.data:
-        if card.id == model_id:
-            return JSONResponse(card.model_dump())
+    for card in await _model_cards(request):
+        if card["id"] == model_id:
+            return JSONResponse(card)
     return error_response(f"The model `{model_id}` does not exist.", 404, "model", "NotFoundError")
+
+
+async def _model_cards(request: Request) -> list[dict[str, Any]]:
+    """vLLM's cards, whose ``root`` is a path for the admin alone."""
+    shown = await request.app.state.openai_serving_models.show_available_models()
+    cards: list[dict[str, Any]] = [card.model_dump() for card in shown.data]
+    return cards if is_admin(request.scope) else [{**card, "root": card["id"]} for card in cards]
 
 
 @routes.get("/v1/ensemble")
 async def ensemble(request: Request) -> JSONResponse:
-    """The manifest, each expert's health, slots in use, what engines counted, and defaults."""
+    """The manifest, each expert's health, slots in use, what engines counted, and defaults; for the admin also where
+    experts lie and run."""
     client: EnsembleClient = request.app.state.ensemble_client
     manifest = client.ensemble.manifest
     experts = [
@@ -87,7 +103,6 @@ async def ensemble(request: Request) -> JSONResponse:
             "model": f"{client.ensemble.name}/{expert.name}",
             "prior": entry.prior,
             "up": expert.up,
-            "pid": expert.engine.pid,
             "leads": leads,
             "lockstep": block.counted(),
         }
@@ -95,6 +110,9 @@ async def ensemble(request: Request) -> JSONResponse:
             client.experts, manifest.experts, client.plane.blocks, client.leaders.counts(), strict=True
         )
     ]
+    if is_admin(request.scope):
+        for shown, expert, checkpoint in zip(experts, client.experts, client.ensemble.experts, strict=True):
+            shown.update(pid=expert.engine.pid, path=str(checkpoint.path))
     return JSONResponse(
         {
             "object": "ensemble",
@@ -108,66 +126,37 @@ async def ensemble(request: Request) -> JSONResponse:
     )
 
 
-class KeyMiddleware:
-    """Asks for one of ``tokens`` everywhere but at /health; vLLM's own asks for one under some prefixes only."""
-
-    def __init__(self, app: ASGIApp, tokens: Sequence[str]):
-        self.app = app
-        self._digests = [_digest(token) for token in tokens]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        open_to_all = (
-            scope["type"] == "lifespan" or scope.get("method") == "OPTIONS" or scope["path"] == "/health"
-        )
-        if open_to_all or self._knows(Headers(scope=scope).get("authorization", "")):
-            return await self.app(scope, receive, send)
-        message = "give a valid API key: Authorization: Bearer KEY"
-        await error_response(message, 401, None, "AuthenticationError")(scope, receive, send)
-
-    def _knows(self, authorization: str) -> bool:
-        scheme, _, token = authorization.partition(" ")
-        given = _digest(token)
-        # All are compared, and digests of one length: how long it takes says nothing of any.
-        matches = [secrets.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode()).digest()
-
-
-class ArrivalMiddleware:
-    """While the gateway gives way to engines: has it see to an HTTP request at once, when its headers are read."""
-
-    def __init__(self, app: ASGIApp, thread: GatewayThread):
-        self.app = app
-        self.thread = thread
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.thread.arriving() if scope["type"] == "http" else contextlib.nullcontext():
-            await self.app(scope, receive, send)
-
-
 class DecarMiddleware:
     """Carries the `decar` object between a client and the `Call` that its request becomes."""
 
     def __init__(self, app: ASGIApp, ensemble: Ensemble):
         self.app = app
         self.ensemble = ensemble
-        self._models = frozenset(model_ids(ensemble))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        plain, path = send, scope["path"].removeprefix(scope.get("root_path", ""))
-        body = await _read_body(receive)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        try:
+            body = await read_body(receive, MAX_BODY_BYTES)
+        except ClientDisconnect:
+            return
         if body is None:
             message = f"the request body is larger than {MAX_BODY_BYTES // 2**20} MiB"
-            return await error_response(message, 413, None)(scope, receive, send)
+            refused = error_response(message, 413, None)
+            refused.headers["connection"] = "close"  # what is left of it is not read
+            return await refused(scope, receive, send)
         try:
             fields = json.loads(body)
-        except (ValueError, RecursionError):
-            fields = None  # vLLM answers what is no JSON object
+            too_deep = is_deeper(fields, body)
+        except RecursionError:
+            too_deep = True
+        except ValueError:
+            fields, too_deep = None, False  # vLLM answers what is no JSON object
+        if too_deep:
+            message = f"the request body has more than {MAX_DEPTH} levels of lists and objects"
+            return await error_response(message, 400, None)(scope, receive, send)
+        call = None
         if isinstance(fields, dict):
             try:
                 call = parse_call(self.ensemble, _text(fields.get("model")), fields.pop("decar", None))
@@ -178,14 +167,38 @@ class DecarMiddleware:
                 return await error_response(message, 400, "decar.trace")(scope, receive, send)
             current_call.set(call)
             body = json.dumps(fields).encode()
-            if path in ANNOTATED_PATHS and (fields.get("model") is None or fields["model"] in self._models):
+            if path in ANNOTATED_PATHS:
                 send = _Annotated(call, send)
+        await self._answer(call, with_length(scope, len(body)), replay(body, receive), send)
+
+    async def _answer(self, call: Call | None, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have the app answer; what it trips over before it has anything generated is the request's fault.
+
+        vLLM looks at a body in many places before it knows the types of what is in it.
+        """
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await self.app(_with_length(scope, len(body)), _replay(body, receive), send)
-        except ExpertDown as down:  # raised before anything was sent: a stream ends with an event
+            await self.app(scope, receive, watched)
+        except (OSError, MemoryError):
+            raise
+        except ExpertDown as down:
+            if begun:
+                raise  # a stream ends with an event
             response = error_response(str(down), 503, None, "ServiceUnavailableError")
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
-            await response(scope, receive, plain)
+            await response(scope, receive, send)
+        except Exception as error:
+            if begun or (call is not None and call.prompts):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("%s is refused: vLLM cannot read it (%s)", scope["path"], reason)
+            await error_response(f"the request cannot be read ({reason})", 400, None)(scope, receive, send)
 
 
 class _Annotated:
@@ -257,38 +270,3 @@ class _Annotated:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body, or None if it is too large."""
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return b"".join(parts)
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > MAX_BODY_BYTES:
-            return None
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives ``body`` and then what is left: the client's disconnect."""
-    given = False
-
-    async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
-
-
-def _with_length(scope: Scope, length: int) -> Scope:
-    headers = [(n, v) for n, v in scope["headers"] if n != b"content-length"]
-    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}

@@ -19,7 +19,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import Ensemble, active_experts, moved_on, restricted
-from decar.server.gateway.admission import Admission, check_drawable
+from decar.server.gateway.admission import Admission, check_drawable, check_grammar
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.core_policy import CorePolicy
 from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
@@ -158,6 +158,7 @@ class EnsembleClient(AllEngines):
             outputs = choices[0] if len(choices) == 1 else merged(choices, asked.params)
         try:
             async for output in outputs:
+                check_grammar(asked.params, output)
                 output.request_id = asked.request_id
                 if prompt_logprobs is not None:
                     output.prompt_logprobs = prompt_logprobs

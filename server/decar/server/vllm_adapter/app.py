@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from argparse import Namespace
+from asyncio import Protocol
 from collections.abc import Awaitable, Iterator
 from typing import Any
 
@@ -54,8 +55,12 @@ async def openai_app(client: EngineClient, args: Namespace) -> Any:
     return app
 
 
-async def listen(app: Any, args: Namespace, sock: socket.socket) -> Awaitable[None]:
-    """Serve ``app`` until the process is told to stop; then what is given back is still to be awaited."""
+async def listen(app: Any, args: Namespace, sock: socket.socket, protocol: type[Protocol]) -> Awaitable[None]:
+    """Serve ``app`` until the process is told to stop; then what is given back is still to be awaited.
+
+    Args:
+        protocol: speaks HTTP on each connection.
+    """
     from decar.server.vllm_adapter.versions import get_uvicorn_log_config, serve_http
 
     log_config = get_uvicorn_log_config(args)
@@ -72,16 +77,22 @@ async def listen(app: Any, args: Namespace, sock: socket.socket) -> Awaitable[No
         ssl_cert_reqs=args.ssl_cert_reqs,
         h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
         h11_max_header_count=args.h11_max_header_count,
+        http=protocol,
+        ws="none",  # no route is one
         **({"log_config": log_config} if log_config is not None else {}),
     )
     return stopped
 
 
-def api_keys(args: Namespace) -> list[str]:
-    """Keys that a client has to give one of; none: nobody is asked."""
+def api_keys(args: Namespace, admin_key: str | None) -> list[str]:
+    """Keys that a client has to give one of; none: nobody is asked. vLLM's app, made of ``args``, knows them all."""
     from vllm import envs
 
-    return [key for key in args.api_key or [envs.VLLM_API_KEY] if key]
+    keys = [key for key in args.api_key or [envs.VLLM_API_KEY] if key]
+    if keys and admin_key:
+        keys.append(admin_key)
+    args.api_key = keys
+    return keys
 
 
 def keep_environment() -> None:

@@ -77,6 +77,7 @@ def parse_flags(flags: Sequence[str], model: str, names: Sequence[str]) -> Names
     from decar.server.vllm_adapter.versions import make_arg_parser, validate_parsed_serve_args
 
     parser = make_arg_parser(FlexibleArgumentParser(prog="decar serve DIR", description="Serve an ensemble."))
+    parser.set_defaults(h11_max_incomplete_event_size=2**16)  # vLLM's 4 MiB are for one header of one client
     defaults = parser.parse_args([])
     args = parser.parse_args(list(flags))
     refuse_reserved(args, defaults)
