@@ -437,3 +437,38 @@ def test_a_later_tenant_of_a_slot_is_not_bound_by_an_earlier_ones_pruning(
     follower.join(new)
     assert goes_on(follower)
     assert new.active == (0, 1)
+
+
+def test_an_engine_goes_on_after_tokens_that_others_have_said(
+    plane: Plane, engines: tuple[Lockstep, Lockstep]
+) -> None:
+    """What is decided at a request's first position is decided there, wherever that is."""
+    leader, _ = engines
+    scored = scoring_member(top_k=1)
+    scored.generation = 9
+    leader.join(scored, 3)
+    assert leader.produced[scored.slot] == 3
+    for block, said in zip(plane.blocks, (-3.0, -1.0), strict=True):
+        block.prompt_sum[scored.slot] = said
+    turns = leader.turns(np.array([scored.slot]), np.array([3]))
+    leader.weigh(turns)
+    assert np.isinf(leader.log_weights[scored.slot]).sum() == 1, "the weights are those after the whole text"
+    leader.weigh(turns)  # only once
+    leader.publish(turns, np.array([2]))
+    assert leader.alone_from[scored.slot] == 4
+
+
+def test_rows_of_an_engine_that_is_gone_are_not_read_and_those_of_the_next_are(tmp_path: Path) -> None:
+    plane = Plane.create(experts=2, slots=2, vocab_size=VOCABULARY, positions=4, device_dtype="bfloat16")
+    plane.unlink()
+    memory = FileMemory(tmp_path)
+    first, second = (DeviceTransport(plane, expert, memory) for expert in range(2))
+    entry = np.array([0])
+    second.post(entry, torch.full((1, VOCABULARY), 2.0))
+    assert float(first.rows.logits[1][0, 0]) == 2.0
+    plane.alive[1] = 0
+    assert first.rows.logits[1].data_ptr() == first.rows.logits[0].data_ptr(), "its own stand in for them"
+    again = DeviceTransport(plane, 1, memory)
+    again.post(entry, torch.full((1, VOCABULARY), 3.0))
+    plane.alive[1] = 1
+    assert float(first.rows.logits[1][0, 0]) == 3.0

@@ -12,7 +12,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 
 from decar.server.protocol.cores import GatewayThread
 from decar.server.protocol.lockstep import Lockstep
-from decar.server.protocol.member import Member
+from decar.server.protocol.member import SPOKEN_KEY, Member, Spoken
 from decar.server.protocol.plane import Plane
 from decar.server.protocol.transport import HostTransport
 from decar.server.vllm_adapter.relay import LATE_S, Relay
@@ -36,14 +36,19 @@ class Ensemble:
         self.relayed = self.relay.begin(OLD, self.member, lambda _: None)
         params = SamplingParams(detokenize=False, output_kind=kind)
         self.queues = []
-        for expert, processor in enumerate(self.processors):
-            queue = RequestOutputCollector(kind, f"r-{expert}")
-            fields: dict[str, Any] = dict.fromkeys(EngineCoreRequest.__struct_fields__[:9])
-            fields |= {"request_id": f"r-{expert}", "prompt_token_ids": [1], "sampling_params": params}
-            request = EngineCoreRequest(**{**fields, "arrival_time": 0.0}, external_req_id="r")
-            processor.add_request(request, None, queue=queue)
+        self.kind = kind
+        for expert in range(2):
+            self.queues.append(self.add(expert, f"r-{expert}", params))
             self.relay.follow(self.relayed, expert, f"r-{expert}")
-            self.queues.append(queue)
+
+    def add(self, expert: int, request_id: str, params: SamplingParams) -> RequestOutputCollector:
+        """Give a request to an engine, as `AsyncLLM` does."""
+        queue = RequestOutputCollector(self.kind, request_id)
+        fields: dict[str, Any] = dict.fromkeys(EngineCoreRequest.__struct_fields__[:9])
+        fields |= {"request_id": request_id, "prompt_token_ids": [1], "sampling_params": params}
+        request = EngineCoreRequest(**{**fields, "arrival_time": 0.0}, external_req_id="r")
+        self.processors[expert].add_request(request, None, queue=queue)
+        return queue
 
     @staticmethod
     def new_member() -> Member:
@@ -159,3 +164,58 @@ def test_tokens_are_told_as_they_come_also_early_ones_and_not_an_end_without_one
     ensemble.says(NEW, [13, 14], FinishReason.LENGTH)
     assert told == [1, 2, 3, 5]
     assert ensemble.heard() == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_another_engine_goes_on_with_what_was_broken_off(ensemble: Ensemble, early: bool) -> None:
+    ensemble.says(OLD, [10, 11])
+    if early:
+        ensemble.hand_over(3)
+        ensemble.says(NEW, [13])  # which nobody will hear: the token before it was lost with its leader
+    speech = ensemble.relay.break_off(ensemble.relayed)
+    assert speech is not None
+    assert speech.tokens == [10, 11]
+    assert "r-0" not in ensemble.processors[OLD].request_states
+    heard = ensemble.heard()
+
+    told: list[int] = []
+    relayed = ensemble.relay.begin(NEW, None, told.append, speech)
+    params = SamplingParams(
+        detokenize=False,
+        output_kind=ensemble.kind,
+        extra_args={SPOKEN_KEY: Spoken(speech.tokens, speech.ticket).to_wire()},
+    )
+    queue = ensemble.add(NEW, "again", params)
+    ensemble.relay.follow(relayed, NEW, "again")
+    output = EngineCoreOutput("again", [12], finish_reason=FinishReason.LENGTH)
+    ensemble.processors[NEW].process_outputs([output], time.monotonic())
+    rest = queue.get_nowait()
+    assert rest is not None
+    assert rest.finished
+    tokens = list(rest.outputs[0].token_ids)
+    assert heard + tokens == [10, 11, 12]
+    assert told == [3]
+    assert not ensemble.processors[NEW].request_states.keys() & {"again"}
+
+
+def test_what_was_not_begun_is_not_broken_off(ensemble: Ensemble) -> None:
+    assert ensemble.relay.break_off(ensemble.relayed) is None
+    assert "r-0" in ensemble.processors[OLD].request_states, "it is cancelled as usual"
+
+
+def test_who_is_known_to_the_relay_hears_of_a_death_elsewhere(ensemble: Ensemble) -> None:
+    ensemble.processors[OLD].propagate_error(RuntimeError("dead"))
+    assert ensemble.queues[OLD].output is None
+    ensemble.relay.forget(ensemble.relayed)
+    ensemble.processors[OLD].propagate_error(RuntimeError("dead"))
+    with pytest.raises(RuntimeError, match="dead"):
+        ensemble.queues[OLD].get_nowait()
+
+
+def test_an_answer_that_nobody_went_on_with_can_be_gone_on_with_by_another(ensemble: Ensemble) -> None:
+    ensemble.says(OLD, [10])
+    speech = ensemble.relay.break_off(ensemble.relayed)
+    relayed = ensemble.relay.begin(NEW, None, None, speech)
+    assert ensemble.relay.break_off(relayed) is None, "its engine died before it had it"
+    assert not ensemble.relay._broken_off
+    assert ensemble.relay.begin(OLD, None, None, speech).heard == 1

@@ -113,3 +113,21 @@ def test_hidden_states_are_those_of_this_steps_positions(step: StepV1) -> None:
     first, hidden_states = step.hidden_states("b")
     assert first == 4
     assert hidden_states[:, 0].tolist() == [1, 2, 3]
+
+
+def test_a_request_that_goes_on_joins_the_batch_with_what_was_said(runner: Runner, step: StepV1) -> None:
+    """It is in the runner's own past when the batch first sees it, and so is what a seed drew for it."""
+    joined: list[tuple[str, list[int]]] = []
+    drawn: list[int] = []
+    runner.input_batch.add_request = lambda request: joined.append(
+        (request.req_id, list(request.output_token_ids))
+    )
+    step.redraw = lambda request_id, tokens: drawn.append(tokens)  # type: ignore[method-assign]
+    step.go_on("c", [7, 8, 9])
+    step.go_on("d", [5])
+    for request_id in ("c", "e", "d"):
+        runner.input_batch.add_request(SimpleNamespace(req_id=request_id, output_token_ids=[]))
+    assert joined == [("c", [7, 8, 9]), ("e", []), ("d", [5])]
+    assert drawn == [3, 1]
+    runner.input_batch.add_request(SimpleNamespace(req_id="c", output_token_ids=[7, 8, 9, 1]))
+    assert joined[-1] == ("c", [7, 8, 9, 1]), "as after a preemption: it has them already"
