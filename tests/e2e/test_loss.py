@@ -21,7 +21,9 @@ from tests.reference import Reference, mixture_decode, prompt_texts
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 TOKENS = 160
-MIDST = 8  # tokens after which an answer is broken off: a client that reads many streams is behind their server
+MIDST = (
+    8  # tokens after which an answer is broken off: a client that reads many streams is behind their server
+)
 STUCK_AFTER_S = 8
 BACK_WITHIN_S = 120  # an engine starts within 60 s on an idle machine
 PENALTIES = {"presence_penalty": 0.4, "frequency_penalty": -0.3}
@@ -129,9 +131,9 @@ class Heard:
 
 
 async def ask(
-    client: openai.AsyncOpenAI, model: str, kind: Kind, prompt: list[int], underway: asyncio.Event
+    client: openai.AsyncOpenAI, model: str, kind: Kind, prompt: list[int], underway: asyncio.Semaphore
 ) -> Heard:
-    """One request of a kind; a stream sets ``underway`` in its midst."""
+    """One request of a kind; a stream of several experts says once to ``underway`` that it is in its midst."""
     extra = {**COMPLETION_EXTRAS, "decar": {**kind.decar, "trace": True}, **kind.extra}
     options = {"max_tokens": TOKENS, "temperature": 0, "logprobs": 1, **kind.options}
     heard = Heard()
@@ -139,26 +141,30 @@ async def ask(
     if not kind.stream:
         heard.add(await create(model=model, prompt=prompt, extra_body=extra, **options))
         return heard
+    said = False
     async for chunk in await create(model=model, prompt=prompt, stream=True, extra_body=extra, **options):
         heard.add(chunk)
-        if sum(map(len, heard.tokens.values())) > MIDST:
-            underway.set()
+        if not said and kind.decode is not None and len(heard.tokens[0]) > MIDST:
+            said = True
+            underway.release()
     return heard
 
 
 async def all_kinds(
     server: Server, reference: Reference, prompts: list[list[int]], signals: list[tuple[int, signal.Signals]]
 ) -> list[tuple[Kind, list[int], Heard]]:
-    """Every kind with every prompt, at once; when the first stream is in its midst, ``signals`` are sent."""
+    """Every kind with every prompt, at once; ``signals`` are sent when half of those compared are in their midst."""
     asked = [(kind, prompt) for kind in KINDS for prompt in prompts]
-    underway = asyncio.Event()
+    underway = asyncio.Semaphore(0)
     async with server.async_openai() as client:
         tasks = [
             asyncio.create_task(ask(client, reference.name, kind, prompt, underway)) for kind, prompt in asked
         ]
         try:
             async with asyncio.timeout(120):
-                await underway.wait()
+                for kind, _ in asked[::2]:
+                    if kind.stream and kind.decode is not None:
+                        await underway.acquire()
             for pid, sent in signals:
                 os.kill(pid, sent)
             heard = await asyncio.gather(*tasks)
@@ -231,7 +237,7 @@ async def test_an_engine_is_killed_and_every_answer_goes_on(
             compared += 0 < end < TOKENS
             if kind.stream and end < TOKENS:
                 assert (end, [lost]) in heard.degraded, "it is said where it happened"
-    assert compared >= 6
+    assert compared >= 4, [lost_from(trio, lost, heard) for _, _, heard in found]
     assert server.health() == 200
     assert sum(server.metric("decar:failovers_total")) >= compared
     request = {"model": f"{trio.name}/{lost}", "prompt": "x", "max_tokens": 1}
@@ -295,11 +301,11 @@ async def test_two_engines_die_at_once_and_one_answers(server: Server, trio: Ref
 
 async def test_who_wants_nobody_missing_is_told(server: Server, trio: Reference) -> None:
     victim = pid_of(server, "maths")
-    underway = asyncio.Event()
-    kind = Kind("fail", {"route": "prior", "on_expert_loss": "fail"})
+    underway = asyncio.Semaphore(0)
+    kind = Kind("fail", {"route": "prior", "on_expert_loss": "fail"}, {})
     async with server.async_openai() as client:
         stream = asyncio.create_task(ask(client, trio.name, kind, [5, 6, 7], underway))
-        await underway.wait()
+        await underway.acquire()
         os.kill(victim, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="maths"):
             await stream
