@@ -472,3 +472,16 @@ def test_rows_of_an_engine_that_is_gone_are_not_read_and_those_of_the_next_are(t
     again.post(entry, torch.full((1, VOCABULARY), 3.0))
     plane.alive[1] = 1
     assert float(first.rows.logits[1][0, 0]) == 3.0
+
+
+def test_who_takes_a_lead_over_does_not_weigh_the_prompt_anew(
+    plane: Plane, engines: tuple[Lockstep, Lockstep]
+) -> None:
+    _, follower = engines
+    member = scoring_member(prune=0.25)
+    follower.join(member)
+    for block, said in zip(plane.blocks, (-3.0, -1.0), strict=True):
+        block.prompt_sum[member.slot] = said
+    follower.log_weights[member.slot] = np.log([0.6, 0.4])  # as its leader has left them
+    follower.weigh(follower.turns(np.array([member.slot]), np.array([3])))
+    assert np.exp(follower.log_weights[member.slot]) == pytest.approx([0.6, 0.4])

@@ -264,7 +264,10 @@ class Lockstep:
 
     def weigh(self, turns: Turns) -> None:
         """Where experts have scored a prompt as they computed it: its weights, and who stays active with them."""
-        for slot in turns.slots[self._unweighed[turns.slots]].tolist():
+        first = (
+            turns.positions == self._first[turns.slots]
+        )  # whoever takes the lead over finds the weights there
+        for slot in turns.slots[first & self._unweighed[turns.slots]].tolist():
             member = self._member(slot)
             assert member.scored is not None
             said = self._fields["prompt_sum"][:, slot] + [known for _, known in member.scored]
