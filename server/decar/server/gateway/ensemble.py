@@ -456,7 +456,7 @@ class EnsembleClient(AllEngines):
             """Tokens up to there have been said."""
             nonlocal read
             if until > read == 0 and scored is not None:
-                reader.begin(trace, read)
+                reader.begin(trace)
             if call.trace:
                 reader.extend(trace, read, until)
             read = until

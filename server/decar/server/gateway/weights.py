@@ -43,11 +43,11 @@ class WeightsReader:
             self._read(end)
         return self._weights[start:end]
 
-    def begin(self, trace: ChoiceTrace, start: int) -> None:
-        """A text has been scored as it was computed: only with the first token after it is it known who takes part."""
-        [weights] = self.between(start, start + 1)
+    def begin(self, trace: ChoiceTrace) -> None:
+        """A prompt has been scored as it was computed: only now is it known who takes part."""
+        [weights] = self.between(0, 1)
         trace.experts = [self._names[k] for k in np.flatnonzero(weights)]
-        trace.leader = self._leader(start, weights)
+        trace.leader = self._leader(0, weights)
 
     def extend(self, trace: ChoiceTrace, start: int, end: int) -> None:
         """Note what mixed the tokens from ``start`` to ``end``."""

@@ -143,10 +143,10 @@ class LockstepScheduler(Scheduler):
         """
         member, rows = self._members.get(request.request_id), PromptRows.of(request.sampling_params)
         self._readable = None if rows is None else rows.start
-        begins = request.num_output_tokens == len(spoken_tokens(request.sampling_params))
-        if member is not None and member.scored is not None and begins:
+        if member is not None and member.scored is not None:
             known, _ = member.scored[self.lockstep.expert]
-            self._readable = known - 1  # the last of these tokens predicts the first that is not known
+            if request.num_output_tokens == len(spoken_tokens(request.sampling_params)):
+                self._readable = known - 1  # the last of these tokens predicts the first that is not known
         return self._cached_blocks(request, *args, **kwargs)
 
     def _longest_readable_hit(self, block_hashes: Any, max_length: int) -> Any:
