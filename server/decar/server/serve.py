@@ -9,22 +9,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from decar.router import Ensemble
 from decar.router.errors import StartError
 from decar.server.placement import CPU_KV_BYTES, Place, check_memory, place, visible_gpus
 from decar.server.protocol.machine import check_memory_order
-from decar.server.protocol.plane import Plane, prompt_unit, remove_stale
+from decar.server.protocol.plane import (
+    DIRECTORY,
+    Plane,
+    make_folder,
+    prompt_unit,
+    remove_all_of,
+    remove_stale,
+)
 from decar.server.vllm_adapter.versions import check_version
 
 if TYPE_CHECKING:
     from decar.server.gateway.ensemble import EnsembleClient
+    from decar.server.gateway.supervisor import Supervisor
 
 logger = logging.getLogger("decar")
 
@@ -36,9 +47,10 @@ def serve(
     allow_untested_vllm: bool = False,
     min_experts: int = 1,
     engine_timeout_s: float = 30.0,
+    shutdown_timeout_s: float = 30.0,
     admin_key: str | None = None,
 ) -> None:
-    """Serve the ensemble in ``directory`` until SIGINT or SIGTERM.
+    """Serve the ensemble in ``directory`` until SIGINT or SIGTERM, and the requests that run then to their end.
 
     Args:
         flags: vLLM's own server and engine flags, given to every engine.
@@ -46,6 +58,7 @@ def serve(
         allow_untested_vllm: go on with a vLLM of any version.
         min_experts: how many have to live for /health to say that the ensemble is served.
         engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
+        shutdown_timeout_s: for requests that run when the server is told to stop.
         admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
 
     Raises:
@@ -70,39 +83,59 @@ def serve(
     args = parse_flags(flags, str(ensemble.directory), model_ids(ensemble))
     with bound_socket(args) as sock:
         for name in remove_stale():
-            logger.warning("removed shared memory %s of a server that is gone", name)
-        uvloop.run(_serve(ensemble, args, sock, placement, min_experts, engine_timeout_s, admin_key))
+            logger.warning("removed %s of a server that is gone", DIRECTORY / name)
+        sockets = make_folder()
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(sockets))
+        try:
+            running = _running_ensemble(ensemble, args, placement, min_experts, engine_timeout_s)
+            uvloop.run(_serve(running, args, sock, shutdown_timeout_s, admin_key))
+        finally:
+            remove_all_of(sockets.name)
 
 
 async def _serve(
-    ensemble: Ensemble,
+    running: AbstractAsyncContextManager[tuple[EnsembleClient, Supervisor]],
     args: Namespace,
     sock: socket.socket,
-    placement: str | None,
-    min_experts: int,
-    engine_timeout_s: float,
+    shutdown_timeout_s: float,
     admin_key: str | None,
 ) -> None:
     from decar.server.gateway.api import extend
+    from decar.server.gateway.gate import Gate
     from decar.server.gateway.http_server import BoundedHttpProtocol
+    from decar.server.gateway.signals import told_to_stop
     from decar.server.vllm_adapter.app import api_keys, listen, openai_app
 
-    running = _running_ensemble(ensemble, args, placement, min_experts, engine_timeout_s)
-    async with running as client:
+    async with running as (client, supervisor):
+        gate = Gate()
         keys = api_keys(args, admin_key)
         app = await openai_app(client, args)
-        extend(app, client, keys, admin_key)
+        extend(app, client, gate, keys, admin_key)
+
+        async def until_drained() -> None:
+            await told_to_stop(partial(_end_now, client.plane.spec.name))
+            logger.info("told to stop: %d requests have %.0f s left", gate.running, shutdown_timeout_s)
+            supervisor.stop()
+            await gate.drain(shutdown_timeout_s)
+
         host, port = sock.getsockname()[:2]
-        print(f"decar: {ensemble.name} listens on http://{host}:{port}/v1", flush=True)
-        stopped = await listen(app, args, sock, BoundedHttpProtocol)
-    await stopped
+        print(f"decar: {client.ensemble.name} listens on http://{host}:{port}/v1", flush=True)
+        await listen(app, args, sock, BoundedHttpProtocol, until_drained())
+
+
+def _end_now(name: str) -> NoReturn:
+    """End all processes, and remove all that this one has made, ``name`` included."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    remove_all_of(name)
+    os._exit(1)
 
 
 @contextlib.asynccontextmanager
 async def _running_ensemble(
     ensemble: Ensemble, args: Namespace, placement: str | None, min_experts: int, engine_timeout_s: float
-) -> AsyncIterator[EnsembleClient]:
-    """Engines started and warm; stopped, with their memory given back, on the way out."""
+) -> AsyncIterator[tuple[EnsembleClient, Supervisor]]:
+    """Engines started and warm, with who keeps them so; stopped, with their memory given back, on the way out."""
     from decar.server.gateway.admission import check_tokenizer
     from decar.server.gateway.supervisor import Supervisor
     from decar.server.gateway.warm_up import warm_up
@@ -148,9 +181,10 @@ async def _running_ensemble(
         supervisor = Supervisor(client, starter.start, image, engine_timeout_s)
         supervisor.watch()
         try:
-            yield client  # vLLM's server shuts the client down when it is told to stop
+            yield client, supervisor
         finally:
             supervisor.stop()
+            client.shutdown(timeout=0)
     finally:
         failures.close()
         for engine in started:

@@ -24,7 +24,8 @@ from decar.router.errors import RequestError
 from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, with_length
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
-from decar.server.gateway.errors import error_response, http_error
+from decar.server.gateway.errors import error_response, http_error, unavailable
+from decar.server.gateway.gate import Gate, GateMiddleware
 from decar.server.gateway.middleware import (
     ArrivalMiddleware,
     GuardMiddleware,
@@ -39,14 +40,15 @@ logger = logging.getLogger("decar")
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20
-RETRY_AFTER_S = 10
-"""When to ask again for an expert that is down: an engine takes about as long to start, and longer on a CPU."""
 
 
-def extend(app: FastAPI, client: EnsembleClient, keys: Sequence[str], admin_key: str | None = None) -> None:
+def extend(
+    app: FastAPI, client: EnsembleClient, gate: Gate, keys: Sequence[str], admin_key: str | None = None
+) -> None:
     """Add decar's routes and middleware to vLLM's ``app``.
 
     Args:
+        gate: lets requests in.
         keys: all but /health needs one of them, or the admin's; none: nobody is asked.
         admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
     """
@@ -61,6 +63,7 @@ def extend(app: FastAPI, client: EnsembleClient, keys: Sequence[str], admin_key:
     cors = [middleware for middleware in app.user_middleware if middleware.cls is CORSMiddleware]
     app.user_middleware[:] = [
         *cors,
+        Middleware(GateMiddleware, gate=gate),
         Middleware(GuardMiddleware, handler=app.exception_handlers.get(Exception)),
         Middleware(ArrivalMiddleware, thread=client.thread),
         Middleware(KeyMiddleware, tokens=keys, admin=admin_key),
@@ -189,9 +192,7 @@ class DecarMiddleware:
         except ExpertDown as down:
             if has_begun(scope):
                 raise  # a stream ends with an event
-            response = error_response(str(down), 503, None, "ServiceUnavailableError")
-            response.headers["Retry-After"] = str(RETRY_AFTER_S)
-            await response(scope, receive, send)
+            await unavailable(str(down))(scope, receive, send)
         except Exception as error:
             if has_begun(scope) or (call is not None and call.prompts):
                 raise

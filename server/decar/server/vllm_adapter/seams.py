@@ -117,6 +117,7 @@ SEAMS: tuple[Seam, ...] = (
                 replaces(module, f"{worker}.execute_model", "scheduler_output"),
                 replaces(module, f"{worker}.sample_tokens", "grammar_output"),
                 reads(module, worker, "vllm_config device model_runner use_v2_model_runner"),
+                reads(module, worker, "distributed_init_method"),
             )
         ),
         reads(
@@ -508,7 +509,6 @@ SEAMS: tuple[Seam, ...] = (
             for name, parameters in (
                 ("build_app", "args, supported_tasks, model_config"),
                 ("init_app_state", "async engine_client, state, args, supported_tasks"),
-                ("serve_http", "async app, *, sock, **kwargs"),
                 ("create_server_socket", "addr, *, reuse_port"),
                 ("get_uvicorn_log_config", "args"),
                 ("make_arg_parser", "parser"),
@@ -523,7 +523,11 @@ SEAMS: tuple[Seam, ...] = (
         calls("vllm.config", "ModelConfig.get_vocab_size"),
         calls("vllm.utils.system_utils", "set_ulimit"),
         calls("vllm.envs", "enable_envs_cache"),
-        reads("vllm.envs", "", "VLLM_API_KEY VLLM_USE_V2_MODEL_RUNNER VLLM_WORKER_MULTIPROC_METHOD"),
+        reads(
+            "vllm.envs",
+            "",
+            "VLLM_API_KEY VLLM_RPC_BASE_PATH VLLM_USE_V2_MODEL_RUNNER VLLM_WORKER_MULTIPROC_METHOD",
+        ),
         calls("vllm.engine.arg_utils", "AsyncEngineArgs.from_cli_args", "args"),
         calls("vllm.engine.arg_utils", "AsyncEngineArgs.create_engine_config"),
         reads(
