@@ -53,7 +53,9 @@ class Broken:
             raise KeyError("after")
 
 
-def app_of(*keys: str, admin: str | None = None, server: FakeServer | None = None) -> FastAPI:
+def app_of(
+    *keys: str, admin: str | None = None, server: FakeServer | None = None, reloader: Any = None
+) -> FastAPI:
     """An app as vLLM makes it, extended."""
     app = FastAPI()
 
@@ -97,7 +99,7 @@ def app_of(*keys: str, admin: str | None = None, server: FakeServer | None = Non
         return SimpleNamespace(data=[card])
 
     app.state.openai_serving_models = SimpleNamespace(show_available_models=show)
-    extend(app, (server or FakeServer(0.5, 0.5)).client, list(keys), admin)
+    extend(app, (server or FakeServer(0.5, 0.5)).client, reloader, list(keys), admin)
     return app
 
 
