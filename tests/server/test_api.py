@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -24,7 +25,7 @@ Answer = Callable[[Request], Any]
 
 
 def client_of(ensemble: Ensemble, answer: Answer) -> httpx.AsyncClient:
-    app = FastAPI(middleware=[Middleware(api.DecarMiddleware, ensemble=ensemble)])
+    app = FastAPI(middleware=[Middleware(api.DecarMiddleware, served=SimpleNamespace(ensemble=ensemble))])
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
@@ -103,7 +104,7 @@ async def test_a_stream_begins_before_its_first_event(ensemble: Ensemble) -> Non
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-    await api.DecarMiddleware(stream_later, ensemble)(scope, receive, send)
+    await api.DecarMiddleware(stream_later, SimpleNamespace(ensemble=ensemble))(scope, receive, send)
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert b'"decar"' in sent[1]["body"]
 
@@ -199,7 +200,7 @@ async def test_a_client_that_goes_away_while_it_sends_is_not_served(ensemble: En
         return received.pop(0)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-    await api.DecarMiddleware(never, ensemble)(scope, receive, never)
+    await api.DecarMiddleware(never, SimpleNamespace(ensemble=ensemble))(scope, receive, never)
 
 
 async def test_a_body_without_end_is_cut_off(ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:

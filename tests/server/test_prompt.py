@@ -72,9 +72,15 @@ async def test_a_shared_beginning_is_known(scorer: PromptScorer) -> None:
         assert longer.log_likelihoods == [-3.0, -1.0]
     async with scorer.beginning({**PROMPT, "cache_salt": "mine"}, (0, 1)) as another:
         assert another.scored == [(1, 0.0), (1, 0.0)]
-    scorer.forget()
-    async with scorer.beginning(PROMPT, (0, 1)) as again:
-        assert again.scored == [(1, 0.0), (1, 0.0)]
+
+
+async def test_an_expert_with_other_weights_is_asked_anew(scorer: PromptScorer) -> None:
+    async with scorer.beginning(PROMPT, (0, 1)) as before:
+        scorer.forget(0)
+        before.learn(*SAID)  # which the old weights said
+    async with scorer.beginning(PROMPT, (0, 1)) as after:
+        assert after.scored[0] == (1, 0.0)
+        assert after.scored[1] == (4, -1.5)
 
 
 async def test_one_token_says_nothing(scorer: PromptScorer) -> None:

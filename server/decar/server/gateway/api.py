@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -19,8 +19,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from decar.router import Ensemble
-from decar.router.errors import RequestError
+from decar.router import Ensemble, available_routers
+from decar.router.errors import DecarError, RequestError
 from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, with_length
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
@@ -33,7 +33,8 @@ from decar.server.gateway.middleware import (
     has_begun,
     is_admin,
 )
-from decar.server.gateway.request import Call, current_call, offered_routers, parse_call
+from decar.server.gateway.reload import Reloader, ReloadRunning
+from decar.server.gateway.request import Call, current_call, parse_call
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
 
 logger = logging.getLogger("decar")
@@ -43,7 +44,12 @@ MAX_BODY_BYTES = 32 * 2**20
 
 
 def extend(
-    app: FastAPI, client: EnsembleClient, gate: Gate, keys: Sequence[str], admin_key: str | None = None
+    app: FastAPI,
+    client: EnsembleClient,
+    gate: Gate,
+    reloader: Reloader,
+    keys: Sequence[str],
+    admin_key: str | None = None,
 ) -> None:
     """Add decar's routes and middleware to vLLM's ``app``.
 
@@ -57,6 +63,7 @@ def extend(
     ours = app.router.routes[len(theirs) :]
     app.router.routes[:] = [*ours, *theirs]  # the first that fits answers
     app.state.ensemble_client = client
+    app.state.ensemble_reloader = reloader
     app.add_exception_handler(HTTPException, http_error)  # vLLM's own leaves out what Starlette raises
     app.openapi = describing_offered(app.openapi)  # type: ignore[method-assign]
     # CORS's headers go on every answer, errors and refused keys included, and a browser asks without a key.
@@ -70,7 +77,7 @@ def extend(
         Middleware(OfferedMiddleware),
         *(middleware for middleware in app.user_middleware if middleware not in cors),
         # Innermost, so that vLLM's authentication has let the request pass before its body is read.
-        Middleware(DecarMiddleware, ensemble=client.ensemble),
+        Middleware(DecarMiddleware, served=client),
     ]
     app.middleware_stack = app.build_middleware_stack()  # vLLM's app has already built its own
 
@@ -127,7 +134,7 @@ async def ensemble(request: Request) -> JSONResponse:
             "object": "ensemble",
             "name": client.ensemble.name,
             "experts": experts,
-            "routes": list(offered_routers(client.ensemble)),
+            "routes": list(available_routers(client.ensemble)),
             "defaults": {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
             | manifest.mixing.model_dump(),
             "slots": {"total": client.slots.total, "in_use": client.slots.in_use},
@@ -135,12 +142,37 @@ async def ensemble(request: Request) -> JSONResponse:
     )
 
 
+@routes.post("/v1/ensemble/reload")
+async def reload(request: Request) -> JSONResponse:
+    """Read the ensemble's directory anew, and exchange what has changed; answers when that is done."""
+    client: EnsembleClient = request.app.state.ensemble_client
+    client.thread.arrived()  # it takes as long as engines take to start
+    reloader: Reloader = request.app.state.ensemble_reloader
+    try:
+        reloaded = await reloader.reload()
+    except ReloadRunning as error:
+        return error_response(str(error), 409, None, "ConflictError")
+    except DecarError as error:
+        return error_response(f"nothing is changed: {error}", 400, None)
+    if reloaded.failed is not None:
+        return error_response(str(reloaded), 500, None, "InternalServerError")
+    return JSONResponse(
+        {"object": "ensemble.reload", "exchanged": reloaded.exchanged, "message": str(reloaded)}
+    )
+
+
+class Served(Protocol):
+    """What has the ensemble that is served now."""
+
+    ensemble: Ensemble
+
+
 class DecarMiddleware:
     """Carries the `decar` object between a client and the `Call` that its request becomes."""
 
-    def __init__(self, app: ASGIApp, ensemble: Ensemble):
+    def __init__(self, app: ASGIApp, served: Served):
         self.app = app
-        self.ensemble = ensemble
+        self.served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -168,7 +200,7 @@ class DecarMiddleware:
         call = None
         if isinstance(fields, dict):
             try:
-                call = parse_call(self.ensemble, _text(fields.get("model")), fields.pop("decar", None))
+                call = parse_call(self.served.ensemble, _text(fields.get("model")), fields.pop("decar", None))
             except RequestError as error:
                 return await error_response(str(error), 400, error.param)(scope, receive, send)
             if call.trace and fields.get("use_beam_search"):

@@ -71,6 +71,10 @@ class Asked:
         return () if self.speech is None else self.speech.tokens
 
 
+class _OtherEngines(Exception):
+    """What is known of a request before it is decoded may not be so any more: it is found anew."""
+
+
 class EnsembleClient(AllEngines):
     """K engines that decode as one model.
 
@@ -102,7 +106,7 @@ class EnsembleClient(AllEngines):
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
         self._scorer = PromptScorer(self.experts, ensemble.vocab_size, plane.spec.prompt_unit)
-        self._trained_routers = TrainedRouters(ensemble, engines[0])
+        self.trained_routers = TrainedRouters(ensemble, engines[0])
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
@@ -119,6 +123,23 @@ class EnsembleClient(AllEngines):
         """Give requests to an expert's new engine from now on."""
         self.health.back(expert)
         self._metrics.restarted(expert)
+
+    def forget(self, expert: int) -> None:
+        """What an expert has said of prompts, since its next engine has other weights."""
+        self._scorer.forget(expert)
+
+    def serve(self, ensemble: Ensemble, trained_routers: TrainedRouters | None = None) -> None:
+        """From now on, requests are for this ensemble, whose experts the engines have; those that have begun keep what
+        they began with.
+
+        Args:
+            trained_routers: None: as they were.
+        """
+        self.ensemble = ensemble
+        self.trained_routers = trained_routers or self.trained_routers
+        self._metrics.names = ensemble.expert_names
+        for expert, name in zip(self.experts, ensemble.expert_names, strict=True):
+            expert.name = name
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -198,6 +219,8 @@ class EnsembleClient(AllEngines):
                         async for output in outputs:
                             yield output
                     return
+                except _OtherEngines:
+                    continue
                 except ExpertLost as lost:
                     self._go_on_without(asked, lost.expert)
 
@@ -220,6 +243,7 @@ class EnsembleClient(AllEngines):
         Raises:
             ExpertLost: one of them is, here or in what is returned.
             ExpertDown: none of them may answer.
+            _OtherEngines: not all of them are those that it began with.
         """
         call = asked.call
         log_weights = self._of_living(call, log_weights)
@@ -275,7 +299,7 @@ class EnsembleClient(AllEngines):
         """
         call, log_weights = asked.call, asked.call.log_weights
         if call.router is not None:
-            log_weights = await self._trained_routers.log_weights(asked.prompt, call.router)
+            log_weights = await self.trained_routers.log_weights(asked.prompt, call.router)
         count = asked.params.prompt_logprobs
         if count is None:
             return log_weights, None
@@ -413,11 +437,18 @@ class EnsembleClient(AllEngines):
 
         Raises:
             ExpertLost: one of them is.
+            _OtherEngines: while a slot was waited for, one of them has been ended or exchanged.
         """
         call, active, start = asked.call, active_experts(log_weights), len(asked.spoken)
         self.thread.arrived()
         if asked.slot is None:
+            before = [self.experts[k].engine for k in active]
             asked.slot = await kept.enter_async_context(self.slots.take())
+            if any(
+                self.experts[k].engine is not engine or not (self.experts[k].lives or k == call.warms)
+                for k, engine in zip(active, before, strict=True)
+            ):
+                raise _OtherEngines
         slot = asked.slot
         known = log_weights if scored is None else np.zeros(len(log_weights))
         leader = self.leaders.choose(known, active)

@@ -46,7 +46,8 @@ class Beginning:
     """
 
     def __init__(self, scores: Sequence[PrefixScores], experts: Sequence[int], ids: list[int], salt: bytes):
-        self._scores, self._experts, self._ids, self._salt = scores, experts, ids, salt
+        self._scores = list(scores)  # an expert that is exchanged meanwhile has others
+        self._experts, self._ids, self._salt = experts, ids, salt
         self.scored = [expert.known(ids, salt) for expert in scores]
         self.whole = all(self.scored[k][0] == len(ids) for k in experts)
         self.learned = asyncio.Event()
@@ -77,6 +78,7 @@ class PromptScorer:
     def __init__(self, experts: Sequence[ExpertEngine], vocab_size: int, unit: int):
         self._experts = experts
         self._vocab_size = vocab_size
+        self._unit = unit
         self._scores = [PrefixScores(unit) for _ in experts]
         self._under_way: dict[_Key, Beginning] = {}
         memory = os.statvfs(DIRECTORY)
@@ -107,10 +109,9 @@ class PromptScorer:
                 del self._under_way[key]
             beginning.learned.set()
 
-    def forget(self) -> None:
-        """Ask the engines anew, as after they have dropped their prefix caches."""
-        for scores in self._scores:
-            scores.forget()
+    def forget(self, expert: int) -> None:
+        """Ask an expert anew, since its weights are others; who has asked the old ones learns for those."""
+        self._scores[expert] = PrefixScores(self._unit)
 
     async def log_probs(
         self,

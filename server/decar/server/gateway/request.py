@@ -5,7 +5,6 @@ K experts, T tokens.
 
 from __future__ import annotations
 
-import functools
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -173,17 +172,13 @@ def _trained(ensemble: Ensemble, kind: RouterKind, field_name: str) -> Trained |
     """``kind`` if it is a router that this ensemble has been given by training; None for the prior."""
     if kind in ("prior", "posterior"):
         return None
-    available = offered_routers(ensemble)
+    available = available_routers(ensemble)
     if kind not in available:
         raise RequestError(
             f"{field_name} {kind!r} is not trained for {ensemble.name!r}, which has {', '.join(available)}",
             field_name,
         )
     return cast(Trained, kind)
-
-
-offered_routers = functools.cache(available_routers)
-"""As when the server started, which has loaded them; what is trained into its directory later, it does not offer."""
 
 
 def _check_draw(call: Call) -> None:

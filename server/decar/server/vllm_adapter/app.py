@@ -7,7 +7,8 @@ import contextlib
 import socket
 from argparse import Namespace
 from asyncio import Protocol
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -55,6 +56,12 @@ async def openai_app(client: EngineClient, args: Namespace) -> Any:
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
     return app
+
+
+def name_models(app: Any, names: Sequence[str]) -> None:
+    """Have the app answer to these model ids from now on; the first is what stands for "the" model."""
+    paths = app.state.openai_serving_models.base_model_paths  # one list, whoever asks
+    paths[:] = [replace(paths[0], name=name) for name in names]
 
 
 class _Server(uvicorn.Server):

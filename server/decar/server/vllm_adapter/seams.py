@@ -516,6 +516,7 @@ SEAMS: tuple[Seam, ...] = (
             )
         ),
         reads("vllm.utils.argparse_utils", "", "FlexibleArgumentParser"),
+        reads("vllm.entrypoints.openai.models.serving", "OpenAIServingModels", "base_model_paths"),
         calls(_CPU_ATTENTION, "CPUAttentionBackend.supports_head_size", "head_size"),
         calls(_CPU_ATTENTION, "CPUAttentionBackend.get_supported_head_sizes"),
         reads("vllm.config", "ModelConfig", "is_hybrid is_attention_free use_mla max_model_len dtype"),
