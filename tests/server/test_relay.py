@@ -34,7 +34,7 @@ class Ensemble:
         self.thread = GatewayThread([])
         self.relay = Relay(engines, self.plane.blocks, self.thread)
         self.member = self.new_member()
-        self.relayed = self.relay.begin(OLD, self.member, lambda _: None)
+        self.relayed = self.relay.begin(OLD, self.member, lambda heard: heard + 1)
         params = SamplingParams(detokenize=False, output_kind=kind)
         self.queues = []
         self.kind = kind
@@ -155,7 +155,7 @@ def test_requests_that_nobody_hands_over_pass_through(ensemble: Ensemble) -> Non
 
 def test_tokens_are_told_as_they_come_also_early_ones_and_not_an_end_without_one(ensemble: Ensemble) -> None:
     told: list[int] = []
-    ensemble.relayed.on_tokens = told.append
+    ensemble.relayed.on_tokens = lambda heard: told.append(heard) or heard + 1
     ensemble.says(NEW, [])
     assert told == []
     ensemble.says(OLD, [10])
@@ -165,6 +165,14 @@ def test_tokens_are_told_as_they_come_also_early_ones_and_not_an_end_without_one
     ensemble.says(NEW, [13, 14], FinishReason.LENGTH)
     assert told == [1, 2, 3, 5]
     assert ensemble.heard() == [10, 11, 12, 13, 14]
+
+
+def test_tokens_are_told_when_there_are_as_many_as_were_asked_for(ensemble: Ensemble) -> None:
+    told: list[int] = []
+    ensemble.relayed.on_tokens = lambda heard: told.append(heard) or heard + 3
+    for token in range(8):
+        ensemble.says(OLD, [token])
+    assert told == [1, 4, 7]
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -180,7 +188,7 @@ def test_another_engine_goes_on_with_what_was_broken_off(ensemble: Ensemble, ear
     heard = ensemble.heard()
 
     told: list[int] = []
-    relayed = ensemble.relay.begin(NEW, None, told.append, speech)
+    relayed = ensemble.relay.begin(NEW, None, lambda heard: told.append(heard) or heard + 1, speech)
     params = SamplingParams(
         detokenize=False,
         output_kind=ensemble.kind,
@@ -247,8 +255,13 @@ def test_it_does_so_too_before_the_leader_has_the_request(prune: float) -> None:
 
 def test_a_follower_that_ends_as_its_leader_does_adds_no_token(ensemble: Ensemble) -> None:
     heard: list[int] = []
+
+    def note(count: int) -> int:
+        heard.append(count)
+        return 0
+
     ensemble.relay.forget(ensemble.relayed)
-    ensemble.relayed = ensemble.relay.begin(OLD, replace(ensemble.new_member(), prune=0.0), heard.append)
+    ensemble.relayed = ensemble.relay.begin(OLD, replace(ensemble.new_member(), prune=0.0), note)
     for expert in (OLD, NEW):
         ensemble.relay.follow(ensemble.relayed, expert, f"r-{expert}")
     ensemble.says(NEW, [10], FinishReason.LENGTH)

@@ -25,7 +25,13 @@ from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, w
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
 from decar.server.gateway.errors import error_response, http_error
-from decar.server.gateway.middleware import ArrivalMiddleware, GuardMiddleware, KeyMiddleware, is_admin
+from decar.server.gateway.middleware import (
+    ArrivalMiddleware,
+    GuardMiddleware,
+    KeyMiddleware,
+    has_begun,
+    is_admin,
+)
 from decar.server.gateway.request import Call, current_call, offered_routers, parse_call
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
 
@@ -176,25 +182,18 @@ class DecarMiddleware:
 
         vLLM looks at a body in many places before it knows the types of what is in it.
         """
-        begun = False
-
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send)
         except (OSError, MemoryError):
             raise
         except ExpertDown as down:
-            if begun:
+            if has_begun(scope):
                 raise  # a stream ends with an event
             response = error_response(str(down), 503, None, "ServiceUnavailableError")
             response.headers["Retry-After"] = str(RETRY_AFTER_S)
             await response(scope, receive, send)
         except Exception as error:
-            if begun or (call is not None and call.prompts):
+            if has_begun(scope) or (call is not None and call.prompts):
                 raise
             reason = f"{type(error).__name__}: {error}"
             logger.warning("%s is refused: vLLM cannot read it (%s)", scope["path"], reason)
@@ -213,14 +212,18 @@ class _Annotated:
         self._degraded = 0  # experts whose loss the client knows of
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == 200:
-            headers = dict(message["headers"])
+        if message["type"] == "http.response.body" and self._stream:
+            body = message.get("body", b"")
+            event = self._event(body)
+            if event is not body:
+                message = {**message, "body": event}
+        elif message["type"] == "http.response.start":
+            self._start = None
+            headers = dict(message["headers"]) if message["status"] == 200 else {}
             self._stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-            if not self._stream:  # a stream's client reads the headers while the engines compute
+            if headers and not self._stream:  # a stream's client reads the headers while the engines compute
                 self._start = message
                 return
-        elif message["type"] == "http.response.body" and self._stream:
-            message = {**message, "body": self._event(message.get("body", b""))}
         elif message["type"] == "http.response.body" and self._start is not None:
             start, self._start = self._start, None
             body = self._object(message.get("body", b""))

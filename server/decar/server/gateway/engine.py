@@ -157,14 +157,14 @@ class Relay(Protocol):
         self,
         leader: int,
         member: Member | None = None,
-        on_tokens: Callable[[int], None] | None = None,
+        on_tokens: Callable[[int], int] | None = None,
         speech: Speech | None = None,
     ) -> Any:
         """A request that ``leader`` is about to be given, alone or as a ``member`` whose leader may change.
 
         Args:
-            on_tokens: is told, as tokens come, how many there are by now, also where the user gets only the whole
-                answer.
+            on_tokens: is told, as the first tokens come, how many there are by now, also where the user gets only the
+                whole answer; gives the number to be told of next.
             speech: what has been said of the answer before, to be gone on with.
         """
         ...

@@ -193,8 +193,9 @@ class EnsembleClient(AllEngines):
         async with contextlib.AsyncExitStack() as kept:
             while True:
                 try:
-                    outputs = self._attempt(asked, log_weights, uniform, scored, kept)
-                    async with contextlib.aclosing(outputs):
+                    async with contextlib.AsyncExitStack() as attempt:
+                        outputs = await self._attempt(asked, log_weights, uniform, scored, kept, attempt)
+                        attempt.push_async_callback(outputs.aclose)
                         async for output in outputs:
                             yield output
                     return
@@ -208,28 +209,30 @@ class EnsembleClient(AllEngines):
         uniform: float | None,
         scored: bool,
         kept: contextlib.AsyncExitStack,
+        attempt: contextlib.AsyncExitStack,
     ) -> AsyncGenerator[RequestOutput, None]:
         """What the experts that live say from here on; what has been said counts as scored text does.
 
+        It is returned, not passed on: every generator on a token's way costs each token.
+
+        Args:
+            attempt: is left when that has been read.
+
         Raises:
-            ExpertLost: one of them is.
+            ExpertLost: one of them is, here or in what is returned.
             ExpertDown: none of them may answer.
         """
         call = asked.call
         log_weights = self._of_living(call, log_weights)
         active = active_experts(log_weights)
         if len(active) == 1:
-            outputs = self._alone(asked, active[0])
-        elif scored:
-            outputs = self._scored(asked, log_weights, uniform, kept)
-        elif call.posterior and asked.spoken:
+            return self._alone(asked, active[0])
+        if scored:
+            return await self._scored(asked, log_weights, uniform, kept, attempt)
+        if call.posterior and asked.spoken:
             known = [(len(tokens_of(asked.prompt)), 0.0)] * len(self.experts)
-            outputs = self._mixed(asked, log_weights, call.prune, uniform, kept, known)
-        else:
-            outputs = self._weighted(asked, log_weights, uniform, kept)
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                yield output
+            return self._mixed(asked, log_weights, call.prune, uniform, kept, known)
+        return self._weighted(asked, log_weights, uniform, kept)
 
     def _go_on_without(self, asked: Asked, expert: int) -> None:
         """
@@ -295,27 +298,28 @@ class EnsembleClient(AllEngines):
                 return after, prompt_logprobs
 
     async def _scored(
-        self, asked: Asked, log_weights: np.ndarray, uniform: float | None, kept: contextlib.AsyncExitStack
+        self,
+        asked: Asked,
+        log_weights: np.ndarray,
+        uniform: float | None,
+        kept: contextlib.AsyncExitStack,
+        attempt: contextlib.AsyncExitStack,
     ) -> AsyncGenerator[RequestOutput, None]:
         """One choice whose text moves the weights: at once where experts have scored it before, else as they
         compute it."""
         active = active_experts(log_weights)
-        async with self._scorer.beginning(asked.prompt, active, asked.spoken) as beginning:
-            if beginning.whole:
-                log_weights = moved_on(log_weights, beginning.log_likelihoods)
-                outputs = self._weighted(asked, log_weights, uniform, kept)
-            else:
-                prune = asked.call.prune
-                outputs = self._mixed(
-                    asked, log_weights, prune, uniform, kept, beginning.scored, beginning.learn
-                )
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    yield output
+        beginning = await attempt.enter_async_context(
+            self._scorer.beginning(asked.prompt, active, asked.spoken)
+        )
+        if beginning.whole:
+            log_weights = moved_on(log_weights, beginning.log_likelihoods)
+            return self._weighted(asked, log_weights, uniform, kept)
+        prune = asked.call.prune
+        return self._mixed(asked, log_weights, prune, uniform, kept, beginning.scored, beginning.learn)
 
     # --- route --------------------------------------------------------------------------------------------
 
-    async def _weighted(
+    def _weighted(
         self, asked: Asked, log_weights: np.ndarray, uniform: float | None, kept: contextlib.AsyncExitStack
     ) -> AsyncGenerator[RequestOutput, None]:
         """One choice whose weights [K] are known."""
@@ -323,13 +327,9 @@ class EnsembleClient(AllEngines):
         log_weights, budget = restricted(log_weights, call.top_k, call.prune, uniform)
         active = active_experts(log_weights)
         if len(active) == 1:
-            outputs = self._alone(asked, active[0])
-        else:
-            # weights that do not move have been pruned already
-            outputs = self._mixed(asked, log_weights, budget if call.posterior else 0.0, None, kept)
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                yield output
+            return self._alone(asked, active[0])
+        # weights that do not move have been pruned already
+        return self._mixed(asked, log_weights, budget if call.posterior else 0.0, None, kept)
 
     async def _alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
         """One expert is active: plain vLLM, no plane.
@@ -440,14 +440,14 @@ class EnsembleClient(AllEngines):
         trace = call.choices.setdefault(asked.first_choice, trace)
         reader = WeightsReader(self.plane, member, self.ensemble.expert_names, start)
 
-        def keep_up(produced: int) -> None:
-            """The first token says what experts have found of a new text."""
+        def keep_up(produced: int) -> int:
+            """The first token says what experts have found of a new text; later ones let leaders go on."""
             nonlocal learn
             if learn is not None:
                 fields = self.plane.fields
                 learn(fields["prompt_sums"][:, slot], fields["prompt_sum"][:, slot])
                 learn = None
-            reader.keep_up(produced)
+            return reader.keep_up(produced)
 
         relayed = self._relay.begin(leader, member, keep_up, asked.speech)
         queues: dict[int, OutputQueue] = {}

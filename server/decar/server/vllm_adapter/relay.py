@@ -44,8 +44,7 @@ class RelayedRequest:
     Attributes:
         member: its part in the lockstep, as far as the gateway has followed; None where one engine answers alone.
         speaker: whose processor has the user's state.
-        on_tokens: called when tokens are there, with how many there are by now; also where the user gets only the
-            whole answer.
+        on_tokens: called when ``tell_at`` tokens are there, with how many there are by now; gives the next such number.
         ids: expert -> the id that its engine knows the request by.
         early: expert -> outputs of tokens that come after ones which are still on their way from another engine.
         heard: how many tokens there are.
@@ -55,10 +54,11 @@ class RelayedRequest:
 
     member: Member | None
     speaker: int
-    on_tokens: Callable[[int], None] | None
+    on_tokens: Callable[[int], int] | None
     ids: dict[int, str] = field(default_factory=dict)
     early: dict[int, list[Any]] = field(default_factory=dict)
     heard: int = 0
+    tell_at: int = 0
     failed: bool = False
     going_on: tuple[int, int] | None = None
 
@@ -92,7 +92,7 @@ class Relay:
         self,
         leader: int,
         member: Member | None = None,
-        on_tokens: Callable[[int], None] | None = None,
+        on_tokens: Callable[[int], int] | None = None,
         speech: Any | None = None,
     ) -> RelayedRequest:
         """A request that ``leader`` is about to be given; it goes on with ``speech`` (`BrokenOff`), if any."""
@@ -174,8 +174,8 @@ class Relay:
                 failed.append(relayed)
             elif output.new_token_ids and (moves or relayed.speaker == expert):
                 relayed.heard += len(output.new_token_ids)
-                if relayed.on_tokens is not None:
-                    relayed.on_tokens(relayed.heard)
+                if relayed.on_tokens is not None and relayed.heard >= relayed.tell_at:
+                    relayed.tell_at = relayed.on_tokens(relayed.heard)
         processed = self._process[expert](now, *args, **kwargs)
         for relayed in failed:
             self._fail(relayed)
