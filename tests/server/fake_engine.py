@@ -130,6 +130,8 @@ class FakeEngine:
             finished = output.finished
             yield output
 
+    def choose_grammar(self, params: SamplingParams) -> None: ...
+
     async def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 

@@ -67,6 +67,14 @@ class Engine(Protocol):
         """
         ...
 
+    def choose_grammar(self, params: SamplingParams) -> None:
+        """Check the grammar of ``params``, and note there what compiles it in every engine. May take seconds.
+
+        Raises:
+            VLLMValidationError: nothing does.
+        """
+        ...
+
     async def cancel(self, request_id: str) -> None:
         """End the request of an `OutputQueue`'s id, also one that its engine alone still knows; quiet if it is dead."""
         ...
@@ -162,7 +170,8 @@ class Relay(Protocol):
         ...
 
     def follow(self, relayed: Any, expert: int, request_id: str) -> None:
-        """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
+        """From now on, give the user what ``expert`` says as a leader, after what those before it said; and an error
+        that it ends the request with, also as a follower."""
         ...
 
     def speaks(self, relayed: Any, expert: int) -> bool:

@@ -19,7 +19,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import Ensemble, active_experts, moved_on, restricted
-from decar.server.gateway.admission import Admission, check_drawable, check_grammar
+from decar.server.gateway.admission import Admission, check_drawable, refuse_failed
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.core_policy import CorePolicy
 from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
@@ -159,6 +159,8 @@ class EnsembleClient(AllEngines):
         return self._answer(Asked(call, first_choice, prompt, sampling_params, request_id, kwargs))
 
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
+        if asked.params.structured_outputs is not None:
+            await asyncio.to_thread(self.experts[0].engine.choose_grammar, asked.params)
         only = asked.call.only_expert
         if only is not None:
             self._of_living(asked.call, asked.call.log_weights)
@@ -179,7 +181,6 @@ class EnsembleClient(AllEngines):
             outputs = choices[0] if len(choices) == 1 else merged(choices, asked.params)
         try:
             async for output in outputs:
-                check_grammar(asked.params, output)
                 output.request_id = asked.request_id
                 if prompt_logprobs is not None:
                     output.prompt_logprobs = prompt_logprobs
@@ -401,6 +402,7 @@ class EnsembleClient(AllEngines):
         produced = [start] * asked.params.n
         try:
             async for output in outputs:
+                refuse_failed(asked.params, output)
                 for completion in output.outputs:
                     index = completion.index
                     news = produced_by(completion, asked.params, produced[index]) - produced[index]
@@ -503,6 +505,7 @@ class EnsembleClient(AllEngines):
                 self.thread.hurry(slot, streams or member.may_release)
                 while not finished:
                     output = await hearing.next()
+                    refuse_failed(asked.params, output)
                     finished = output.finished
                     produced = produced_by(output.outputs[0], asked.params, produced)
                     self.thread.hurry(slot, member.may_release or produced == start)
@@ -536,8 +539,7 @@ class EnsembleClient(AllEngines):
         for k in self._core_policy.in_order(member.active, leader):
             params = params_of(k, member, asked.params, asked.speech)
             queues[k] = await self._submit(asked, k, params, arrival_time=arrival_s)
-            if member.may_release or k == leader:
-                self._relay.follow(relayed, k, queues[k].request_id)
+            self._relay.follow(relayed, k, queues[k].request_id)
 
     async def _submit(self, asked: Asked, expert: int, params: SamplingParams, **more: Any) -> OutputQueue:
         """Give the request to one expert's engine.

@@ -27,6 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from decar.router.errors import StartError
 from decar.server.protocol.plane import PlaneSpec
 from decar.server.vllm_adapter.failures import Failures, ReportingConfig, reason_of
+from decar.server.vllm_adapter.grammars import GrammarChooser
 from decar.server.vllm_adapter.limits import keep_to_limits
 from decar.server.vllm_adapter.metrics import SharedMetrics
 
@@ -41,6 +42,7 @@ class LLMEngine:
         self.llm = llm
         self.client: EngineClient = llm
         self._keeps_images = False
+        self.choose_grammar = GrammarChooser(llm).choose
         self._process = llm.engine_core.resources.engine_manager.processes[0]
         self.pid = int(self._process.pid)
         self.cores = os.sched_getaffinity(self.pid) if current_platform.is_cpu() else set()

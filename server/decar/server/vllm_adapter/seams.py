@@ -362,6 +362,29 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.engine.exceptions", "", "EngineDeadError"),
     ),
     *used_by(
+        "grammars",
+        reads(
+            "vllm.v1.engine.input_processor",
+            "InputProcessor",
+            "structured_outputs_config model_config renderer",
+        ),
+        calls(
+            "vllm.sampling_params",
+            "SamplingParams._validate_structured_outputs",
+            "model_config, structured_outputs_config, tokenizer",
+            used_by="chooses the backend; does nothing where the configuration is None",
+        ),
+        reads("vllm.sampling_params", "SamplingParams", "structured_outputs"),
+        reads("vllm.sampling_params", "StructuredOutputsParams", "_backend"),
+        replaces(
+            "vllm.v1.structured_output",
+            "StructuredOutputManager.grammar_init",
+            "request",
+            called_in="vllm.v1.engine.core:EngineCore.preprocess_add_request",
+        ),
+        reads("vllm.v1.structured_output", "StructuredOutputManager", "backend"),
+    ),
+    *used_by(
         "limits",
         replaces(
             "vllm.v1.engine.input_processor",
@@ -409,6 +432,8 @@ SEAMS: tuple[Seam, ...] = (
         ),
         reads(_PROCESSOR, "OutputProcessor", "request_states"),
         reads(_PROCESSOR, "RequestState", "request_id detokenizer queue"),
+        reads("vllm.v1.engine", "EngineCoreOutput", "request_id new_token_ids finish_reason"),
+        reads("vllm.v1.engine", "FinishReason", "ERROR"),
         reads("vllm.v1.engine.detokenizer", "IncrementalDetokenizer", "output_token_ids"),
         calls("vllm.v1.engine.detokenizer", "IncrementalDetokenizer.num_output_tokens"),
     ),
