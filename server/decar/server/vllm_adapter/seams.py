@@ -435,11 +435,18 @@ SEAMS: tuple[Seam, ...] = (
         ),
         reads("vllm.sampling_params", "RequestOutputKind", "FINAL_ONLY DELTA"),
         calls("vllm.exceptions", "VLLMValidationError.__init__", "message, *, parameter"),
-        reads("vllm.logprobs", "Logprob", "logprob rank decoded_token"),
+        reads("vllm.logprobs", "", "Logprob"),
     ),
     *used_by(
         "engine",
-        calls("vllm.tokenizers.detokenizer_utils", "convert_ids_list_to_tokens", "tokenizer, token_ids"),
+        calls("vllm.v1.engine.logprobs", "LogprobsProcessor.update_from_output", "output"),
+        reads(
+            "vllm.v1.engine.logprobs",
+            "LogprobsProcessor",
+            "tokenizer logprobs prompt_logprobs cumulative_logprob num_logprobs num_prompt_logprobs",
+        ),
+        reads("vllm.v1.engine", "EngineCoreOutput", "request_id new_token_ids new_prompt_logprobs_tensors"),
+        reads("vllm.v1.outputs", "LogprobsTensors", "logprob_token_ids logprobs selected_token_ranks"),
         *(
             replaces(
                 module,
