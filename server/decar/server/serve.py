@@ -85,12 +85,13 @@ async def _serve(
 ) -> None:
     from decar.server.gateway.api import extend
     from decar.server.gateway.http_server import BoundedHttpProtocol
+    from decar.server.gateway.request import asks_for_counts
     from decar.server.vllm_adapter.app import api_keys, listen, openai_app
 
     running = _running_ensemble(ensemble, args, placement, min_experts, engine_timeout_s)
     async with running as client:
         keys = api_keys(args, admin_key)
-        app = await openai_app(client, args)
+        app = await openai_app(client, args, asks_for_counts)
         extend(app, client, keys, admin_key)
         host, port = sock.getsockname()[:2]
         print(f"decar: {ensemble.name} listens on http://{host}:{port}/v1", flush=True)

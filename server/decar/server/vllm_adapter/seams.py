@@ -554,6 +554,22 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.config", "SchedulerConfig", "max_num_seqs"),
     ),
     *used_by(
+        "token_counts",
+        *(
+            replaces(
+                f"vllm.entrypoints.openai.{module}.serving",
+                "should_include_usage",
+                "stream_options, enable_force_include_usage",
+                called_in=f"{serving}.{generator}",
+                used_by="what a trace goes by",
+            )
+            for module, serving, generator in (
+                ("chat_completion", "OpenAIServingChat", "chat_completion_stream_generator"),
+                ("completion", "OpenAIServingCompletion", "completion_stream_generator"),
+            )
+        ),
+    ),
+    *used_by(
         "cuda_memory",
         calls(_CUDA, "CudaRTLibrary.cudaMalloc", "size"),
         calls(_CUDA, "CudaRTLibrary.cudaMemset", "devPtr, value, count"),
