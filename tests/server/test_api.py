@@ -136,6 +136,21 @@ async def test_a_bad_decar_is_refused_before_the_app_sees_it(ensemble: Ensemble)
     assert "zero or more" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("decar", "param"), [({"trace": True}, "decar.trace"), ({"sampling": "draw"}, "decar.sampling")]
+)
+@pytest.mark.parametrize("asked", [True, "true", 1])
+async def test_what_no_beam_search_can_have_is_refused(
+    ensemble: Ensemble, decar: dict[str, Any], param: str, asked: Any
+) -> None:
+    async with client_of(ensemble, echo) as client:
+        response = await client.post("/v1/completions", json={"decar": decar, "use_beam_search": asked})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+        for value in (False, "false", None, [1], "x"):
+            response = await client.post("/v1/completions", json={"decar": decar, "use_beam_search": value})
+            assert response.status_code == 200
+
+
 @pytest.mark.parametrize("body", [b"{", b"[1]", b"", b'"text"', b"[" * 100])
 async def test_what_is_no_json_object_is_left_to_the_app(ensemble: Ensemble, body: bytes) -> None:
     async def raw(request: Request) -> JSONResponse:

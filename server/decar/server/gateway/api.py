@@ -6,11 +6,13 @@ Without a trace the object is spliced in front of the first brace, so that nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import pydantic
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -30,6 +32,7 @@ from decar.server.gateway.request import Call, current_call, offered_routers, pa
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
 
 logger = logging.getLogger("decar")
+_BOOL = pydantic.TypeAdapter(bool)
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20
@@ -162,9 +165,11 @@ class DecarMiddleware:
                 call = parse_call(self.ensemble, _text(fields.get("model")), fields.pop("decar", None))
             except RequestError as error:
                 return await error_response(str(error), 400, error.param)(scope, receive, send)
-            if call.trace and fields.get("use_beam_search"):
-                message = "decar.trace cannot follow a beam search: leave one of them out"
-                return await error_response(message, 400, "decar.trace")(scope, receive, send)
+            call.beams = path in ANNOTATED_PATHS and _is_true(fields.get("use_beam_search"))
+            if call.beams and (call.trace or call.draw):
+                field = "decar.trace" if call.trace else "decar.sampling"
+                message = f"{field} cannot follow a beam search: leave one of them out"
+                return await error_response(message, 400, field)(scope, receive, send)
             current_call.set(call)
             body = json.dumps(fields).encode()
             if path in ANNOTATED_PATHS:
@@ -279,6 +284,13 @@ class _Annotated:
                 }
                 trace.sent = max(trace.sent, count or 0)
         return {**data, "decar": self._call.summary()} if once else data
+
+
+def _is_true(value: Any) -> bool:
+    """Whether vLLM takes ``value`` for true; what it takes for nothing, it refuses."""
+    with contextlib.suppress(pydantic.ValidationError):
+        return _BOOL.validate_python(value)
+    return False
 
 
 def _text(value: Any) -> str | None:

@@ -68,6 +68,7 @@ class Call:
         draw: decode one expert alone, drawn by the weights.
         top_k, prune: which experts stay active.
         on_expert_loss: whether to go on without an expert that is down.
+        beams: vLLM searches for beams, and asks for each one's next token as for a new prompt's.
         counts_shown: whether the client of a stream that is traced sees the usage in each chunk.
         warms: an expert that may take part though it is not up yet, since this warms it.
         degraded: names of experts that should have taken part and were down, in the order that this was found in.
@@ -83,6 +84,7 @@ class Call:
     top_k: int | None = None
     prune: float = 0.0
     trace: bool = False
+    beams: bool = False
     counts_shown: bool = False
     on_expert_loss: OnExpertLoss = "renormalise"
     warms: int | None = None
