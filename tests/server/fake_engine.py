@@ -149,8 +149,8 @@ class FakeEngine:
 
     def keep_images(self, key: str) -> None: ...
 
-    def texts_of(self, tokens: Sequence[int]) -> list[str]:
-        return [str(token) for token in tokens]
+    def describe(self, described: Any, tokens: Any, logprobs: Any, ranks: Any) -> None:
+        raise NotImplementedError
 
     def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
         return []

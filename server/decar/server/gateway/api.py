@@ -6,11 +6,13 @@ Without a trace the object is spliced in front of the first brace, so that nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import pydantic
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -38,6 +40,7 @@ from decar.server.gateway.request import Call, current_call, parse_call
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
 
 logger = logging.getLogger("decar")
+_BOOL = pydantic.TypeAdapter(bool)
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20
@@ -203,9 +206,11 @@ class DecarMiddleware:
                 call = parse_call(self.served.ensemble, _text(fields.get("model")), fields.pop("decar", None))
             except RequestError as error:
                 return await error_response(str(error), 400, error.param)(scope, receive, send)
-            if call.trace and fields.get("use_beam_search"):
-                message = "decar.trace cannot follow a beam search: leave one of them out"
-                return await error_response(message, 400, "decar.trace")(scope, receive, send)
+            call.beams = path in ANNOTATED_PATHS and _is_true(fields.get("use_beam_search"))
+            if call.beams and (call.trace or call.draw):
+                field = "decar.trace" if call.trace else "decar.sampling"
+                message = f"{field} cannot follow a beam search: leave one of them out"
+                return await error_response(message, 400, field)(scope, receive, send)
             current_call.set(call)
             body = json.dumps(fields).encode()
             if path in ANNOTATED_PATHS:
@@ -273,7 +278,7 @@ class _Annotated:
             return body
         if not self._call.trace:
             return self._spliced(body)
-        return json.dumps(self._traced(json.loads(body), once=True)).encode()
+        return json.dumps(self._traced(json.loads(body), None, once=True)).encode()
 
     def _event(self, body: bytes) -> bytes:
         if not body.startswith(b"data: {") or body.startswith(b'data: {"error"'):
@@ -281,27 +286,47 @@ class _Annotated:
         known = self._summary_sent and self._degraded == len(self._call.degraded)
         self._summary_sent, self._degraded = True, len(self._call.degraded)
         if self._call.trace:
-            data = self._traced(json.loads(body.removeprefix(b"data: ")), once=not known)
+            data = json.loads(body.removeprefix(b"data: "))
+            data = self._traced(data, self._counted(data), once=not known)
             return b"data: " + json.dumps(data).encode() + b"\n\n"
         return body if known else b"data: " + self._spliced(body.removeprefix(b"data: "))
 
     def _spliced(self, body: bytes) -> bytes:
         return b'{"decar":' + json.dumps(self._call.summary()).encode() + b"," + body[1:]
 
-    def _traced(self, data: dict[str, Any], once: bool) -> dict[str, Any]:
-        """``data`` with the weights of tokens that no earlier chunk has carried."""
+    def _counted(self, data: dict[str, Any]) -> int:
+        """How many tokens a chunk's choice has by now; vLLM says so for us, unless the client wants to know too."""
+        usage = data.get("usage") or {}
+        if data.get("choices") and not self._call.counts_shown:
+            data.pop("usage", None)
+        return int(usage.get("completion_tokens", 0))
+
+    def _traced(self, data: dict[str, Any], count: int | None, once: bool) -> dict[str, Any]:
+        """``data`` with the weights of tokens that no earlier chunk has carried.
+
+        Args:
+            count: tokens that the choice of a chunk has by now; None: all.
+        """
         for choice in data.get("choices") or []:
             trace = self._call.choices.get(choice.get("index"))
             delta = choice.get("delta") or {}
             announces = "role" in delta and not delta.get("content") and not choice.get("finish_reason")
             if trace is not None and not announces:  # a stream's first chunk names the role, and has no token
+                new = slice(trace.sent, count)
                 choice["decar"] = {
-                    "weights": trace.weights[trace.sent :],
-                    "leaders": trace.leaders[trace.sent :],
+                    "weights": trace.weights[new],
+                    "leaders": trace.leaders[new],
                     "active": trace.experts,
                 }
-                trace.sent = len(trace.weights)
+                trace.sent = max(trace.sent, count or 0)
         return {**data, "decar": self._call.summary()} if once else data
+
+
+def _is_true(value: Any) -> bool:
+    """Whether vLLM takes ``value`` for true; what it takes for nothing, it refuses."""
+    with contextlib.suppress(pydantic.ValidationError):
+        return _BOOL.validate_python(value)
+    return False
 
 
 def _text(value: Any) -> str | None:

@@ -10,11 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from vllm.engine.protocol import EngineClient
+from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
 from decar.server.protocol.member import Member
+
+PromptLogprobs = list[dict[int, Logprob] | None]
 
 
 class OutputQueue(Protocol):
@@ -99,8 +103,19 @@ class Engine(Protocol):
         """Have this engine's renderer keep a prompt's images [N], as PIL has them, in the prompts that it makes."""
         ...
 
-    def texts_of(self, tokens: Sequence[int]) -> list[str]:
-        """Each token [T] alone as text, as log-probabilities show it."""
+    def describe(
+        self,
+        described: PromptLogprobs,
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        ranks: torch.Tensor,
+    ) -> None:
+        """Say of a prompt's next T positions what a response says of them, after those that are ``described``.
+
+        Args:
+            tokens, logprobs: [T, 1 + N]: the prompt's own token, and the best ones.
+            ranks: [T], of the prompt's own.
+        """
         ...
 
     def thread_pools(self) -> Sequence[ThreadPoolExecutor]:

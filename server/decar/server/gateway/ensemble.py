@@ -21,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from decar.router import Ensemble, active_experts, moved_on, restricted
 from decar.server.gateway.admission import Admission, check_drawable, refuse_failed
 from decar.server.gateway.all_engines import AllEngines
+from decar.server.gateway.beams import Beam, beam_of
 from decar.server.gateway.core_policy import CorePolicy
 from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
 from decar.server.gateway.leaders import Leaders
@@ -54,6 +55,7 @@ class Asked:
         kwargs: what vLLM passes through to an engine as it is.
         slot: of a choice, once it has needed one; kept until it ends.
         speech: what has been said of a choice's answer, where an expert has been lost.
+        beam: whose next token this is, in a beam search.
     """
 
     call: Call
@@ -64,6 +66,7 @@ class Asked:
     kwargs: dict[str, Any]
     slot: int | None = None
     speech: Speech | None = None
+    beam: Beam | None = None
 
     @property
     def spoken(self) -> Sequence[int]:
@@ -156,7 +159,10 @@ class EnsembleClient(AllEngines):
             check_drawable(sampling_params)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
-        return self._answer(Asked(call, first_choice, prompt, sampling_params, request_id, kwargs))
+        asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs)
+        if call.beams:
+            asked.beam = beam_of(call, prompt)
+        return self._answer(asked)
 
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
         if asked.params.structured_outputs is not None:
@@ -246,16 +252,21 @@ class EnsembleClient(AllEngines):
             ExpertDown: none of them may answer.
             _OtherEngines: not all of them are those that it began with.
         """
-        call = asked.call
+        call, beam, budget = asked.call, asked.beam, asked.call.prune
+        answered = 0 if beam is None else len(beam.spoken)  # tokens of the prompt that count as the answer's
+        if beam is not None and beam.before is not None and not self._missing(call, beam.before.log_weights):
+            log_weights, budget, scored, answered = beam.before.log_weights, beam.before.budget, False, 1
         log_weights = self._of_living(call, log_weights)
         active = active_experts(log_weights)
         if len(active) == 1:
+            if beam is not None:
+                beam.weigh(log_weights, budget)
             return self._alone(asked, active[0])
         if scored:
             return await self._scored(asked, log_weights, uniform, kept, attempt)
-        if call.posterior and asked.spoken:
-            known = [(len(tokens_of(asked.prompt)), 0.0)] * len(self.experts)
-            return self._mixed(asked, log_weights, call.prune, uniform, kept, known)
+        if call.posterior and (answered or asked.spoken):
+            known = [(len(tokens_of(asked.prompt)) - answered, 0.0)] * len(self.experts)
+            return self._mixed(asked, log_weights, budget, uniform, kept, known)
         return self._weighted(asked, log_weights, uniform, kept)
 
     def _go_on_without(self, asked: Asked, expert: int) -> None:
@@ -276,16 +287,20 @@ class EnsembleClient(AllEngines):
         Raises:
             ExpertDown: none of those with weight lives, or the user wants no answer without them.
         """
-        weighed = active_experts(log_weights)
-        missing = [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
+        missing = self._missing(call, log_weights)
         if not missing:
             return log_weights
         call.degraded.update(dict.fromkeys(self.experts[k].name for k in missing))
-        if len(missing) == len(weighed) or call.on_expert_loss == "fail":
+        if len(missing) == len(active_experts(log_weights)) or call.on_expert_loss == "fail":
             raise self._down(missing)
         rest = np.array(log_weights)
         rest[missing] = -np.inf
         return rest - np.logaddexp.reduce(rest)
+
+    def _missing(self, call: Call, log_weights: np.ndarray) -> list[int]:
+        """Those of the experts with weight that do not live."""
+        weighed = active_experts(log_weights)
+        return [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
 
     def _down(self, experts: Sequence[int]) -> ExpertDown:
         names = ", ".join(repr(self.experts[k].name) for k in experts)
@@ -299,8 +314,12 @@ class EnsembleClient(AllEngines):
         From here on, ``asked`` does not ask for that any more.
         """
         call, log_weights = asked.call, asked.call.log_weights
-        if call.router is not None:
+        if asked.beam is not None and asked.beam.search.start is not None:
+            log_weights = asked.beam.search.start
+        elif call.router is not None:
             log_weights = await self.trained_routers.log_weights(asked.prompt, call.router)
+            if asked.beam is not None:
+                asked.beam.search.start = log_weights
         count = asked.params.prompt_logprobs
         if count is None:
             return log_weights, None
@@ -349,6 +368,8 @@ class EnsembleClient(AllEngines):
         """One choice whose weights [K] are known."""
         call = asked.call
         log_weights, budget = restricted(log_weights, call.top_k, call.prune, uniform)
+        if asked.beam is not None:
+            asked.beam.weigh(log_weights, budget)
         active = active_experts(log_weights)
         if len(active) == 1:
             return self._alone(asked, active[0])
@@ -442,6 +463,8 @@ class EnsembleClient(AllEngines):
             _OtherEngines: while a slot was waited for, one of them has been ended or exchanged.
         """
         call, active, start = asked.call, active_experts(log_weights), len(asked.spoken)
+        if asked.beam is not None and scored is not None:
+            learn = asked.beam.learning(log_weights, budget, scored, learn)
         self.thread.arrived()
         if asked.slot is None:
             before = [self.experts[k].engine for k in active]

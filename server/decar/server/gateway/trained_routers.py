@@ -44,7 +44,8 @@ class TrainedRouters:
         """Log weights [K] that a router gives for a prompt: for its images, if any, and else for its text.
 
         Raises:
-            VLLMValidationError: there was such a router when the request came, and there is none any more.
+            VLLMValidationError: there was such a router when the request came, and there is none any more; or
+                its images were not kept.
         """
         if kind not in self._of_texts:
             raise VLLMValidationError(
@@ -53,6 +54,11 @@ class TrainedRouters:
         images = images_of(prompt)
         if images and self._of_images:
             return (await asyncio.to_thread(self._of_images[kind].log_weights, [images]))[0]
+        if self._of_images and not is_text(prompt).all():  # vLLM makes a beam's prompt anew, without them
+            raise VLLMValidationError(
+                "a beam search cannot be routed by its images: leave use_beam_search out, or choose another route",
+                parameter="use_beam_search",
+            )
         tokenizer = self._engine.client.renderer.get_tokenizer()
         text = tokenizer.decode(np.asarray(tokens_of(prompt))[is_text(prompt)])
         return (await asyncio.to_thread(self._of_texts[kind].log_weights, [text]))[0]

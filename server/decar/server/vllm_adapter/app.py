@@ -7,7 +7,7 @@ import contextlib
 import socket
 from argparse import Namespace
 from asyncio import Protocol
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,14 +47,16 @@ def bound_socket(args: Namespace) -> Iterator[socket.socket]:
         claim.close()
 
 
-async def openai_app(client: EngineClient, args: Namespace) -> Any:
-    """vLLM's FastAPI app, which asks ``client`` for answers."""
+async def openai_app(client: EngineClient, args: Namespace, asks_for_counts: Callable[[bool], bool]) -> Any:
+    """vLLM's FastAPI app, which asks ``client`` for answers; ``asks_for_counts`` as `count_tokens` takes it."""
     from decar.server.vllm_adapter import media  # noqa: F401 - vLLM finds it by name
+    from decar.server.vllm_adapter.token_counts import count_tokens
     from decar.server.vllm_adapter.versions import build_app, init_app_state
 
     tasks = await client.get_supported_tasks()
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
+    count_tokens(asks_for_counts)
     return app
 
 

@@ -461,11 +461,18 @@ SEAMS: tuple[Seam, ...] = (
         ),
         reads("vllm.sampling_params", "RequestOutputKind", "FINAL_ONLY DELTA"),
         calls("vllm.exceptions", "VLLMValidationError.__init__", "message, *, parameter"),
-        reads("vllm.logprobs", "Logprob", "logprob rank decoded_token"),
+        reads("vllm.logprobs", "", "Logprob"),
     ),
     *used_by(
         "engine",
-        calls("vllm.tokenizers.detokenizer_utils", "convert_ids_list_to_tokens", "tokenizer, token_ids"),
+        calls("vllm.v1.engine.logprobs", "LogprobsProcessor.update_from_output", "output"),
+        reads(
+            "vllm.v1.engine.logprobs",
+            "LogprobsProcessor",
+            "tokenizer logprobs prompt_logprobs cumulative_logprob num_logprobs num_prompt_logprobs",
+        ),
+        reads("vllm.v1.engine", "EngineCoreOutput", "request_id new_token_ids new_prompt_logprobs_tensors"),
+        reads("vllm.v1.outputs", "LogprobsTensors", "logprob_token_ids logprobs selected_token_ranks"),
         *(
             replaces(
                 module,
@@ -575,6 +582,22 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.config", "VllmConfig", "additional_config cache_config scheduler_config model_config"),
         reads("vllm.config", "CacheConfig", "kv_cache_memory_bytes gpu_memory_utilization block_size"),
         reads("vllm.config", "SchedulerConfig", "max_num_seqs"),
+    ),
+    *used_by(
+        "token_counts",
+        *(
+            replaces(
+                f"vllm.entrypoints.openai.{module}.serving",
+                "should_include_usage",
+                "stream_options, enable_force_include_usage",
+                called_in=f"{serving}.{generator}",
+                used_by="what a trace goes by",
+            )
+            for module, serving, generator in (
+                ("chat_completion", "OpenAIServingChat", "chat_completion_stream_generator"),
+                ("completion", "OpenAIServingCompletion", "completion_stream_generator"),
+            )
+        ),
     ),
     *used_by(
         "cuda_memory",
