@@ -19,8 +19,9 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import Ensemble, active_experts, moved_on, restricted
-from decar.server.gateway.admission import Admission, check_drawable, check_grammar
+from decar.server.gateway.admission import Admission, check_drawable, refuse_failed
 from decar.server.gateway.all_engines import AllEngines
+from decar.server.gateway.beams import Beam, beam_of
 from decar.server.gateway.core_policy import CorePolicy
 from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
 from decar.server.gateway.leaders import Leaders
@@ -54,6 +55,7 @@ class Asked:
         kwargs: what vLLM passes through to an engine as it is.
         slot: of a choice, once it has needed one; kept until it ends.
         speech: what has been said of a choice's answer, where an expert has been lost.
+        beam: whose next token this is, in a beam search.
     """
 
     call: Call
@@ -64,11 +66,16 @@ class Asked:
     kwargs: dict[str, Any]
     slot: int | None = None
     speech: Speech | None = None
+    beam: Beam | None = None
 
     @property
     def spoken(self) -> Sequence[int]:
         """Tokens of the answer that are there already."""
         return () if self.speech is None else self.speech.tokens
+
+
+class _OtherEngines(Exception):
+    """What is known of a request before it is decoded may not be so any more: it is found anew."""
 
 
 class EnsembleClient(AllEngines):
@@ -102,7 +109,7 @@ class EnsembleClient(AllEngines):
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
         self._scorer = PromptScorer(self.experts, ensemble.vocab_size, plane.spec.prompt_unit)
-        self._trained_routers = TrainedRouters(ensemble, engines[0])
+        self.trained_routers = TrainedRouters(ensemble, engines[0])
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
@@ -120,6 +127,23 @@ class EnsembleClient(AllEngines):
         self.health.back(expert)
         self._metrics.restarted(expert)
 
+    def forget(self, expert: int) -> None:
+        """What an expert has said of prompts, since its next engine has other weights."""
+        self._scorer.forget(expert)
+
+    def serve(self, ensemble: Ensemble, trained_routers: TrainedRouters | None = None) -> None:
+        """From now on, requests are for this ensemble, whose experts the engines have; those that have begun keep what
+        they began with.
+
+        Args:
+            trained_routers: None: as they were.
+        """
+        self.ensemble = ensemble
+        self.trained_routers = trained_routers or self.trained_routers
+        self._metrics.names = ensemble.expert_names
+        for expert, name in zip(self.experts, ensemble.expert_names, strict=True):
+            expert.name = name
+
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -135,9 +159,14 @@ class EnsembleClient(AllEngines):
             check_drawable(sampling_params)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
-        return self._answer(Asked(call, first_choice, prompt, sampling_params, request_id, kwargs))
+        asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs)
+        if call.beams:
+            asked.beam = beam_of(call, prompt)
+        return self._answer(asked)
 
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
+        if asked.params.structured_outputs is not None:
+            await asyncio.to_thread(self.experts[0].engine.choose_grammar, asked.params)
         only = asked.call.only_expert
         if only is not None:
             self._of_living(asked.call, asked.call.log_weights)
@@ -158,7 +187,6 @@ class EnsembleClient(AllEngines):
             outputs = choices[0] if len(choices) == 1 else merged(choices, asked.params)
         try:
             async for output in outputs:
-                check_grammar(asked.params, output)
                 output.request_id = asked.request_id
                 if prompt_logprobs is not None:
                     output.prompt_logprobs = prompt_logprobs
@@ -198,6 +226,8 @@ class EnsembleClient(AllEngines):
                         async for output in outputs:
                             yield output
                     return
+                except _OtherEngines:
+                    continue
                 except ExpertLost as lost:
                     self._go_on_without(asked, lost.expert)
 
@@ -220,17 +250,23 @@ class EnsembleClient(AllEngines):
         Raises:
             ExpertLost: one of them is, here or in what is returned.
             ExpertDown: none of them may answer.
+            _OtherEngines: not all of them are those that it began with.
         """
-        call = asked.call
+        call, beam, budget = asked.call, asked.beam, asked.call.prune
+        answered = 0 if beam is None else len(beam.spoken)  # tokens of the prompt that count as the answer's
+        if beam is not None and beam.before is not None and not self._missing(call, beam.before.log_weights):
+            log_weights, budget, scored, answered = beam.before.log_weights, beam.before.budget, False, 1
         log_weights = self._of_living(call, log_weights)
         active = active_experts(log_weights)
         if len(active) == 1:
+            if beam is not None:
+                beam.weigh(log_weights, budget)
             return self._alone(asked, active[0])
         if scored:
             return await self._scored(asked, log_weights, uniform, kept, attempt)
-        if call.posterior and asked.spoken:
-            known = [(len(tokens_of(asked.prompt)), 0.0)] * len(self.experts)
-            return self._mixed(asked, log_weights, call.prune, uniform, kept, known)
+        if call.posterior and (answered or asked.spoken):
+            known = [(len(tokens_of(asked.prompt)) - answered, 0.0)] * len(self.experts)
+            return self._mixed(asked, log_weights, budget, uniform, kept, known)
         return self._weighted(asked, log_weights, uniform, kept)
 
     def _go_on_without(self, asked: Asked, expert: int) -> None:
@@ -251,16 +287,20 @@ class EnsembleClient(AllEngines):
         Raises:
             ExpertDown: none of those with weight lives, or the user wants no answer without them.
         """
-        weighed = active_experts(log_weights)
-        missing = [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
+        missing = self._missing(call, log_weights)
         if not missing:
             return log_weights
         call.degraded.update(dict.fromkeys(self.experts[k].name for k in missing))
-        if len(missing) == len(weighed) or call.on_expert_loss == "fail":
+        if len(missing) == len(active_experts(log_weights)) or call.on_expert_loss == "fail":
             raise self._down(missing)
         rest = np.array(log_weights)
         rest[missing] = -np.inf
         return rest - np.logaddexp.reduce(rest)
+
+    def _missing(self, call: Call, log_weights: np.ndarray) -> list[int]:
+        """Those of the experts with weight that do not live."""
+        weighed = active_experts(log_weights)
+        return [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
 
     def _down(self, experts: Sequence[int]) -> ExpertDown:
         names = ", ".join(repr(self.experts[k].name) for k in experts)
@@ -274,8 +314,12 @@ class EnsembleClient(AllEngines):
         From here on, ``asked`` does not ask for that any more.
         """
         call, log_weights = asked.call, asked.call.log_weights
-        if call.router is not None:
-            log_weights = await self._trained_routers.log_weights(asked.prompt, call.router)
+        if asked.beam is not None and asked.beam.search.start is not None:
+            log_weights = asked.beam.search.start
+        elif call.router is not None:
+            log_weights = await self.trained_routers.log_weights(asked.prompt, call.router)
+            if asked.beam is not None:
+                asked.beam.search.start = log_weights
         count = asked.params.prompt_logprobs
         if count is None:
             return log_weights, None
@@ -324,6 +368,8 @@ class EnsembleClient(AllEngines):
         """One choice whose weights [K] are known."""
         call = asked.call
         log_weights, budget = restricted(log_weights, call.top_k, call.prune, uniform)
+        if asked.beam is not None:
+            asked.beam.weigh(log_weights, budget)
         active = active_experts(log_weights)
         if len(active) == 1:
             return self._alone(asked, active[0])
@@ -377,6 +423,7 @@ class EnsembleClient(AllEngines):
         produced = [start] * asked.params.n
         try:
             async for output in outputs:
+                refuse_failed(asked.params, output)
                 for completion in output.outputs:
                     index = completion.index
                     news = produced_by(completion, asked.params, produced[index]) - produced[index]
@@ -413,11 +460,20 @@ class EnsembleClient(AllEngines):
 
         Raises:
             ExpertLost: one of them is.
+            _OtherEngines: while a slot was waited for, one of them has been ended or exchanged.
         """
         call, active, start = asked.call, active_experts(log_weights), len(asked.spoken)
+        if asked.beam is not None and scored is not None:
+            learn = asked.beam.learning(log_weights, budget, scored, learn)
         self.thread.arrived()
         if asked.slot is None:
+            before = [self.experts[k].engine for k in active]
             asked.slot = await kept.enter_async_context(self.slots.take())
+            if any(
+                self.experts[k].engine is not engine or not (self.experts[k].lives or k == call.warms)
+                for k, engine in zip(active, before, strict=True)
+            ):
+                raise _OtherEngines
         slot = asked.slot
         known = log_weights if scored is None else np.zeros(len(log_weights))
         leader = self.leaders.choose(known, active)
@@ -472,6 +528,7 @@ class EnsembleClient(AllEngines):
                 self.thread.hurry(slot, streams or member.may_release)
                 while not finished:
                     output = await hearing.next()
+                    refuse_failed(asked.params, output)
                     finished = output.finished
                     produced = produced_by(output.outputs[0], asked.params, produced)
                     self.thread.hurry(slot, member.may_release or produced == start)
@@ -505,8 +562,7 @@ class EnsembleClient(AllEngines):
         for k in self._core_policy.in_order(member.active, leader):
             params = params_of(k, member, asked.params, asked.speech)
             queues[k] = await self._submit(asked, k, params, arrival_time=arrival_s)
-            if member.may_release or k == leader:
-                self._relay.follow(relayed, k, queues[k].request_id)
+            self._relay.follow(relayed, k, queues[k].request_id)
 
     async def _submit(self, asked: Asked, expert: int, params: SamplingParams, **more: Any) -> OutputQueue:
         """Give the request to one expert's engine.
