@@ -75,13 +75,15 @@ class EnsembleMetrics(Collector):
             "decar:weights_entropy_nats", "Entropy of the weights that mixed a token.", ENTROPY_BOUNDS
         )
         self._experts: Sequence[Any] = ()
+        self._queue: Any = None
         self._failovers = np.zeros(len(names), np.int64)
         self._restarts = np.zeros(len(names), np.int64)
         registry.register(self)
 
-    def watch(self, experts: Sequence[Any]) -> None:
-        """Say of each of ``experts``, in manifest order, whether it is ``up``."""
-        self._experts = experts
+    def watch(self, experts: Sequence[Any], queue: Any) -> None:
+        """Say of each of ``experts``, in manifest order, whether it is ``up``, and how many wait in ``queue``
+        or have found it full."""
+        self._experts, self._queue = experts, queue
 
     def failed_over(self, expert: int) -> None:
         """A request has lost this expert."""
@@ -117,6 +119,11 @@ class EnsembleMetrics(Collector):
         for expert in self._experts:
             up.add_metric([expert.name], float(expert.up))
         yield up
+        if self._queue is not None:
+            yield GaugeMetricFamily("decar:queued", "Requests that wait for a place.", self._queue.waiting)
+            yield CounterMetricFamily(
+                "decar:rejected", "Requests that found the queue full.", self._queue.rejected
+            )
         for name, documentation, counts_of in (
             ("failovers", "Requests that lost this expert on their way.", self._failovers),
             ("restarts", "How often this expert was given a new engine.", self._restarts),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from decar.server.gateway.core_policy import CorePolicy
 from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
 from decar.server.gateway.leaders import Leaders
 from decar.server.gateway.prompt import PromptLogprobs, PromptScorer, tokens_of
+from decar.server.gateway.queue import Queue
 from decar.server.gateway.request import Call, ChoiceTrace, current_call, parse_call
 from decar.server.gateway.sampling import (
     merged,
@@ -74,8 +75,11 @@ class Asked:
         return () if self.speech is None else self.speech.tokens
 
 
-class _OtherEngines(Exception):
-    """What is known of a request before it is decoded may not be so any more: it is found anew."""
+def _choices_of(asked: Asked) -> Iterator[Asked]:
+    """Each choice of what is asked, as if it were all; made as it is needed, since there may be thousands."""
+    for i, params in enumerate(params_of_choices(asked.params)):
+        first_choice, request_id = asked.first_choice + i, f"{asked.request_id}-{i}"
+        yield replace(asked, params=params, first_choice=first_choice, request_id=request_id)
 
 
 class EnsembleClient(AllEngines):
@@ -89,6 +93,7 @@ class EnsembleClient(AllEngines):
         thread: this one.
         metrics: told what mixed each token.
         min_experts: how many have to live for the ensemble to be served.
+        max_queued: how many requests may wait; None: four for each slot.
     """
 
     def __init__(
@@ -101,9 +106,12 @@ class EnsembleClient(AllEngines):
         thread: GatewayThread,
         metrics: EnsembleMetrics,
         min_experts: int = 1,
+        max_queued: int | None = None,
     ):
         super().__init__(ensemble, engines, plane, min_experts)
-        self.slots = Slots(plane.spec.slots)
+        slots = plane.spec.slots
+        self.slots = Slots(slots)
+        self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
         self.leaders = Leaders(len(engines))
         self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
@@ -113,7 +121,7 @@ class EnsembleClient(AllEngines):
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
-        metrics.watch(self.experts)
+        metrics.watch(self.experts, self.queue)
 
     def give_engine(self, expert: int, engine: Engine) -> None:
         """An expert whose engine has died has a new one, which is still to be warmed up."""
@@ -170,21 +178,18 @@ class EnsembleClient(AllEngines):
         only = asked.call.only_expert
         if only is not None:
             self._of_living(asked.call, asked.call.log_weights)
-            prompt_logprobs, outputs = None, self._asked_alone(asked, only)
+            prompt_logprobs = None
+            each = iter([asked]) if asked.params.n == 1 else _choices_of(asked)
+            choices = (self._asked_alone(choice, only) for choice in each)
         else:
             log_weights, prompt_logprobs = await self._weigh(asked)
             scored = asked.call.scored and prompt_logprobs is None
-            choices = []
             draws = uniforms(asked.params) if asked.call.draw else [None] * asked.params.n
-            for i, (params, uniform) in enumerate(zip(params_of_choices(asked.params), draws, strict=True)):
-                choice = replace(
-                    asked,
-                    params=params,
-                    first_choice=asked.first_choice + i,
-                    request_id=f"{asked.request_id}-{i}",
-                )
-                choices.append(self._choice(choice, log_weights, uniform, scored))
-            outputs = choices[0] if len(choices) == 1 else merged(choices, asked.params)
+            choices = (
+                self._choice(choice, log_weights, uniform, scored)
+                for choice, uniform in zip(_choices_of(asked), draws, strict=True)
+            )
+        outputs = next(choices) if asked.params.n == 1 else merged(choices, asked.params, self.queue.total)
         try:
             async for output in outputs:
                 output.request_id = asked.request_id
@@ -195,17 +200,25 @@ class EnsembleClient(AllEngines):
             await outputs.aclose()
 
     async def _asked_alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
-        """The one expert that the request may be answered by: plain vLLM."""
-        client = self.experts[expert].engine.client
-        outputs = client.generate(asked.prompt, asked.params, asked.request_id, **asked.kwargs)
-        try:
-            async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
-                async for output in said:
-                    yield output
-        except Exception:
-            if client.errored:
-                raise self._down([expert]) from None
-            raise
+        """One choice of the one expert that the request may be answered by: plain vLLM."""
+        async with self._place():
+            client = self.experts[expert].engine.client
+            outputs = client.generate(asked.prompt, asked.params, asked.request_id, **asked.kwargs)
+            try:
+                async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
+                    async for output in said:
+                        yield output
+            except Exception:
+                if client.errored:
+                    raise self._down([expert]) from None
+                raise
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """One of the places for what runs at once; waiting for it is not urgent."""
+        self.thread.arrived()
+        async with self.queue.take():
+            yield
 
     # --- whoever dies -------------------------------------------------------------------------------------
 
@@ -217,7 +230,7 @@ class EnsembleClient(AllEngines):
         Args:
             scored: whether the prompt has still to move the ``log_weights`` [K].
         """
-        async with contextlib.AsyncExitStack() as kept:
+        async with self._place(), contextlib.AsyncExitStack() as kept:
             while True:
                 try:
                     async with contextlib.AsyncExitStack() as attempt:
@@ -226,8 +239,6 @@ class EnsembleClient(AllEngines):
                         async for output in outputs:
                             yield output
                     return
-                except _OtherEngines:
-                    continue
                 except ExpertLost as lost:
                     self._go_on_without(asked, lost.expert)
 
@@ -250,7 +261,6 @@ class EnsembleClient(AllEngines):
         Raises:
             ExpertLost: one of them is, here or in what is returned.
             ExpertDown: none of them may answer.
-            _OtherEngines: not all of them are those that it began with.
         """
         call, beam, budget = asked.call, asked.beam, asked.call.prune
         answered = 0 if beam is None else len(beam.spoken)  # tokens of the prompt that count as the answer's
@@ -413,28 +423,21 @@ class EnsembleClient(AllEngines):
         """What ``expert`` says in ``outputs``, with a trace of it."""
         call, name = asked.call, self.experts[expert].name
         weights = [float(k == expert) for k in range(len(self.experts))]
-        traces = [
-            call.choices.setdefault(asked.first_choice + i, ChoiceTrace([name], name))
-            for i in range(asked.params.n)
-        ]
+        trace = call.choices.setdefault(asked.first_choice, ChoiceTrace([name], name))
         key = object()
         self.thread.hurry(key, True)
-        start = len(asked.spoken)
-        produced = [start] * asked.params.n
+        produced = start = len(asked.spoken)
         try:
             async for output in outputs:
                 refuse_failed(asked.params, output)
-                for completion in output.outputs:
-                    index = completion.index
-                    news = produced_by(completion, asked.params, produced[index]) - produced[index]
-                    produced[index] += news
-                    if call.trace:
-                        traces[index].weights += [weights] * news
-                        traces[index].leaders += [name] * news
+                before, produced = produced, produced_by(output.outputs[0], asked.params, produced)
+                if call.trace:
+                    trace.weights += [weights] * (produced - before)
+                    trace.leaders += [name] * (produced - before)
                 yield output
         finally:
             self.thread.hurry(key, False)
-            self._metrics.observe_alone(sum(produced) - start * asked.params.n)
+            self._metrics.observe_alone(produced - start)
             await outputs.aclose()
 
     # --- slot, leader, fan out, stream --------------------------------------------------------------------
@@ -460,20 +463,12 @@ class EnsembleClient(AllEngines):
 
         Raises:
             ExpertLost: one of them is.
-            _OtherEngines: while a slot was waited for, one of them has been ended or exchanged.
         """
         call, active, start = asked.call, active_experts(log_weights), len(asked.spoken)
         if asked.beam is not None and scored is not None:
             learn = asked.beam.learning(log_weights, budget, scored, learn)
-        self.thread.arrived()
         if asked.slot is None:
-            before = [self.experts[k].engine for k in active]
-            asked.slot = await kept.enter_async_context(self.slots.take())
-            if any(
-                self.experts[k].engine is not engine or not (self.experts[k].lives or k == call.warms)
-                for k, engine in zip(active, before, strict=True)
-            ):
-                raise _OtherEngines
+            asked.slot = kept.enter_context(self.slots.take())
         slot = asked.slot
         known = log_weights if scored is None else np.zeros(len(log_weights))
         leader = self.leaders.choose(known, active)
