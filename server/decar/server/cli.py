@@ -74,6 +74,14 @@ def serve(
         float,
         typer.Option(min=0.0, help="Seconds that answers may still take when their expert is exchanged."),
     ] = 30.0,
+    max_experts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many experts there is room for when a reload adds some.",
+            show_default="those there are",
+        ),
+    ] = None,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
@@ -92,6 +100,7 @@ def serve(
         engine_timeout_s=engine_timeout,
         admin_key=admin_key,
         reload_timeout_s=reload_timeout,
+        max_experts=max_experts,
     )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from decar.router import Ensemble, Reading
 from decar.router.errors import StartError
+from decar.router.manifest import MAX_EXPERTS
 from decar.server.placement import CPU_KV_BYTES, Place, check_memory, exchanged, place, visible_gpus
 from decar.server.protocol.machine import check_memory_order
 from decar.server.protocol.plane import Plane, prompt_unit, remove_stale
@@ -27,6 +28,7 @@ from decar.server.vllm_adapter.versions import check_version
 
 if TYPE_CHECKING:
     from decar.server.gateway.ensemble import EnsembleClient
+    from decar.server.gateway.seats import Seats
     from decar.server.gateway.supervisor import Supervisor
     from decar.server.vllm_adapter.engine import EnginePlan
     from decar.server.vllm_adapter.failures import Failures
@@ -43,6 +45,7 @@ def serve(
     engine_timeout_s: float = 30.0,
     admin_key: str | None = None,
     reload_timeout_s: float = 30.0,
+    max_experts: int | None = None,
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM.
 
@@ -54,6 +57,7 @@ def serve(
         engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
         admin_key: shows paths and processes to whoever gives it, and reloads; None: nobody sees them.
         reload_timeout_s: how long running answers are waited for before an expert is exchanged.
+        max_experts: how many there is room for, those included that a reload may add; None: for those that there are.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -65,6 +69,12 @@ def serve(
     ensemble = reading.ensemble
     if not 1 <= min_experts <= len(ensemble.experts):
         raise StartError(f"--min-experts is {min_experts}; {ensemble.name!r} has {len(ensemble.experts)}")
+    max_experts = max_experts or len(ensemble.experts)
+    if not len(ensemble.experts) <= max_experts <= MAX_EXPERTS:
+        raise StartError(
+            f"--max-experts is {max_experts}; {ensemble.name!r} has {len(ensemble.experts)}, and more than "
+            f"{MAX_EXPERTS} cannot be served together"
+        )
 
     from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment
 
@@ -81,7 +91,17 @@ def serve(
         for name in remove_stale():
             logger.warning("removed shared memory %s of a server that is gone", name)
         uvloop.run(
-            _serve(reading, args, sock, placement, min_experts, engine_timeout_s, admin_key, reload_timeout_s)
+            _serve(
+                reading,
+                args,
+                sock,
+                placement,
+                min_experts,
+                engine_timeout_s,
+                admin_key,
+                reload_timeout_s,
+                max_experts,
+            )
         )
 
 
@@ -94,6 +114,7 @@ async def _serve(
     engine_timeout_s: float,
     admin_key: str | None,
     reload_timeout_s: float,
+    max_experts: int,
 ) -> None:
     from decar.server.gateway.api import extend
     from decar.server.gateway.http_server import BoundedHttpProtocol
@@ -101,7 +122,7 @@ async def _serve(
     from decar.server.gateway.request import model_ids
     from decar.server.vllm_adapter.app import api_keys, listen, name_models, openai_app
 
-    running = _running_ensemble(reading.ensemble, args, placement, min_experts, engine_timeout_s)
+    running = _running_ensemble(reading.ensemble, args, placement, min_experts, engine_timeout_s, max_experts)
     async with running as (client, supervisor, engines):
         keys = api_keys(args, admin_key)
         app = await openai_app(client, args)
@@ -110,7 +131,7 @@ async def _serve(
             supervisor,
             reading,
             read=partial(Reading.of, reading.ensemble.directory),
-            plan=engines.exchanged,
+            plan=engines.of,
             plans=engines.starter.plans,
             tell=lambda ensemble: name_models(app, model_ids(ensemble)),
             patience_s=reload_timeout_s,
@@ -125,7 +146,12 @@ async def _serve(
 
 @contextlib.asynccontextmanager
 async def _running_ensemble(
-    ensemble: Ensemble, args: Namespace, placement: str | None, min_experts: int, engine_timeout_s: float
+    ensemble: Ensemble,
+    args: Namespace,
+    placement: str | None,
+    min_experts: int,
+    engine_timeout_s: float,
+    max_experts: int,
 ) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
     """The gateway, over engines that are warm; stopped, with their memory given back, on the way out."""
     from decar.server.gateway.admission import check_tokenizer
@@ -137,10 +163,10 @@ async def _running_ensemble(
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
-    places = _placed(ensemble, configs, placement)
+    places = _placed(ensemble, configs, placement, max_experts)
     failures = Failures()
     plane = Plane.create(
-        experts=len(experts),
+        experts=max_experts,
         slots=configs[0].scheduler_config.max_num_seqs,
         vocab_size=ensemble.vocab_size,
         positions=configs[0].model_config.max_model_len,
@@ -149,6 +175,7 @@ async def _running_ensemble(
         ),
         device_dtype=None if places[0].gpu is None else row_dtype(configs),
     )
+    plane.alive[len(experts) :] = 0
     started: list[Any] = []
     try:
         engines = Engines(args, configs, places, plane, failures)
@@ -182,7 +209,12 @@ async def _running_ensemble(
 
 
 class Engines:
-    """What the engines of an ensemble are started with, on ``plane``, and those of one that takes its place."""
+    """What the engines of an ensemble are started with, on ``plane``, and those of one that takes its place.
+
+    Args:
+        configs: vLLM's, one per expert.
+        places: the experts', and those that later ones may have.
+    """
 
     def __init__(
         self,
@@ -194,24 +226,23 @@ class Engines:
     ):
         from decar.server.vllm_adapter.engine import Starter
 
-        self._args, self._configs, self._places, self._spec = args, configs, places, plane.spec
-        self.starter = Starter(_plans(configs, places), plane.spec, failures, args.disable_log_stats)
+        self._args, self._served, self._places, self._spec = args, configs[0], places, plane.spec
+        plans = [*_plans(configs, places[: len(configs)]), *[None] * (len(places) - len(configs))]
+        self.starter = Starter(plans, plane.spec, failures, args.disable_log_stats)
 
-    def exchanged(self, ensemble: Ensemble) -> list[EnginePlan]:
-        """Of ``ensemble``'s experts, each to take the place of the one before it.
+    def of(self, ensemble: Ensemble, seats: Seats) -> list[EnginePlan]:
+        """Of ``ensemble``'s experts, each to take the place of whoever is at its seat.
 
         Raises:
             StartError: one of them cannot.
         """
         from decar.server.vllm_adapter.arguments import engine_config, refuse_other_steps
 
-        places = exchanged(self._places, ensemble)
+        places = exchanged([self._places[seat] for seat in seats.of], ensemble)
         args = Namespace(**{**vars(self._args), "max_model_len": self._spec.positions})
-        configs = []
-        for expert, (served, placed) in enumerate(zip(self._configs, places, strict=True)):
-            config = engine_config(ensemble, expert, args, CPU_KV_BYTES)
-            refuse_other_steps(served, config, placed.expert, self._spec)
-            configs.append(config)
+        configs = [engine_config(ensemble, k, args, CPU_KV_BYTES) for k in range(len(places))]
+        for config, placed in zip(configs, places, strict=True):
+            refuse_other_steps(self._served, config, placed.expert, self._spec)
         _give_memory(configs, places)
         return _plans(configs, places)
 
@@ -233,8 +264,10 @@ def _blamed(client: EnsembleClient, error: Exception) -> str:
     return f"the engine of expert {', '.join(dead)} has ended" if dead else reason_of(error)
 
 
-def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -> list[Place]:
-    """Decide where each engine runs, and tell its config the KV size that goes with it.
+def _placed(
+    ensemble: Ensemble, configs: Sequence[Any], placement: str | None, max_experts: int
+) -> list[Place]:
+    """Decide where each engine runs, and where later ones may; tell those that there are the KV size that goes with it.
 
     Raises:
         StartError: the experts do not fit.
@@ -252,13 +285,15 @@ def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -
         cache.kv_cache_memory_bytes,
         rows_bytes=buffer_bytes(slots, ensemble.vocab_size, row_dtype(configs)),
         utilisation=cache.gpu_memory_utilization,
+        seats=max_experts,
     )
-    _give_memory(configs, places)
-    for placed in places:
+    taken = places[: len(configs)]
+    _give_memory(configs, taken)
+    for placed in taken:
         if placed.gpu is not None:
             logger.info("expert %s: GPU %d (%s)", placed.expert, placed.gpu, gpus[placed.gpu].name)
     if not gpus and cache.kv_cache_memory_bytes is not None:
-        check_memory(places)
+        check_memory(taken)
     return places
 
 
@@ -280,14 +315,15 @@ def _client(ensemble: Ensemble, engines: Sequence[Any], plane: Plane, min_expert
     from decar.server.vllm_adapter.relay import Relay
 
     start_all_threads(engines)
-    thread = GatewayThread([engine.cores for engine in engines])
+    free = plane.spec.experts - len(engines)
+    thread = GatewayThread([engine.cores for engine in engines] + [set()] * free)
     return EnsembleClient(
         ensemble,
         engines,
         plane,
         relay=Relay(engines, plane.blocks, thread),
         thread=thread,
-        metrics=EnsembleMetrics(ensemble.expert_names, plane),
+        metrics=EnsembleMetrics(plane),
         min_experts=min_experts,
     )
 

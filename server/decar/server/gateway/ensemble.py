@@ -35,6 +35,7 @@ from decar.server.gateway.sampling import (
     uniforms,
     without_prompt_logprobs,
 )
+from decar.server.gateway.seats import Seats
 from decar.server.gateway.slots import Slots
 from decar.server.gateway.trained_routers import TrainedRouters
 from decar.server.gateway.weights import WeightsReader
@@ -101,12 +102,12 @@ class EnsembleClient(AllEngines):
     ):
         super().__init__(ensemble, engines, plane, min_experts)
         self.slots = Slots(plane.spec.slots)
-        self.leaders = Leaders(len(engines))
+        self.leaders = Leaders(plane.spec.experts)
         self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
         self._scorer = PromptScorer(self.experts, ensemble.vocab_size, plane.spec.prompt_unit)
-        self.trained_routers = TrainedRouters(ensemble, engines[0])
+        self.trained_routers = TrainedRouters(ensemble, engines[0], self.seats)
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
@@ -128,18 +129,30 @@ class EnsembleClient(AllEngines):
         """What an expert has said of prompts, since its next engine has other weights."""
         self._scorer.forget(expert)
 
-    def serve(self, ensemble: Ensemble, trained_routers: TrainedRouters | None = None) -> None:
-        """From now on, requests are for this ensemble, whose experts the engines have; those that have begun keep what
-        they began with.
+    def serve(self, ensemble: Ensemble, seats: Seats, trained_routers: TrainedRouters | None = None) -> None:
+        """From now on, requests are for this ensemble, whose experts the engines have at ``seats``; those that have
+        begun keep what they began with.
 
         Args:
             trained_routers: None: as they were.
         """
-        self.ensemble = ensemble
+        self.ensemble, self.seats = ensemble, seats
         self.trained_routers = trained_routers or self.trained_routers
-        self._metrics.names = ensemble.expert_names
-        for expert, name in zip(self.experts, ensemble.expert_names, strict=True):
-            expert.name = name
+        for expert in self.experts:
+            expert.seated = False
+        for name, seat in zip(ensemble.expert_names, seats.of, strict=True):
+            self.experts[seat].name, self.experts[seat].seated = name, True
+
+    def call_of(self, model: str | None, options: Any) -> Call:
+        """A request's `Call`, from its `model` and `decar` fields.
+
+        Raises:
+            RequestError: says which field is wrong and how to mend it.
+        """
+        call = parse_call(self.ensemble, model, options)
+        call.log_weights = self.seats.seated(call.log_weights)
+        call.seats, call.trained_routers = self.seats, self.trained_routers
+        return call
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -151,7 +164,7 @@ class EnsembleClient(AllEngines):
             ExpertDown: no expert that may answer lives.
         """
         self._admission.check(prompt, sampling_params, kwargs.get("priority", 0))
-        call = current_call.get() or parse_call(self.ensemble, None, None)
+        call = current_call.get() or self.call_of(None, None)
         if call.draw:
             check_drawable(sampling_params)
         first_choice = call.prompts * sampling_params.n
@@ -296,7 +309,8 @@ class EnsembleClient(AllEngines):
         """
         call, log_weights = asked.call, asked.call.log_weights
         if call.router is not None:
-            log_weights = await self.trained_routers.log_weights(asked.prompt, call.router)
+            routers = call.trained_routers or self.trained_routers
+            log_weights = await routers.log_weights(asked.prompt, call.router)
         count = asked.params.prompt_logprobs
         if count is None:
             return log_weights, None
@@ -467,7 +481,7 @@ class EnsembleClient(AllEngines):
         )
         trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
         trace = call.choices.setdefault(asked.first_choice, trace)
-        reader = WeightsReader(self.plane, member, self.ensemble.expert_names, start)
+        reader = WeightsReader(self.plane, member, [expert.name for expert in self.experts], start)
 
         def keep_up(produced: int) -> None:
             """The first token says what experts have found of a new text."""

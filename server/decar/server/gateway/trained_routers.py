@@ -1,6 +1,6 @@
 """The ensemble's trained routers, asked about prompts. Knows prompts; what a router does with them is `decar.router`.
 
-K experts.
+C places of experts.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ import asyncio
 from typing import Any
 
 import numpy as np
-from vllm.exceptions import VLLMValidationError
 
 from decar.router import Ensemble, available_routers, load_trained, load_trained_images
 from decar.router.manifest import Trained
 from decar.server.gateway.engine import Engine
 from decar.server.gateway.images import IMAGES_KEY, images_of, is_text
 from decar.server.gateway.prompt import tokens_of
+from decar.server.gateway.seats import Seats
 
 
 class TrainedRouters:
     """Loads what training has put into the directory of ``ensemble``; ``engine`` makes the prompts, and reads them."""
 
-    def __init__(self, ensemble: Ensemble, engine: Engine):
-        self._engine = engine
+    def __init__(self, ensemble: Ensemble, engine: Engine, seats: Seats):
+        self._engine, self._seats = engine, seats
         self._of_texts = load_trained(ensemble) if "classifier" in available_routers(ensemble) else {}
         for text_router in self._of_texts.values():
             text_router.log_weights(["what loads on first use, loads before the first request"])
@@ -32,27 +32,21 @@ class TrainedRouters:
         if self._of_images:
             engine.keep_images(IMAGES_KEY)
 
-    def of(self, ensemble: Ensemble) -> TrainedRouters:
+    def of(self, ensemble: Ensemble, seats: Seats) -> TrainedRouters:
         """Those of another ensemble, over the same engine.
 
         Raises:
             EnsembleError: they cannot be loaded.
         """
-        return TrainedRouters(ensemble, self._engine)
+        return TrainedRouters(ensemble, self._engine, seats)
 
     async def log_weights(self, prompt: Any, kind: Trained) -> np.ndarray:
-        """Log weights [K] that a router gives for a prompt: for its images, if any, and else for its text.
-
-        Raises:
-            VLLMValidationError: there was such a router when the request came, and there is none any more.
-        """
-        if kind not in self._of_texts:
-            raise VLLMValidationError(
-                f"router {kind!r} is not trained any more: ask for another", parameter="decar"
-            )
+        """Log weights [C] that a router gives for a prompt: for its images, if any, and else for its text."""
         images = images_of(prompt)
         if images and self._of_images:
-            return (await asyncio.to_thread(self._of_images[kind].log_weights, [images]))[0]
+            [weights] = await asyncio.to_thread(self._of_images[kind].log_weights, [images])
+            return self._seats.seated(weights)
         tokenizer = self._engine.client.renderer.get_tokenizer()
         text = tokenizer.decode(np.asarray(tokens_of(prompt))[is_text(prompt)])
-        return (await asyncio.to_thread(self._of_texts[kind].log_weights, [text]))[0]
+        [weights] = await asyncio.to_thread(self._of_texts[kind].log_weights, [text])
+        return self._seats.seated(weights)
