@@ -265,8 +265,10 @@ def fake_ensemble(*priors: float) -> Ensemble:
 class FakeServer:
     """An `EnsembleClient` over `FakeEngine`s."""
 
-    def __init__(self, *priors: float, slots: int = 2):
-        self.plane = Plane.create(experts=len(priors), slots=slots, vocab_size=VOCAB_SIZE, positions=16)
+    def __init__(self, *priors: float, slots: int = 2, places: int = 0):
+        self.plane = Plane.create(
+            experts=places or len(priors), slots=slots, vocab_size=VOCAB_SIZE, positions=16
+        )
         self.plane.unlink()
         self.engines = [FakeEngine(expert, self.plane) for expert in range(len(priors))]
         self.relay = FakeRelay(self.engines)
@@ -277,5 +279,5 @@ class FakeServer:
             self.plane,
             relay=self.relay,
             thread=GatewayThread([]),
-            metrics=EnsembleMetrics(ensemble.expert_names, self.plane, CollectorRegistry()),
+            metrics=EnsembleMetrics(self.plane, CollectorRegistry()),
         )

@@ -10,8 +10,9 @@ from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 
 from decar.router import Ensemble
-from decar.server.gateway.engine import Engine, ExpertEngine
+from decar.server.gateway.engine import Engine, ExpertEngine, NoEngine
 from decar.server.gateway.health import Health
+from decar.server.gateway.seats import Seats
 from decar.server.protocol.plane import Plane
 
 
@@ -21,7 +22,7 @@ class AllEngines(EngineClient):
     Args:
         ensemble: what is served.
         engines: one per expert, in manifest order, sharing ``plane``.
-        plane: made by the caller; removed by `shutdown`.
+        plane: made by the caller; removed by `shutdown`. It may have places for more.
         min_experts: how many have to live for the ensemble to be served.
     """
 
@@ -31,6 +32,9 @@ class AllEngines(EngineClient):
         self.experts = [
             ExpertEngine(name, engine) for name, engine in zip(ensemble.expert_names, engines, strict=True)
         ]
+        free = plane.spec.experts - len(engines)
+        self.experts += [ExpertEngine("", NoEngine(), up=False, seated=False) for _ in range(free)]
+        self.seats = Seats(tuple(ensemble.expert_names), tuple(range(len(engines))), plane.spec.experts)
         self.health = Health(self.experts, plane, min_experts)
         # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only. What renders prompts
         # computes in this process, and goes on when that engine has died.

@@ -37,6 +37,7 @@ from decar.server.gateway.sampling import (
     uniforms,
     without_prompt_logprobs,
 )
+from decar.server.gateway.seats import Seats
 from decar.server.gateway.slots import Slots
 from decar.server.gateway.trained_routers import TrainedRouters
 from decar.server.gateway.weights import WeightsReader
@@ -112,12 +113,12 @@ class EnsembleClient(AllEngines):
         slots = plane.spec.slots
         self.slots = Slots(slots)
         self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
-        self.leaders = Leaders(len(engines))
+        self.leaders = Leaders(plane.spec.experts)
         self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
         self._scorer = PromptScorer(self.experts, ensemble.vocab_size, plane.spec.prompt_unit)
-        self.trained_routers = TrainedRouters(ensemble, engines[0])
+        self.trained_routers = TrainedRouters(ensemble, engines[0], self.seats)
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
@@ -139,18 +140,30 @@ class EnsembleClient(AllEngines):
         """What an expert has said of prompts, since its next engine has other weights."""
         self._scorer.forget(expert)
 
-    def serve(self, ensemble: Ensemble, trained_routers: TrainedRouters | None = None) -> None:
-        """From now on, requests are for this ensemble, whose experts the engines have; those that have begun keep what
-        they began with.
+    def serve(self, ensemble: Ensemble, seats: Seats, trained_routers: TrainedRouters | None = None) -> None:
+        """From now on, requests are for this ensemble, whose experts the engines have at ``seats``; those that have
+        begun keep what they began with.
 
         Args:
             trained_routers: None: as they were.
         """
-        self.ensemble = ensemble
+        self.ensemble, self.seats = ensemble, seats
         self.trained_routers = trained_routers or self.trained_routers
-        self._metrics.names = ensemble.expert_names
-        for expert, name in zip(self.experts, ensemble.expert_names, strict=True):
-            expert.name = name
+        for expert in self.experts:
+            expert.seated = False
+        for name, seat in zip(ensemble.expert_names, seats.of, strict=True):
+            self.experts[seat].name, self.experts[seat].seated = name, True
+
+    def call_of(self, model: str | None, options: Any) -> Call:
+        """A request's `Call`, from its `model` and `decar` fields.
+
+        Raises:
+            RequestError: says which field is wrong and how to mend it.
+        """
+        call = parse_call(self.ensemble, model, options)
+        call.log_weights = self.seats.seated(call.log_weights)
+        call.seats, call.trained_routers = self.seats, self.trained_routers
+        return call
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -162,7 +175,7 @@ class EnsembleClient(AllEngines):
             ExpertDown: no expert that may answer lives.
         """
         self._admission.check(prompt, sampling_params, kwargs.get("priority", 0))
-        call = current_call.get() or parse_call(self.ensemble, None, None)
+        call = current_call.get() or self.call_of(None, None)
         if call.draw:
             check_drawable(sampling_params)
         first_choice = call.prompts * sampling_params.n
@@ -327,7 +340,8 @@ class EnsembleClient(AllEngines):
         if asked.beam is not None and asked.beam.search.start is not None:
             log_weights = asked.beam.search.start
         elif call.router is not None:
-            log_weights = await self.trained_routers.log_weights(asked.prompt, call.router)
+            routers = call.trained_routers or self.trained_routers
+            log_weights = await routers.log_weights(asked.prompt, call.router)
             if asked.beam is not None:
                 asked.beam.search.start = log_weights
         count = asked.params.prompt_logprobs
@@ -487,7 +501,7 @@ class EnsembleClient(AllEngines):
         )
         trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
         trace = call.choices.setdefault(asked.first_choice, trace)
-        reader = WeightsReader(self.plane, member, self.ensemble.expert_names, start)
+        reader = WeightsReader(self.plane, member, [expert.name for expert in self.experts], start)
 
         def keep_up(produced: int) -> int:
             """The first token says what experts have found of a new text; later ones let leaders go on."""
