@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from tests.e2e.test_exact import LEAD, LOGPROB_TOLERANCE, RULES, assert_equal, complete_all, weighted
@@ -311,3 +313,102 @@ async def test_who_wants_nobody_missing_is_told(server: Server, trio: Reference)
         await all_asked(server, trio, [(kind, [5, 6, 7])], [(victim, signal.SIGKILL)])
     wait_until_back(server, "maths")
     wait_until(server.is_idle, 30, "nothing is left of that request")
+
+
+# --- what takes long: `make soak` -------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+async def test_ten_kills_in_a_row(server: Server, trio: Reference) -> None:
+    """Each of the three, again and again, while others answer."""
+    [prompt] = [trio.encode(text) for text in prompt_texts(1)]
+    for i in range(10):
+        lost = trio.experts[i % len(trio.experts)]
+        for kind, _, heard in await all_kinds(
+            server, trio, [prompt], [(pid_of(server, lost), signal.SIGKILL)]
+        ):
+            assert_whole(kind, heard)
+            if kind.decode is not None:
+                assert_mixtures(trio, lost, kind, prompt, heard)
+        wait_until_back(server, lost)
+    await check_exact(server, trio, weighted(code=2, prose=5, maths=3), "velocity", 4)
+    wait_until(server.is_idle, 30, "nothing is left of those requests")
+
+
+def engines_of(server: Server) -> set[int]:
+    """Processes that are engines, or become some: vLLM names them when it has been imported."""
+    found = set()
+    for process in server.processes():
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if "EngineCore" in command or "multiprocessing.spawn" in command:
+                found.add(process.pid)
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("when", ["starts", "warms up"])
+async def test_an_engine_is_killed_again_before_it_is_back(
+    server: Server, trio: Reference, when: str
+) -> None:
+    prompts = [trio.encode(text) for text in prompt_texts(2)]
+    os.kill(pid_of(server, "code"), signal.SIGKILL)
+    wait_until(lambda: not is_up(server, "code"), 30, "its death is noticed", 0.01)
+    others = {pid_of(server, name) for name in ("maths", "prose")}
+    if when == "starts":
+        [victim] = wait_until(lambda: engines_of(server) - others, 60, "it is started again", 0.01)
+    else:
+        dead = pid_of(server, "code")
+        victim = wait_until(
+            lambda: pid_of(server, "code") not in (dead, 0) and pid_of(server, "code"),
+            120,
+            "it warms up",
+            0.01,
+        )
+    assert not is_up(server, "code")
+    os.kill(victim, signal.SIGKILL)
+    rest = trio.without("code")
+    for prompt in prompts:
+        [expected] = mixture_decode(rest, [prompt], 16)
+        [(answer, summary)] = await complete_all(
+            server, trio.name, [prompt], {"route": "posterior"}, max_tokens=16
+        )
+        if not is_up(server, "code"):
+            assert summary["degraded"] == ["code"]
+            assert expected.margin <= LEAD or answer.tokens == expected.tokens
+    wait_until_back(server, "code")
+    await check_exact(server, trio, weighted(code=2, prose=5, maths=3), "velocity", 4)
+
+
+@pytest.mark.soak
+async def test_an_engine_is_killed_while_the_server_stops(
+    trio: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Its answers go on without it, and the server ends as ever."""
+    prompts = [trio.encode(text) for text in prompt_texts(1)]
+    log = tmp_path_factory.mktemp("logs") / "stops.log"
+    server = Server.start(trio.directory, log, EXACT)
+    try:
+        signals = [(server.process.pid, signal.SIGTERM), (pid_of(server, "code"), signal.SIGKILL)]
+        for kind, _, heard in await all_kinds(server, trio, prompts, signals):
+            assert_whole(kind, heard)
+        assert server.ended("when its answers have ended") == 0
+    finally:
+        server.kill()
+
+
+@pytest.mark.soak
+async def test_an_engine_that_stands_still_for_two_minutes(server: Server, trio: Reference) -> None:
+    """It is another one by then; that this one is let go on, afterwards, changes nothing."""
+    victim = pid_of(server, "maths")
+    [prompt] = [trio.encode(text) for text in prompt_texts(1)]
+    found = await all_kinds(server, trio, [prompt], [(victim, signal.SIGSTOP)])
+    for kind, _, heard in found:
+        assert_whole(kind, heard)
+    await asyncio.sleep(120)  # that long is what is tested
+    assert is_up(server, "maths")
+    assert pid_of(server, "maths") != victim
+    with contextlib.suppress(ProcessLookupError):  # it has been ended
+        os.kill(victim, signal.SIGCONT)
+    await check_exact(server, trio, weighted(code=2, prose=5, maths=3), "velocity", 4)
