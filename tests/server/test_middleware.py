@@ -55,7 +55,11 @@ class Broken:
 
 
 def app_of(
-    *keys: str, admin: str | None = None, server: FakeServer | None = None, gate: Gate | None = None
+    *keys: str,
+    admin: str | None = None,
+    server: FakeServer | None = None,
+    gate: Gate | None = None,
+    reloader: Any = None,
 ) -> FastAPI:
     """An app as vLLM makes it, extended."""
     app = FastAPI()
@@ -100,7 +104,8 @@ def app_of(
         return SimpleNamespace(data=[card])
 
     app.state.openai_serving_models = SimpleNamespace(show_available_models=show)
-    extend(app, (server or FakeServer(0.5, 0.5)).client, gate or Gate(), list(keys), admin)
+    client = (server or FakeServer(0.5, 0.5)).client
+    extend(app, client, gate or Gate(), reloader, list(keys), admin)
     return app
 
 

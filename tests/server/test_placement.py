@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from decar.router.errors import StartError
-from decar.server.placement import Gpu, _visible, device_order, place
+from decar.server.placement import Gpu, _visible, device_order, exchanged, place
 
 GIB = 1 << 30
 
@@ -68,6 +68,21 @@ def test_what_cannot_be_is_said(wish: str | None, available: list[Gpu], said: st
 def test_a_kv_size_that_leaves_no_room_is_said() -> None:
     with pytest.raises(StartError, match="--kv-cache-memory-bytes"):
         place(ensemble(20, 20), gpus(1), kv_bytes=30 * GIB)
+
+
+def test_who_takes_anothers_place_has_its_memory() -> None:
+    before = place(ensemble(14, 14, 14), gpus(2))
+    after = exchanged(before, ensemble(14, 20, 16))
+    assert [placed.gpu for placed in after] == [0, 1, 0]
+    assert after[0] == before[0]
+    assert after[1].kv_bytes is None
+    assert after[2].needed_bytes == before[2].needed_bytes
+    with pytest.raises(StartError, match="'e2' is larger"):
+        exchanged(before, ensemble(14, 14, 60))
+    on_cpu = place(ensemble(1, 1), [])
+    assert exchanged(on_cpu, ensemble(1, 1)) == on_cpu
+    with pytest.raises(StartError, match="'e0' is larger"):
+        exchanged(on_cpu, ensemble(10_000, 1))
 
 
 def test_only_visible_gpus_count_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:

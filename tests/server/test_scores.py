@@ -80,5 +80,3 @@ def test_the_least_recently_used_are_forgotten_first() -> None:
     ask(scores, [1, 4])
     assert ask(scores, [1, 2])[0] == 0
     assert ask(scores, [1, 3])[0] == 1
-    scores.forget()
-    assert ask(scores, [1, 2])[0] == 1

@@ -1,6 +1,7 @@
 """Ensembles on disk and the arithmetic of expert weights. Knows nothing about HTTP or vLLM."""
 
 from decar.router.active import active_experts, drawn, prune, restricted, top_k
+from decar.router.changes import Changes, Reading, changes
 from decar.router.errors import DecarError, EnsembleError
 from decar.router.manifest import Ensemble, ExpertEntry, Manifest, Mixing, RouterEntry, write_manifest
 from decar.router.posterior import log_normalise, log_prior, log_weights_after, moved_on
@@ -14,6 +15,7 @@ from decar.router.routers import (
 )
 
 __all__ = [
+    "Changes",
     "DecarError",
     "Ensemble",
     "EnsembleError",
@@ -21,10 +23,12 @@ __all__ = [
     "ImageRouter",
     "Manifest",
     "Mixing",
+    "Reading",
     "Router",
     "RouterEntry",
     "active_experts",
     "available_routers",
+    "changes",
     "drawn",
     "load_router",
     "load_trained",

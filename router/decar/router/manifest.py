@@ -16,7 +16,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from decar.router.errors import EnsembleError, did_you_mean
-from decar.router.files import router_problems
+from decar.router.files import has_router, router_folder, router_problems
 from decar.router.inside import check_file_name, inside, links_out
 
 MANIFEST_NAME = "ensemble.json"
@@ -193,10 +193,17 @@ class Ensemble:
     Use :meth:`load` to read one that has to be servable, or :meth:`inspect` to collect every problem.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, experts: tuple[ExpertCheckpoint, ...]):
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        experts: tuple[ExpertCheckpoint, ...],
+        has_router: bool = False,
+    ):
         self.directory = directory
         self.manifest = manifest
         self.experts = experts
+        self.has_router = has_router  # trained, for texts: when this was read
 
     @property
     def name(self) -> str:
@@ -244,7 +251,14 @@ class Ensemble:
         experts, problems = read_experts(directory, manifest.experts)
         names = [entry.name for entry in manifest.experts]
         problems += router_problems(directory, names, manifest.router.reads_text)
-        return cls(directory, manifest, experts), problems
+        return cls(directory, manifest, experts, has_router(router_folder(directory))), problems
+
+    def with_expert_of(self, other: Ensemble, index: int) -> Ensemble:
+        """This one, but the expert at ``index`` is that of ``other``."""
+        entries, experts = list(self.manifest.experts), list(self.experts)
+        entries[index], experts[index] = other.manifest.experts[index], other.experts[index]
+        manifest = self.manifest.model_copy(update={"experts": tuple(entries)})
+        return Ensemble(self.directory, manifest, tuple(experts), self.has_router)
 
 
 def read_experts(
@@ -472,7 +486,7 @@ def _image_problems(experts: list[ExpertCheckpoint]) -> list[str]:
             continue
         differing = [
             f"{name} ({json.dumps(one)} and {json.dumps(another)})"
-            for name, (one, another) in _differences(_image_tokens(first), _image_tokens(other)).items()
+            for name, (one, another) in _differences(image_tokens(first), image_tokens(other)).items()
         ]
         if differing:
             problems.append(
@@ -490,7 +504,7 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[
     }
 
 
-def _image_tokens(expert: ExpertCheckpoint) -> dict[str, Any]:
+def image_tokens(expert: ExpertCheckpoint) -> dict[str, Any]:
     """What of an expert's files decides which tokens an image becomes, and how many."""
     if not expert.reads_images:
         return {}

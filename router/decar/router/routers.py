@@ -152,6 +152,6 @@ def _both(trained: TrainedRouter[P], ensemble: Ensemble) -> dict[Trained, Router
 def available_routers(ensemble: Ensemble) -> tuple[RouterKind, ...]:
     """What a request may ask ``ensemble`` for. One that was read without problems has all of them or no files."""
     always: tuple[RouterKind, ...] = ("posterior", "prior")
-    if has_router(router_folder(ensemble.directory)):
+    if ensemble.has_router:
         return (*always, "classifier", "centroid")
     return always

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import decar
 from decar.router import Ensemble
-from decar.router.errors import DecarError
+from decar.router.errors import DecarError, StartError
 from decar.server.placement import gib, place, visible_gpus
 
 app = typer.Typer(
@@ -79,9 +79,13 @@ def serve(
         typer.Option(
             envvar="DECAR_ADMIN_KEY",
             show_envvar=True,
-            help="Who gives it as API key sees paths and process ids; without one, nobody does.",
+            help="Who gives it as API key sees paths and process ids, and may reload; without one, nobody does.",
         ),
     ] = None,
+    reload_timeout: Annotated[
+        float,
+        typer.Option(min=0.0, help="Seconds that answers may still take when their expert is exchanged."),
+    ] = 30.0,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
@@ -101,10 +105,37 @@ def serve(
         shutdown_timeout_s=shutdown_timeout,
         max_queued=max_num_queued_reqs,
         admin_key=admin_key,
+        reload_timeout_s=reload_timeout,
     )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is stopped; native libraries would only report their leaks from here on
+
+
+@app.command()
+def reload(
+    url: Annotated[str, typer.Option(help="Where the server listens.")] = "http://127.0.0.1:8000",
+    admin_key: Annotated[
+        str | None, typer.Option(envvar="DECAR_ADMIN_KEY", show_envvar=True, help="The server's --admin-key.")
+    ] = None,
+) -> None:
+    """Have a running server read its directory again and exchange what has changed, one expert at a time.
+
+    Prints what has been exchanged, or why nothing is; returns when that is done. A server without --admin-key is told
+    by SIGHUP, and its log has the outcome.
+    """
+    import httpx
+
+    headers = {"authorization": f"Bearer {admin_key}"} if admin_key else {}
+    try:
+        answer = httpx.post(f"{url.rstrip('/')}/v1/ensemble/reload", headers=headers, timeout=None)
+        said = answer.json()
+        message = said["message"] if answer.is_success else said["error"]["message"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        raise StartError(f"{url} does not answer as a decar server does: {error!r}") from None
+    if not answer.is_success:
+        raise StartError(message)
+    print(message)
 
 
 @app.command()

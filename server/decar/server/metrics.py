@@ -61,10 +61,13 @@ class EnsembleMetrics(Collector):
         names: of the experts, in manifest order: the label ``expert``.
         plane: read whenever the metrics are asked for.
         registry: where they are registered; one server has one.
+
+    Attributes:
+        names: the same, as they are now.
     """
 
     def __init__(self, names: Sequence[str], plane: Plane, registry: CollectorRegistry = REGISTRY):
-        self._names, self._plane = names, plane
+        self.names, self._plane = names, plane
         self._active = Tally(
             "decar:active_experts", "Experts that mixed a token.", [float(k + 1) for k in range(len(names))]
         )
@@ -105,11 +108,11 @@ class EnsembleMetrics(Collector):
         counted = [block.counted() for block in self._plane.blocks]
         for name, (counters, documentation) in COUNTED.items():
             family = CounterMetricFamily(f"decar:{name}", documentation, labels=["expert"])
-            for expert, counts in zip(self._names, counted, strict=True):
+            for expert, counts in zip(self.names, counted, strict=True):
                 family.add_metric([expert], sum(counts[counter] for counter in counters))
             yield family
         mixing = CounterMetricFamily("decar:mixing_seconds", "Time spent on mixing rows.", labels=["expert"])
-        for expert, counts in zip(self._names, counted, strict=True):
+        for expert, counts in zip(self.names, counted, strict=True):
             mixing.add_metric([expert], counts["mix_ns"] / 1e9)
         yield mixing
         up = GaugeMetricFamily("decar:expert_up", "1 while the expert answers.", labels=["expert"])
@@ -126,7 +129,7 @@ class EnsembleMetrics(Collector):
             ("restarts", "How often this expert was given a new engine.", self._restarts),
         ):
             family = CounterMetricFamily(f"decar:{name}", documentation, labels=["expert"])
-            for expert, count in zip(self._names, counts_of.tolist(), strict=True):
+            for expert, count in zip(self.names, counts_of.tolist(), strict=True):
                 family.add_metric([expert], count)
             yield family
         yield self._active.family()

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -134,6 +134,29 @@ def place(
         devices = device_order(gpu, len(gpus))
         places.append(Place(expert.name, gpu, expert.weight_bytes, own, overhead, devices))
     return places
+
+
+def exchanged(places: Sequence[Place], ensemble: Ensemble) -> list[Place]:
+    """The places of an ensemble's experts where each takes that of the one before it, with its memory: larger weights
+    leave less for the KV cache.
+
+    Raises:
+        StartError: they leave too little, or on CPU too little is free.
+    """
+    free = psutil.virtual_memory().available
+    found = []
+    for expert, before in zip(ensemble.experts, places, strict=True):
+        growth = expert.weight_bytes - before.weight_bytes
+        kv_bytes = before.kv_bytes
+        if before.gpu is not None and kv_bytes is not None and growth > 0:
+            kv_bytes -= growth
+        if growth > free if before.gpu is None else kv_bytes is not None and kv_bytes < SMALLEST_KV_BYTES:
+            raise StartError(
+                f"expert {expert.name!r} is larger than what it takes the place of by {gib(growth)}, which are not "
+                "free: start the server anew, and it finds all experts their places"
+            )
+        found.append(replace(before, expert=expert.name, weight_bytes=expert.weight_bytes, kv_bytes=kv_bytes))
+    return found
 
 
 def check_memory(places: Sequence[Place]) -> None:

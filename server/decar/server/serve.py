@@ -6,6 +6,7 @@ every path, and only then listen.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import multiprocessing
@@ -19,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from decar.router import Ensemble
+from decar.router import Ensemble, Reading
 from decar.router.errors import StartError
-from decar.server.placement import CPU_KV_BYTES, Place, check_memory, place, visible_gpus
+from decar.server.placement import CPU_KV_BYTES, Place, check_memory, exchanged, place, visible_gpus
 from decar.server.protocol.machine import check_memory_order
 from decar.server.protocol.plane import (
     DIRECTORY,
@@ -36,6 +37,8 @@ from decar.server.vllm_adapter.versions import check_version
 if TYPE_CHECKING:
     from decar.server.gateway.ensemble import EnsembleClient
     from decar.server.gateway.supervisor import Supervisor
+    from decar.server.vllm_adapter.engine import EnginePlan
+    from decar.server.vllm_adapter.failures import Failures
 
 logger = logging.getLogger("decar")
 
@@ -50,6 +53,7 @@ def serve(
     shutdown_timeout_s: float = 30.0,
     max_queued: int | None = None,
     admin_key: str | None = None,
+    reload_timeout_s: float = 30.0,
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM, and the requests that run then to their end.
 
@@ -61,7 +65,8 @@ def serve(
         engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
         shutdown_timeout_s: for requests that run when the server is told to stop.
         max_queued: how many requests may wait before more are refused; None: four for each slot.
-        admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
+        admin_key: shows paths and processes to whoever gives it, and reloads; None: nobody sees them.
+        reload_timeout_s: how long running answers are waited for before an expert is exchanged.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -69,7 +74,8 @@ def serve(
     """
     check_memory_order()
     check_version(allow_untested_vllm)
-    ensemble = Ensemble.load(directory)
+    reading = Reading.of(directory)
+    ensemble = reading.ensemble
     if not 1 <= min_experts <= len(ensemble.experts):
         raise StartError(f"--min-experts is {min_experts}; {ensemble.name!r} has {len(ensemble.experts)}")
 
@@ -83,6 +89,7 @@ def serve(
     from decar.server.vllm_adapter.app import bound_socket
 
     args = parse_flags(flags, str(ensemble.directory), model_ids(ensemble))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     with bound_socket(args) as sock:
         for name in remove_stale():
             logger.warning("removed %s of a server that is gone", DIRECTORY / name)
@@ -90,33 +97,50 @@ def serve(
         os.environ.setdefault("VLLM_RPC_BASE_PATH", str(sockets))
         try:
             running = _running_ensemble(ensemble, args, placement, min_experts, engine_timeout_s, max_queued)
-            uvloop.run(_serve(running, args, sock, shutdown_timeout_s, admin_key))
+            uvloop.run(_serve(running, reading, args, sock, shutdown_timeout_s, admin_key, reload_timeout_s))
         finally:
             remove_all_of(sockets.name)
 
 
 async def _serve(
-    running: AbstractAsyncContextManager[tuple[EnsembleClient, Supervisor]],
+    running: AbstractAsyncContextManager[tuple[EnsembleClient, Supervisor, Engines]],
+    reading: Reading,
     args: Namespace,
     sock: socket.socket,
     shutdown_timeout_s: float,
     admin_key: str | None,
+    reload_timeout_s: float,
 ) -> None:
     from decar.server.gateway.api import extend
     from decar.server.gateway.gate import Gate
     from decar.server.gateway.http_server import BoundedHttpProtocol
+    from decar.server.gateway.reload import Reloader
+    from decar.server.gateway.request import asks_for_counts, model_ids
     from decar.server.gateway.signals import told_to_stop
-    from decar.server.vllm_adapter.app import api_keys, listen, openai_app
+    from decar.server.vllm_adapter.app import api_keys, listen, name_models, openai_app
 
-    async with running as (client, supervisor):
+    async with running as (client, supervisor, engines):
         gate = Gate()
         keys = api_keys(args, admin_key)
-        app = await openai_app(client, args)
-        extend(app, client, gate, keys, admin_key)
+        app = await openai_app(client, args, asks_for_counts)
+        reloader = Reloader(
+            client,
+            supervisor,
+            reading,
+            read=partial(Reading.of, reading.ensemble.directory),
+            plan=engines.exchanged,
+            plans=engines.starter.plans,
+            tell=lambda ensemble: name_models(app, model_ids(ensemble)),
+            patience_s=reload_timeout_s,
+        )
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, reloader.reload_soon)
+        extend(app, client, gate, reloader, keys, admin_key)
 
         async def until_drained() -> None:
             await told_to_stop(partial(_end_now, client.plane.spec.name))
             logger.info("told to stop: %d requests have %.0f s left", gate.running, shutdown_timeout_s)
+            loop.remove_signal_handler(signal.SIGHUP)
             supervisor.stop()
             await gate.drain(shutdown_timeout_s)
 
@@ -141,14 +165,14 @@ async def _running_ensemble(
     min_experts: int,
     engine_timeout_s: float,
     max_queued: int | None,
-) -> AsyncIterator[tuple[EnsembleClient, Supervisor]]:
-    """Engines started and warm, with who keeps them so; stopped, with their memory given back, on the way out."""
+) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
+    """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
+    out."""
     from decar.server.gateway.admission import check_tokenizer
     from decar.server.gateway.supervisor import Supervisor
     from decar.server.gateway.warm_up import warm_up
     from decar.server.vllm_adapter.app import image_prompt, keep_environment
     from decar.server.vllm_adapter.arguments import engine_config, row_dtype
-    from decar.server.vllm_adapter.engine import Starter
     from decar.server.vllm_adapter.failures import Failures
 
     experts = range(len(ensemble.experts))
@@ -167,11 +191,8 @@ async def _running_ensemble(
     )
     started: list[Any] = []
     try:
-        devices = [placed.devices for placed in places]
-        starter = Starter(
-            ensemble.expert_names, configs, devices, plane.spec, failures, args.disable_log_stats
-        )
-        client = _client(ensemble, await starter.start_all(started), plane, min_experts, max_queued)
+        engines = Engines(args, configs, places, plane, failures)
+        client = _client(ensemble, await engines.starter.start_all(started), plane, min_experts, max_queued)
         client.health.watch()
         if args.tokenizer is not None:
             check_tokenizer(client.renderer.get_tokenizer(), ensemble.vocab_size)
@@ -185,10 +206,10 @@ async def _running_ensemble(
                 "serve the ensemble on another machine"
             ) from error
         keep_environment()
-        supervisor = Supervisor(client, starter.start, image, engine_timeout_s)
+        supervisor = Supervisor(client, engines.starter.start, image, engine_timeout_s)
         supervisor.watch()
         try:
-            yield client, supervisor
+            yield client, supervisor, engines
         finally:
             supervisor.stop()
             client.shutdown(timeout=0)
@@ -199,6 +220,50 @@ async def _running_ensemble(
         for child in multiprocessing.active_children():
             child.kill()
         plane.unlink()
+
+
+class Engines:
+    """What the engines of an ensemble are started with, on ``plane``, and those of one that takes its place."""
+
+    def __init__(
+        self,
+        args: Namespace,
+        configs: Sequence[Any],
+        places: Sequence[Place],
+        plane: Plane,
+        failures: Failures,
+    ):
+        from decar.server.vllm_adapter.engine import Starter
+
+        self._args, self._configs, self._places, self._spec = args, configs, places, plane.spec
+        self.starter = Starter(_plans(configs, places), plane.spec, failures, args.disable_log_stats)
+
+    def exchanged(self, ensemble: Ensemble) -> list[EnginePlan]:
+        """Of ``ensemble``'s experts, each to take the place of the one before it.
+
+        Raises:
+            StartError: one of them cannot.
+        """
+        from decar.server.vllm_adapter.arguments import engine_config, refuse_other_steps
+
+        places = exchanged(self._places, ensemble)
+        args = Namespace(**{**vars(self._args), "max_model_len": self._spec.positions})
+        configs = []
+        for expert, (served, placed) in enumerate(zip(self._configs, places, strict=True)):
+            config = engine_config(ensemble, expert, args, CPU_KV_BYTES)
+            refuse_other_steps(served, config, placed.expert, self._spec)
+            configs.append(config)
+        _give_memory(configs, places)
+        return _plans(configs, places)
+
+
+def _plans(configs: Sequence[Any], places: Sequence[Place]) -> list[EnginePlan]:
+    from decar.server.vllm_adapter.engine import EnginePlan
+
+    return [
+        EnginePlan(placed.expert, config, placed.devices)
+        for config, placed in zip(configs, places, strict=True)
+    ]
 
 
 def _blamed(client: EnsembleClient, error: Exception) -> str:
@@ -216,7 +281,7 @@ def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -
         StartError: the experts do not fit.
     """
     from decar.server.protocol.transport import buffer_bytes
-    from decar.server.vllm_adapter.arguments import give_memory, on_cpu, row_dtype
+    from decar.server.vllm_adapter.arguments import on_cpu, row_dtype
 
     cache = configs[0].cache_config
     gpus = [] if on_cpu() else visible_gpus()
@@ -229,13 +294,22 @@ def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -
         rows_bytes=buffer_bytes(slots, ensemble.vocab_size, row_dtype(configs)),
         utilisation=cache.gpu_memory_utilization,
     )
-    for config, placed in zip(configs, places, strict=True):
+    _give_memory(configs, places)
+    for placed in places:
         if placed.gpu is not None:
-            give_memory(config, placed.kv_bytes, placed.needed_bytes / gpus[placed.gpu].total_bytes)
             logger.info("expert %s: GPU %d (%s)", placed.expert, placed.gpu, gpus[placed.gpu].name)
     if not gpus and cache.kv_cache_memory_bytes is not None:
         check_memory(places)
     return places
+
+
+def _give_memory(configs: Sequence[Any], places: Sequence[Place]) -> None:
+    from decar.server.vllm_adapter.arguments import give_memory
+
+    for config, placed in zip(configs, places, strict=True):
+        if placed.gpu is not None:
+            total_bytes = visible_gpus()[placed.gpu].total_bytes
+            give_memory(config, placed.kv_bytes, placed.needed_bytes / total_bytes)
 
 
 def _client(

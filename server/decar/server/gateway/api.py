@@ -6,11 +6,13 @@ Without a trace the object is spliced in front of the first brace, so that nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import pydantic
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -19,25 +21,38 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from decar.router import Ensemble
-from decar.router.errors import RequestError
+from decar.router import Ensemble, available_routers
+from decar.router.errors import DecarError, RequestError
 from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, with_length
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
 from decar.server.gateway.errors import error_response, http_error, unavailable
 from decar.server.gateway.gate import Gate, GateMiddleware, QueueMiddleware
-from decar.server.gateway.middleware import ArrivalMiddleware, GuardMiddleware, KeyMiddleware, is_admin
-from decar.server.gateway.request import Call, current_call, offered_routers, parse_call
+from decar.server.gateway.middleware import (
+    ArrivalMiddleware,
+    GuardMiddleware,
+    KeyMiddleware,
+    has_begun,
+    is_admin,
+)
+from decar.server.gateway.reload import Reloader, ReloadRunning
+from decar.server.gateway.request import Call, current_call, parse_call
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
 
 logger = logging.getLogger("decar")
+_BOOL = pydantic.TypeAdapter(bool)
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20
 
 
 def extend(
-    app: FastAPI, client: EnsembleClient, gate: Gate, keys: Sequence[str], admin_key: str | None = None
+    app: FastAPI,
+    client: EnsembleClient,
+    gate: Gate,
+    reloader: Reloader,
+    keys: Sequence[str],
+    admin_key: str | None = None,
 ) -> None:
     """Add decar's routes and middleware to vLLM's ``app``.
 
@@ -51,6 +66,7 @@ def extend(
     ours = app.router.routes[len(theirs) :]
     app.router.routes[:] = [*ours, *theirs]  # the first that fits answers
     app.state.ensemble_client = client
+    app.state.ensemble_reloader = reloader
     app.add_exception_handler(HTTPException, http_error)  # vLLM's own leaves out what Starlette raises
     app.openapi = describing_offered(app.openapi)  # type: ignore[method-assign]
     # CORS's headers go on every answer, errors and refused keys included, and a browser asks without a key.
@@ -64,7 +80,7 @@ def extend(
         Middleware(OfferedMiddleware),
         *(middleware for middleware in app.user_middleware if middleware not in cors),
         # Innermost, so that vLLM's authentication has let the request pass before its body is read.
-        Middleware(DecarMiddleware, ensemble=client.ensemble),
+        Middleware(DecarMiddleware, served=client),
         Middleware(QueueMiddleware, queue=client.queue),
     ]
     app.middleware_stack = app.build_middleware_stack()  # vLLM's app has already built its own
@@ -122,7 +138,7 @@ async def ensemble(request: Request) -> JSONResponse:
             "object": "ensemble",
             "name": client.ensemble.name,
             "experts": experts,
-            "routes": list(offered_routers(client.ensemble)),
+            "routes": list(available_routers(client.ensemble)),
             "defaults": {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
             | manifest.mixing.model_dump(),
             "slots": {"total": client.slots.total, "in_use": client.slots.in_use},
@@ -131,12 +147,37 @@ async def ensemble(request: Request) -> JSONResponse:
     )
 
 
+@routes.post("/v1/ensemble/reload")
+async def reload(request: Request) -> JSONResponse:
+    """Read the ensemble's directory anew, and exchange what has changed; answers when that is done."""
+    client: EnsembleClient = request.app.state.ensemble_client
+    client.thread.arrived()  # it takes as long as engines take to start
+    reloader: Reloader = request.app.state.ensemble_reloader
+    try:
+        reloaded = await reloader.reload()
+    except ReloadRunning as error:
+        return error_response(str(error), 409, None, "ConflictError")
+    except DecarError as error:
+        return error_response(f"nothing is changed: {error}", 400, None)
+    if reloaded.failed is not None:
+        return error_response(str(reloaded), 500, None, "InternalServerError")
+    return JSONResponse(
+        {"object": "ensemble.reload", "exchanged": reloaded.exchanged, "message": str(reloaded)}
+    )
+
+
+class Served(Protocol):
+    """What has the ensemble that is served now."""
+
+    ensemble: Ensemble
+
+
 class DecarMiddleware:
     """Carries the `decar` object between a client and the `Call` that its request becomes."""
 
-    def __init__(self, app: ASGIApp, ensemble: Ensemble):
+    def __init__(self, app: ASGIApp, served: Served):
         self.app = app
-        self.ensemble = ensemble
+        self.served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -164,12 +205,14 @@ class DecarMiddleware:
         call = None
         if isinstance(fields, dict):
             try:
-                call = parse_call(self.ensemble, _text(fields.get("model")), fields.pop("decar", None))
+                call = parse_call(self.served.ensemble, _text(fields.get("model")), fields.pop("decar", None))
             except RequestError as error:
                 return await error_response(str(error), 400, error.param)(scope, receive, send)
-            if call.trace and fields.get("use_beam_search"):
-                message = "decar.trace cannot follow a beam search: leave one of them out"
-                return await error_response(message, 400, "decar.trace")(scope, receive, send)
+            call.beams = path in ANNOTATED_PATHS and _is_true(fields.get("use_beam_search"))
+            if call.beams and (call.trace or call.draw):
+                field = "decar.trace" if call.trace else "decar.sampling"
+                message = f"{field} cannot follow a beam search: leave one of them out"
+                return await error_response(message, 400, field)(scope, receive, send)
             current_call.set(call)
             body = json.dumps(fields).encode()
             if path in ANNOTATED_PATHS:
@@ -181,23 +224,16 @@ class DecarMiddleware:
 
         vLLM looks at a body in many places before it knows the types of what is in it.
         """
-        begun = False
-
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send)
         except (OSError, MemoryError):
             raise
         except ExpertDown as down:
-            if begun:
+            if has_begun(scope):
                 raise  # a stream ends with an event
             await unavailable(str(down))(scope, receive, send)
         except Exception as error:
-            if begun or (call is not None and call.prompts):
+            if has_begun(scope) or (call is not None and call.prompts):
                 raise
             reason = f"{type(error).__name__}: {error}"
             logger.warning("%s is refused: vLLM cannot read it (%s)", scope["path"], reason)
@@ -216,14 +252,18 @@ class _Annotated:
         self._degraded = 0  # experts whose loss the client knows of
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == 200:
-            headers = dict(message["headers"])
+        if message["type"] == "http.response.body" and self._stream:
+            body = message.get("body", b"")
+            event = self._event(body)
+            if event is not body:
+                message = {**message, "body": event}
+        elif message["type"] == "http.response.start":
+            self._start = None
+            headers = dict(message["headers"]) if message["status"] == 200 else {}
             self._stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-            if not self._stream:  # a stream's client reads the headers while the engines compute
+            if headers and not self._stream:  # a stream's client reads the headers while the engines compute
                 self._start = message
                 return
-        elif message["type"] == "http.response.body" and self._stream:
-            message = {**message, "body": self._event(message.get("body", b""))}
         elif message["type"] == "http.response.body" and self._start is not None:
             start, self._start = self._start, None
             body = self._object(message.get("body", b""))
@@ -240,7 +280,7 @@ class _Annotated:
             return body
         if not self._call.trace:
             return self._spliced(body)
-        return json.dumps(self._traced(json.loads(body), once=True)).encode()
+        return json.dumps(self._traced(json.loads(body), None, once=True)).encode()
 
     def _event(self, body: bytes) -> bytes:
         if not body.startswith(b"data: {") or body.startswith(b'data: {"error"'):
@@ -248,27 +288,47 @@ class _Annotated:
         known = self._summary_sent and self._degraded == len(self._call.degraded)
         self._summary_sent, self._degraded = True, len(self._call.degraded)
         if self._call.trace:
-            data = self._traced(json.loads(body.removeprefix(b"data: ")), once=not known)
+            data = json.loads(body.removeprefix(b"data: "))
+            data = self._traced(data, self._counted(data), once=not known)
             return b"data: " + json.dumps(data).encode() + b"\n\n"
         return body if known else b"data: " + self._spliced(body.removeprefix(b"data: "))
 
     def _spliced(self, body: bytes) -> bytes:
         return b'{"decar":' + json.dumps(self._call.summary()).encode() + b"," + body[1:]
 
-    def _traced(self, data: dict[str, Any], once: bool) -> dict[str, Any]:
-        """``data`` with the weights of tokens that no earlier chunk has carried."""
+    def _counted(self, data: dict[str, Any]) -> int:
+        """How many tokens a chunk's choice has by now; vLLM says so for us, unless the client wants to know too."""
+        usage = data.get("usage") or {}
+        if data.get("choices") and not self._call.counts_shown:
+            data.pop("usage", None)
+        return int(usage.get("completion_tokens", 0))
+
+    def _traced(self, data: dict[str, Any], count: int | None, once: bool) -> dict[str, Any]:
+        """``data`` with the weights of tokens that no earlier chunk has carried.
+
+        Args:
+            count: tokens that the choice of a chunk has by now; None: all.
+        """
         for choice in data.get("choices") or []:
             trace = self._call.choices.get(choice.get("index"))
             delta = choice.get("delta") or {}
             announces = "role" in delta and not delta.get("content") and not choice.get("finish_reason")
             if trace is not None and not announces:  # a stream's first chunk names the role, and has no token
+                new = slice(trace.sent, count)
                 choice["decar"] = {
-                    "weights": trace.weights[trace.sent :],
-                    "leaders": trace.leaders[trace.sent :],
+                    "weights": trace.weights[new],
+                    "leaders": trace.leaders[new],
                     "active": trace.experts,
                 }
-                trace.sent = len(trace.weights)
+                trace.sent = max(trace.sent, count or 0)
         return {**data, "decar": self._call.summary()} if once else data
+
+
+def _is_true(value: Any) -> bool:
+    """Whether vLLM takes ``value`` for true; what it takes for nothing, it refuses."""
+    with contextlib.suppress(pydantic.ValidationError):
+        return _BOOL.validate_python(value)
+    return False
 
 
 def _text(value: Any) -> str | None:

@@ -77,11 +77,19 @@ class Health:
         """Requests may be given to an expert's new engine."""
         self._experts[expert].up = True
 
+    def leaves(self, expert: int) -> None:
+        """An expert's engine is about to be ended: no more requests are given to it, and nobody is told (`then`)."""
+        self._experts[expert].up = False
+
+    async def gone(self, expert: int) -> None:
+        """Return when everybody has learned that an expert's engine is dead."""
+        await asyncio.wait([self._watches[expert]])
+
     async def _watch(self, expert: int) -> None:
         await self._experts[expert].engine.died()
         was_up = self._experts[expert].up
         self.dead(expert)
-        if was_up:  # else whoever warms it hears of it
+        if was_up:  # else whoever warms or ends it hears of it
             self.then(expert)
 
     def dead(self, expert: int) -> None:

@@ -5,7 +5,6 @@ K experts, T tokens.
 
 from __future__ import annotations
 
-import functools
 import math
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -68,6 +67,8 @@ class Call:
         draw: decode one expert alone, drawn by the weights.
         top_k, prune: which experts stay active.
         on_expert_loss: whether to go on without an expert that is down.
+        beams: vLLM searches for beams, and asks for each one's next token as for a new prompt's.
+        counts_shown: whether the client of a stream that is traced sees the usage in each chunk.
         warms: an expert that may take part though it is not up yet, since this warms it.
         degraded: names of experts that should have taken part and were down, in the order that this was found in.
         choices: by choice index, once routed.
@@ -82,6 +83,8 @@ class Call:
     top_k: int | None = None
     prune: float = 0.0
     trace: bool = False
+    beams: bool = False
+    counts_shown: bool = False
     on_expert_loss: OnExpertLoss = "renormalise"
     warms: int | None = None
     degraded: dict[str, None] = field(default_factory=dict)
@@ -103,6 +106,19 @@ class Call:
 
 
 current_call: ContextVar[Call | None] = ContextVar("decar_call", default=None)
+
+
+def asks_for_counts(shown: bool) -> bool:
+    """Whether the chunks of the current call's stream have to say how many tokens there are: a trace goes by that.
+
+    Args:
+        shown: whether the client is to see it.
+    """
+    call = current_call.get()
+    if call is None or not call.trace:
+        return shown
+    call.counts_shown = shown
+    return True
 
 
 def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
@@ -173,17 +189,13 @@ def _trained(ensemble: Ensemble, kind: RouterKind, field_name: str) -> Trained |
     """``kind`` if it is a router that this ensemble has been given by training; None for the prior."""
     if kind in ("prior", "posterior"):
         return None
-    available = offered_routers(ensemble)
+    available = available_routers(ensemble)
     if kind not in available:
         raise RequestError(
             f"{field_name} {kind!r} is not trained for {ensemble.name!r}, which has {', '.join(available)}",
             field_name,
         )
     return cast(Trained, kind)
-
-
-offered_routers = functools.cache(available_routers)
-"""As when the server started, which has loaded them; what is trained into its directory later, it does not offer."""
 
 
 def _check_draw(call: Call) -> None:

@@ -27,6 +27,7 @@ OFFERED: dict[str, tuple[str, ...]] = {
     "/redoc": ("GET",),
     "/static/{path:path}": ("GET",),
     "/v1/ensemble": ("GET",),
+    "/v1/ensemble/reload": ("POST",),
     "/v1/models": ("GET",),
     "/v1/models/{model_id:path}": ("GET",),
     "/v1/chat/completions": ("POST",),
@@ -46,8 +47,8 @@ OFFERED: dict[str, tuple[str, ...]] = {
 }
 """Path -> methods."""
 
-FOR_THE_ADMIN = frozenset({"/tokenizer_info"})
-"""Those of them that show paths."""
+FOR_THE_ADMIN = {"/tokenizer_info": "shows paths", "/v1/ensemble/reload": "changes what is served"}
+"""Those of them that not everybody may ask, and why."""
 
 REFUSED: dict[str, tuple[str, ...]] = {
     "engines are started, stopped and scaled by decar alone": (
@@ -123,7 +124,7 @@ class OfferedMiddleware:
             response = error_response(f"{path} is for {allowed}, not {scope.get('method')}", 405, None)
             response.headers["allow"] = allowed
         elif route in FOR_THE_ADMIN and not is_admin(scope):
-            message = f"{path} shows paths: give the key of --admin-key as API key"
+            message = f"{path} {FOR_THE_ADMIN[route]}: give the key of --admin-key as API key"
             response = error_response(message, 403, None, "PermissionDeniedError")
         else:
             return await self.app(scope, receive, send)

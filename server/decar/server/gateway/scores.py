@@ -71,10 +71,6 @@ class PrefixScores:
         while len(self._sums) > self._max_entries:
             self._sums.popitem(last=False)
 
-    def forget(self) -> None:
-        """As when the engine's weights have changed."""
-        self._sums.clear()
-
     def _beginnings(self, prompt: Sequence[int], salt: bytes) -> Iterator[tuple[int, bytes]]:
         """(length, key) of the beginnings that are kept, in growing order: one token beyond each unit, and all."""
         ids = np.asarray(prompt, dtype="<i8")

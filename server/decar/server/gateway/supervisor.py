@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from decar.router.errors import StartError
 from decar.server.gateway.engine import Engine
 from decar.server.gateway.ensemble import EnsembleClient
 from decar.server.gateway.warm_up import warm_up
@@ -18,6 +19,7 @@ SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 """Between an engine's death and its next start. It doubles while they go on dying, and an engine that has lived for
 longer than the longest begins anew."""
 LOOK_S = 1.0
+LOOK_FOR_END_S = 0.1
 
 
 class Supervisor:
@@ -41,6 +43,8 @@ class Supervisor:
         self._looks = max(round(stuck_after_s / LOOK_S), 1)
         self._waits = [SHORTEST_WAIT_S] * len(client.experts)
         self._up_since = [time.monotonic()] * len(client.experts)
+        self._one_at_a_time = [asyncio.Lock() for _ in client.experts]
+        self._coming_back: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(self) -> None:
@@ -54,40 +58,92 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
 
+    async def exchange(
+        self, expert: int, patience_s: float, versions: Iterable[Callable[[], object]]
+    ) -> list[StartError]:
+        """End an expert's engine and start another one, the others answering meanwhile.
+
+        Args:
+            patience_s: for the requests that it has; then the others go on without it.
+            versions: each has the engine of one version started from now on. It is the first that works; where none
+                does, the last is tried on, as for an engine that has died.
+
+        Returns:
+            why those before it did not work.
+        """
+        client, failed = self._client, list[StartError]()
+        async with self._one_at_a_time[expert]:
+            client.health.leaves(expert)
+            engine, waited_s = client.experts[expert].engine, 0.0
+            while engine.has_work() and not engine.client.errored and waited_s < patience_s:
+                await asyncio.sleep(LOOK_FOR_END_S)
+                waited_s += LOOK_FOR_END_S
+            engine.end()
+            await client.health.gone(expert)
+            for use in versions:
+                use()
+                try:
+                    await self._bring_up(expert)
+                except StartError as error:
+                    failed.append(error)
+                else:
+                    return failed
+            self._dead(expert)
+        return failed
+
     def _run(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def _dead(self, expert: int) -> None:
-        self._run(self._bring_back(expert))
+        if expert not in self._coming_back:
+            self._coming_back.add(expert)
+            self._run(self._bring_back(expert))
+
+    async def _bring_up(self, expert: int) -> None:
+        """Start an expert's engine, warm it, and only then give it users' requests.
+
+        Raises:
+            StartError: it does not start, or cannot be warmed up.
+        """
+        client = self._client
+        try:
+            engine = await self._start(expert)
+        except Exception as error:
+            raise StartError(str(error)) from error
+        client.give_engine(expert, engine)
+        try:
+            await warm_up(client, self._image, expert)
+        except Exception as error:
+            client.health.dead(expert)
+            engine.end()
+            await client.health.gone(expert)
+            raise StartError(f"its new engine cannot be warmed up: {error!r}") from error
+        client.rejoin(expert)
+        self._up_since[expert] = time.monotonic()
 
     async def _bring_back(self, expert: int) -> None:
-        client, name = self._client, self._client.experts[expert].name
-        if time.monotonic() - self._up_since[expert] > LONGEST_WAIT_S:
-            self._waits[expert] = SHORTEST_WAIT_S
-        while True:
-            wait_s = self._waits[expert]
-            self._waits[expert] = min(2 * wait_s, LONGEST_WAIT_S)
-            logger.error("the engine of expert %r has died: it is started again in %.0f s", name, wait_s)
-            await asyncio.sleep(wait_s)
-            try:
-                engine = await self._start(expert)
-            except Exception as error:
-                logger.error("expert %r: %s", name, error)
-                continue
-            client.give_engine(expert, engine)
-            try:
-                await warm_up(client, self._image, expert)
-            except Exception as error:
-                logger.error("expert %r: its new engine cannot be warmed up: %r", name, error)
-                client.health.dead(expert)
-                engine.end()
-                continue
-            client.rejoin(expert)
-            self._up_since[expert] = time.monotonic()
-            logger.info("expert %r is back", name)
-            return
+        try:
+            if time.monotonic() - self._up_since[expert] > LONGEST_WAIT_S:
+                self._waits[expert] = SHORTEST_WAIT_S
+            while not self._client.experts[expert].lives:
+                wait_s = self._waits[expert]
+                self._waits[expert] = min(2 * wait_s, LONGEST_WAIT_S)
+                name = self._client.experts[expert].name
+                logger.error("the engine of expert %r has died: it is started again in %.0f s", name, wait_s)
+                await asyncio.sleep(wait_s)
+                async with self._one_at_a_time[expert]:
+                    if self._client.experts[expert].lives:
+                        return  # it has been exchanged meanwhile
+                    try:
+                        await self._bring_up(expert)
+                    except Exception as error:
+                        logger.error("expert %r: %s", name, error)
+                    else:
+                        logger.info("expert %r is back", name)
+        finally:
+            self._coming_back.discard(expert)
 
     async def _look_for_stuck(self) -> None:
         """By how often it was looked, not by the clock: where all has stood still, nobody is stuck."""
@@ -98,7 +154,7 @@ class Supervisor:
             for k, expert in enumerate(self._client.experts):
                 beats, looks = seen[k]
                 now = int(blocks[k].beats[0])
-                if beats != now or not expert.lives or not expert.engine.has_work():
+                if beats != now or expert.engine.client.errored or not expert.engine.has_work():
                     seen[k] = now, 0
                     continue
                 seen[k] = now, looks + 1

@@ -7,7 +7,8 @@ import contextlib
 import socket
 from argparse import Namespace
 from asyncio import Protocol
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -46,15 +47,23 @@ def bound_socket(args: Namespace) -> Iterator[socket.socket]:
         claim.close()
 
 
-async def openai_app(client: EngineClient, args: Namespace) -> Any:
-    """vLLM's FastAPI app, which asks ``client`` for answers."""
+async def openai_app(client: EngineClient, args: Namespace, asks_for_counts: Callable[[bool], bool]) -> Any:
+    """vLLM's FastAPI app, which asks ``client`` for answers; ``asks_for_counts`` as `count_tokens` takes it."""
     from decar.server.vllm_adapter import media  # noqa: F401 - vLLM finds it by name
+    from decar.server.vllm_adapter.token_counts import count_tokens
     from decar.server.vllm_adapter.versions import build_app, init_app_state
 
     tasks = await client.get_supported_tasks()
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
+    count_tokens(asks_for_counts)
     return app
+
+
+def name_models(app: Any, names: Sequence[str]) -> None:
+    """Have the app answer to these model ids from now on; the first is what stands for "the" model."""
+    paths = app.state.openai_serving_models.base_model_paths  # one list, whoever asks
+    paths[:] = [replace(paths[0], name=name) for name in names]
 
 
 class _Server(uvicorn.Server):

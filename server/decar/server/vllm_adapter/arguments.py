@@ -9,6 +9,7 @@ from typing import Any
 
 from decar.router import Ensemble
 from decar.router.errors import StartError
+from decar.server.protocol.plane import PlaneSpec
 
 RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
     "decar sets it for each expert": (
@@ -142,6 +143,31 @@ def engine_config(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes
             f"only {', '.join(map(str, sizes))}: serve it on a GPU, or train it with another head size"
         )
     return config
+
+
+def refuse_other_steps(served: Any, config: Any, name: str, spec: PlaneSpec) -> None:
+    """An expert's engine takes the place of one that runs, beside others that go on.
+
+    Args:
+        served: the configuration of that one.
+        name: of the expert that ``config`` is for.
+        spec: of the plane.
+
+    Raises:
+        StartError: what the engines have in common would not be so any more.
+    """
+    for what, before, after in (
+        ("positions", spec.positions, config.model_config.max_model_len),
+        ("slots", spec.slots, config.scheduler_config.max_num_seqs),
+        ("tokens in a KV block", 0, spec.prompt_unit % config.cache_config.block_size),
+        *(
+            [("dtype", served.model_config.dtype, config.model_config.dtype)] if spec.on_device else []
+        ),  # that of rows
+    ):
+        if before != after:
+            raise StartError(
+                f"expert {name!r} does not fit in with the engines that run (its {what}): start the server anew"
+            )
 
 
 def _unsupported_head_size(model: Any) -> list[int] | None:

@@ -14,22 +14,48 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.engine.protocol import EngineClient
+from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
-from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsTensors
 
 from decar.router.errors import StartError
 from decar.server.protocol.plane import PlaneSpec
 from decar.server.vllm_adapter.failures import Failures, ReportingConfig, reason_of
+from decar.server.vllm_adapter.grammars import GrammarChooser
 from decar.server.vllm_adapter.limits import keep_to_limits
 from decar.server.vllm_adapter.metrics import SharedMetrics
 
 logger = logging.getLogger("decar")
+
+
+def describe_prompt(
+    tokenizer: Any,
+    described: list[dict[int, Logprob] | None],
+    tokens: torch.Tensor,
+    logprobs: torch.Tensor,
+    ranks: torch.Tensor,
+) -> None:
+    """`Engine.describe`, by what describes one engine's prompts: which also knows characters of several tokens."""
+    processor = LogprobsProcessor(
+        tokenizer=tokenizer,
+        logprobs=None,
+        prompt_logprobs=described,
+        cumulative_logprob=None,
+        num_logprobs=None,
+        num_prompt_logprobs=tokens.shape[1] - 1,
+    )
+    tensors = LogprobsTensors(tokens, logprobs, ranks)
+    processor.update_from_output(EngineCoreOutput("", [], new_prompt_logprobs_tensors=tensors))
 
 
 class LLMEngine:
@@ -39,6 +65,8 @@ class LLMEngine:
         keep_to_limits(llm)
         self.llm = llm
         self.client: EngineClient = llm
+        self._keeps_images = False
+        self.choose_grammar = GrammarChooser(llm).choose
         self._process = llm.engine_core.resources.engine_manager.processes[0]
         self.pid = int(self._process.pid)
         self.cores = os.sched_getaffinity(self.pid) if current_platform.is_cpu() else set()
@@ -68,6 +96,9 @@ class LLMEngine:
 
     def keep_images(self, key: str) -> None:
         renderer = self.llm.renderer
+        if self._keeps_images:
+            return
+        self._keeps_images = True
         process = renderer._process_tokens_async
 
         async def process_and_keep(prompt: Any, **kwargs: Any) -> Any:
@@ -80,39 +111,49 @@ class LLMEngine:
 
         renderer._process_tokens_async = process_and_keep
 
-    def texts_of(self, tokens: Sequence[int]) -> list[str]:
-        texts: list[str] = convert_ids_list_to_tokens(self.llm.renderer.get_tokenizer(), list(tokens))
-        return texts
+    def describe(
+        self,
+        described: list[dict[int, Logprob] | None],
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        ranks: torch.Tensor,
+    ) -> None:
+        describe_prompt(self.llm.renderer.get_tokenizer(), described, tokens, logprobs, ranks)
 
     def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
         renderer = self.llm.renderer
         return [renderer._executor, renderer._mm_executor]
 
 
+@dataclass(frozen=True)
+class EnginePlan:
+    """What an engine is started with.
+
+    Attributes:
+        name: of its expert, as errors give it.
+        config: vLLM's.
+        devices: CUDA_VISIBLE_DEVICES of its process; empty on CPU.
+    """
+
+    name: str
+    config: Any
+    devices: str
+
+
 class Starter:
     """Starts the engines of an ensemble, and starts them again.
 
     Args:
-        names: of the experts, as errors give them.
-        configs: vLLM's, one per expert.
-        devices: CUDA_VISIBLE_DEVICES of each engine's process; empty on CPU.
+        plans: one per expert; an expert that is exchanged has another one from then on.
         spec: of the plane that they share.
         failures: hears why an engine does not start.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        configs: Sequence[Any],
-        devices: Sequence[str],
-        spec: PlaneSpec,
-        failures: Failures,
-        disable_log_stats: bool,
-    ):
-        self._names, self._configs, self._devices = names, configs, devices
+    def __init__(self, plans: list[EnginePlan], spec: PlaneSpec, failures: Failures, disable_log_stats: bool):
+        self.plans = plans
         self._spec, self._failures, self._disable_log_stats = spec, failures, disable_log_stats
-        self._metrics = SharedMetrics(len(configs))
-        self._cores = _dealt_cores(len(configs))
+        self._metrics = SharedMetrics(len(plans))
+        self._cores = _dealt_cores(len(plans))
 
     async def start(self, expert: int) -> LLMEngine:
         """One expert's engine, in a process of its own.
@@ -124,7 +165,8 @@ class Starter:
         try:
             return await asyncio.to_thread(self._started, expert)
         except Exception as error:
-            reason = self._failures.told(self._names) or f"expert {self._names[expert]!r}: {reason_of(error)}"
+            reason = self._failures.told([plan.name for plan in self.plans])
+            reason = reason or f"expert {self.plans[expert].name!r}: {reason_of(error)}"
             raise StartError(
                 f"an engine did not start: {reason} (the log above has the traceback)"
             ) from error
@@ -136,14 +178,14 @@ class Starter:
             StartError: names the experts whose engines did not start, and why.
         """
         started_at = time.monotonic()
-        logger.info("starting %d engines", len(self._configs))
+        logger.info("starting %d engines", len(self.plans))
 
         async def start(expert: int) -> LLMEngine:
             engine = await self.start(expert)
             started.append(engine)
             return engine
 
-        results = await asyncio.gather(*map(start, range(len(self._configs))), return_exceptions=True)
+        results = await asyncio.gather(*map(start, range(len(self.plans))), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -151,12 +193,14 @@ class Starter:
         return results  # type: ignore[return-value]  # no errors are among them
 
     def _started(self, expert: int) -> LLMEngine:
-        config = copy.deepcopy(self._configs[expert])  # in which an engine's start leaves what it has found
+        config = copy.deepcopy(
+            self.plans[expert].config
+        )  # in which an engine's start leaves what it has found
         config.additional_config = ReportingConfig(
             expert=expert,
             plane=self._spec,
             cpus=self._cores[expert],
-            devices=self._devices[expert],
+            devices=self.plans[expert].devices,
             gateway_pid=os.getpid(),
             failures=self._failures.address,
         )
