@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -71,9 +72,8 @@ class Abort:
             if task not in self._woken:
                 raise
             self._woken.discard(task)
-            assert task is not None
-            if task.uncancel():  # it has been cancelled as well
-                raise
+            if sys.version_info >= (3, 11) and task is not None and task.uncancel():
+                raise  # it has been cancelled as well
             raise self._aborted from None
         finally:
             self._waiting.discard(task)
