@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_exact import check, routed, weighted
+from tests.e2e.test_exact import check, complete_all, routed, weighted
 from tests.e2e.test_loss import (
     BACK_WITHIN_S,
+    TOKENS,
     all_kinds,
     assert_mixtures,
     assert_whole,
@@ -45,6 +47,7 @@ def server(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     flags = (
         *EXACT,
         *("--reload-timeout", str(PATIENCE_S)),
+        *("--max-experts", "4"),
         *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
     )
     started = Server.start(directory, log, flags)
@@ -89,14 +92,15 @@ def pids(server: Server) -> dict[str, int]:
 async def test_an_expert_is_exchanged_under_running_streams(
     server: Server, trio: Reference, directory: Path
 ) -> None:
-    """By SIGHUP; what takes longer than it is waited for goes on without that expert, and the others with it."""
+    """By SIGHUP, and it stands still: its answers take longer than they are waited for, and go on without it."""
     make_expert("llama", 33, directory / "experts/code-2", trio.tokenizer)
     edit(
         directory / "ensemble.json", lambda data: data["experts"][1].update(path="experts/code-2", prior=0.4)
     )
     before = pids(server)
     prompts = [trio.encode(text) for text in prompt_texts(2)]
-    found = await all_kinds(server, trio, prompts, [(server.process.pid, signal.SIGHUP)])
+    signals = [(before["code"], signal.SIGSTOP), (server.process.pid, signal.SIGHUP)]
+    found = await all_kinds(server, trio, prompts, signals)
     ridden_over = 0
     for kind, prompt, heard in found:
         assert_whole(kind, heard)
@@ -156,8 +160,9 @@ def shorter(directory: Path) -> None:
     edit(directory / "ensemble.json", lambda data: data["experts"][0].update(path="experts/shorter"))
 
 
-def one_less(directory: Path) -> None:
-    edit(directory / "ensemble.json", lambda data: data["experts"].pop())
+def too_many(directory: Path) -> None:
+    more = [{"name": f"more-{k}", "path": "experts/prose", "prior": 1} for k in range(2)]
+    edit(directory / "ensemble.json", lambda data: data["experts"].extend(more))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,7 @@ def one_less(directory: Path) -> None:
         (no_folder, "experts/gone"),
         (other_vocabulary, "different tokenizers"),
         (shorter, "512"),
-        (one_less, "2 experts and 3 are served"),
+        (too_many, "5 experts, and there is room for 4"),
     ],
 )
 def test_what_cannot_be_served_changes_nothing(
@@ -235,4 +240,51 @@ async def test_another_engine_is_killed_while_one_is_exchanged(
     new = Reference.load(directory)
     for case in (routed("posterior"), weighted(code=2, verse=5, maths=3), weighted(verse=1)):
         await check(server, new, case, "velocity", 4)
+    wait_until(server.is_idle, 30, "nothing is left of those requests")
+
+
+async def test_experts_are_removed_and_added(server: Server, trio: Reference, directory: Path) -> None:
+    """The running answers go on without the one that goes; those that come get what places there are."""
+    old = Reference.load(directory)
+    prompts = [old.encode(text) for text in prompt_texts(8)]
+    answers = asyncio.create_task(
+        complete_all(server, old.name, prompts, {"route": "posterior", "trace": True}, max_tokens=TOKENS)
+    )
+    await asyncio.to_thread(wait_until, lambda: server.ensemble()["slots"]["in_use"], 60, "they run", 0.01)
+    gone = old.experts[1]
+    edit(directory / "ensemble.json", lambda data: data["experts"].pop(1))
+    done = await asyncio.to_thread(decar_reload, server)
+    assert (done.returncode, done.stdout.strip()) == (0, f"removed {gone}")
+    for answer, summary in await answers:
+        assert len(answer.tokens) == len(answer.weights) == TOKENS
+        assert summary["degraded"] in ([], [gone])
+    assert list(pids(server)) == [name for name in old.experts if name != gone]
+    await check(server, Reference.load(directory), routed("posterior"), "velocity", 4)
+
+    for name, kind, seed in (("first", "llama", 51), ("third", "qwen2", 52)):
+        make_expert(kind, seed, directory / "experts" / name, trio.tokenizer)  # type: ignore[arg-type]
+    entries = [{"name": name, "path": f"experts/{name}", "prior": 0.2} for name in ("first", "third")]
+
+    def add(manifest: dict[str, Any]) -> None:
+        before = manifest["experts"]
+        manifest["experts"] = [entries[0], before[0], entries[1], before[1]]
+
+    edit(directory / "ensemble.json", add)
+    done = await asyncio.to_thread(decar_reload, server)
+    assert (done.returncode, done.stdout.strip()) == (0, "added first, third"), done.stderr
+    new = Reference.load(directory)
+    assert list(pids(server)) == list(new.experts)
+    for case in (
+        routed("posterior"),
+        routed("prior"),
+        weighted(**dict(zip(new.experts, (2, 3, 4, 5), strict=True))),
+        weighted(third=1),
+    ):
+        await check(server, new, case, "velocity", 4)
+    victim = pid_of(server, "third")
+    os.kill(victim, signal.SIGKILL)
+    wait_until(
+        lambda: pid_of(server, "third") != victim and is_up(server, "third"), BACK_WITHIN_S, "it is back"
+    )
+    await check(server, new, routed("posterior"), "velocity", 4)
     wait_until(server.is_idle, 30, "nothing is left of those requests")

@@ -63,8 +63,8 @@ def rewritten(directory: Path) -> None:
     [
         (lambda directory: None, (), ()),
         (rewritten, (2,), ()),
-        (copied, (1,), ("the path of 'code'",)),
-        (renamed, (), ("expert 'code' is now 'programs'",)),
+        (copied, (1,), ()),
+        (renamed, (), ("the name of 'code', now 'programs'",)),
         (manifest(lambda data: data["experts"][0].update(prior=0.9)), (), ("the prior of 'maths'",)),
         (manifest(lambda data: data["router"].update(kind="prior")), (), ("router.kind",)),
         (
@@ -105,6 +105,33 @@ def test_files_of_a_trained_router(directory: Path) -> None:
     assert changes(before, Reading.of(directory)).rest == ("the trained routers",)
 
 
+@pytest.mark.parametrize(
+    ("names", "places", "experts", "removed"),
+    [
+        (["code", "prose", "maths"], (1, 2, 0), (), ()),
+        (["maths", "prose"], (0, 2), (), (1,)),
+        (["maths", "code", "prose", "more"], (0, 1, 2, None), (3,), ()),
+        (["more", "maths", "prose"], (1, 0, 2), (0,), ()),
+        (["more", "prose"], (0, 2), (0,), (1,)),
+    ],
+    ids=["order", "fewer", "more", "another", "another-of-two"],
+)
+def test_who_has_which_place(
+    directory: Path,
+    names: list[str],
+    places: tuple[int | None, ...],
+    experts: tuple[int, ...],
+    removed: tuple[int, ...],
+) -> None:
+    shutil.copytree(directory / "experts/code", directory / "experts/more")
+    before = Reading.of(directory)
+    entries = [{"name": name, "path": f"experts/{name}", "prior": 1} for name in names]
+    edit_json(directory / "ensemble.json", lambda data: data.update(experts=entries))
+    found = changes(before, Reading.of(directory))
+    assert (found.places, found.experts, found.removed) == (places, experts, removed)
+    assert ("the order of experts" in found.rest) == (places in ((1, 2, 0), (1, 0, 2)))
+
+
 def other_tokenizer(directory: Path) -> None:
     for name in ("maths", "code", "prose"):
         make_tokenizer(directory / "experts" / name, vocab_size=500)
@@ -118,14 +145,12 @@ def edited(file: str, **fields: Any) -> Edit:
     ("edit", "said"),
     [
         (manifest(lambda data: data.update(name="duo")), "the ensemble's name"),
-        (manifest(lambda data: data["experts"].pop()), "2 experts and 3 are served"),
-        (manifest(lambda data: data["experts"].reverse()), "'prose' in another place"),
         (other_tokenizer, "the tokenizer"),
         (edited("tokenizer_config.json", eos_token="<s>"), "the special tokens"),
         (edited("generation_config.json", eos_token_id=5), "what ends an answer"),
         (edited("config.json", eos_token_id=5), "what ends an answer"),
     ],
-    ids=["name", "fewer", "order", "tokenizer", "special-tokens", "generation", "eos"],
+    ids=["name", "tokenizer", "special-tokens", "generation", "eos"],
 )
 def test_what_cannot_change_while_it_is_served(directory: Path, edit: Edit, said: str) -> None:
     (directory / "experts/maths/generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
@@ -148,7 +173,7 @@ def test_an_expert_alone_is_brought_up_to_date(directory: Path) -> None:
     for edit in (copied, rewritten):
         edit(directory)
     after = Reading.of(directory)
-    between = before.with_expert_of(after, 1)
+    between = before.of_experts([(before, 0), (after, 1), (before, 2)])
     assert [expert.path.name for expert in between.ensemble.experts] == ["maths", "code-2", "prose"]
     assert between.ensemble.manifest.mixing.rule == "velocity"
     assert changes(between, after).experts == (2,)

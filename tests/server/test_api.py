@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from decar.router import Ensemble
 from decar.server.gateway import api
 from decar.server.gateway.body import MAX_DEPTH
-from decar.server.gateway.request import ChoiceTrace, asks_for_counts, current_call
+from decar.server.gateway.request import ChoiceTrace, asks_for_counts, current_call, parse_call
 
 from .test_routing import ensemble
 
@@ -25,7 +26,11 @@ Answer = Callable[[Request], Any]
 
 
 def client_of(ensemble: Ensemble, answer: Answer) -> httpx.AsyncClient:
-    app = FastAPI(middleware=[Middleware(api.DecarMiddleware, served=SimpleNamespace(ensemble=ensemble))])
+    app = FastAPI(
+        middleware=[
+            Middleware(api.DecarMiddleware, served=SimpleNamespace(call_of=partial(parse_call, ensemble)))
+        ]
+    )
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
@@ -119,7 +124,9 @@ async def test_a_stream_begins_before_its_first_event(ensemble: Ensemble) -> Non
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-    await api.DecarMiddleware(stream_later, SimpleNamespace(ensemble=ensemble))(scope, receive, send)
+    await api.DecarMiddleware(stream_later, SimpleNamespace(call_of=partial(parse_call, ensemble)))(
+        scope, receive, send
+    )
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert b'"decar"' in sent[1]["body"]
 
@@ -230,7 +237,9 @@ async def test_a_client_that_goes_away_while_it_sends_is_not_served(ensemble: En
         return received.pop(0)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-    await api.DecarMiddleware(never, SimpleNamespace(ensemble=ensemble))(scope, receive, never)
+    await api.DecarMiddleware(never, SimpleNamespace(call_of=partial(parse_call, ensemble)))(
+        scope, receive, never
+    )
 
 
 async def test_a_body_without_end_is_cut_off(ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.server.gateway.engine import ExpertDown
-from decar.server.gateway.request import Call, current_call, parse_call
+from decar.server.gateway.request import Call, current_call
 from decar.server.protocol.member import Member, spoken_tokens
 
 from .fake_engine import EngineDied, FakeEngine, FakeServer
@@ -27,7 +27,7 @@ class Asked:
     """One request on its way; its outputs are read by a task, as vLLM's app does."""
 
     def __init__(self, server: FakeServer, name: str, decar: Any = None, model: str = "fake", **params: Any):
-        self.call: Call = parse_call(server.client.ensemble, model, decar)
+        self.call: Call = server.client.call_of(model, decar)
         self.outputs: list[RequestOutput] = []
         params = {"max_tokens": 4, "output_kind": RequestOutputKind.DELTA, **params}
 

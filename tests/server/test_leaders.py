@@ -98,7 +98,7 @@ def thread() -> Thread:
 
 
 def policy_of(leaders: Leaders, thread: Thread) -> CorePolicy:
-    experts: Any = [SimpleNamespace(engine=Engine(core)) for core in range(3)]
+    experts: Any = [SimpleNamespace(engine=Engine(core), up=True) for core in range(3)]
     return CorePolicy(experts, leaders, thread)  # type: ignore[arg-type]
 
 

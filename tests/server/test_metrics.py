@@ -26,7 +26,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def metrics(plane: Plane, registry: CollectorRegistry) -> EnsembleMetrics:
-    return EnsembleMetrics(["code", "prose"], plane, registry)
+    return EnsembleMetrics(plane, registry)
 
 
 def test_engines_counters_are_labelled_by_expert(
@@ -39,7 +39,10 @@ def test_engines_counters_are_labelled_by_expert(
     prose.count("pruned")
     prose.count("handed_over", 4)
     prose.count("mix_ns", 2_500_000_000)
-    experts = [SimpleNamespace(name="code", up=True), SimpleNamespace(name="prose", up=False)]
+    experts = [
+        SimpleNamespace(name="code", up=True, seated=True),
+        SimpleNamespace(name="prose", up=False, seated=True),
+    ]
     metrics.watch(experts, SimpleNamespace(waiting=3, rejected=5))
     metrics.failed_over(1)
     metrics.failed_over(1)

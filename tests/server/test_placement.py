@@ -77,12 +77,25 @@ def test_who_takes_anothers_place_has_its_memory() -> None:
     assert after[0] == before[0]
     assert after[1].kv_bytes is None
     assert after[2].needed_bytes == before[2].needed_bytes
-    with pytest.raises(StartError, match="'e2' is larger"):
+    with pytest.raises(StartError, match="'e2' would need"):
         exchanged(before, ensemble(14, 14, 60))
     on_cpu = place(ensemble(1, 1), [])
     assert exchanged(on_cpu, ensemble(1, 1)) == on_cpu
-    with pytest.raises(StartError, match="'e0' is larger"):
+    with pytest.raises(StartError, match="'e0' would need"):
         exchanged(on_cpu, ensemble(10_000, 1))
+
+
+def test_room_for_more_is_kept() -> None:
+    alone, room = place(ensemble(14, 10), gpus(1), seats=3)[0], place(ensemble(14, 10), gpus(1), seats=3)[2]
+    assert (room.expert, room.gpu, room.weight_bytes) == ("", 0, 14 * GIB)
+    assert alone.kv_bytes is not None
+    assert alone.kv_bytes < (place(ensemble(14, 10), gpus(1))[0].kv_bytes or 0)
+    [added] = exchanged([room], ensemble(15))
+    assert added.needed_bytes == room.needed_bytes
+    [_, on_cpu] = place(ensemble(1), [], seats=2)
+    assert exchanged([on_cpu], ensemble(1))[0].expert == "e0"
+    with pytest.raises(StartError, match="'e0' would need"):
+        exchanged([on_cpu], ensemble(10_000))
 
 
 def test_only_visible_gpus_count_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from decar.router import Ensemble, EnsembleError, Reading
 from decar.router.manifest import Mixing
 from decar.server.gateway import supervisor as supervisor_module
 from decar.server.gateway.reload import Reloader, ReloadRunning
+from decar.server.gateway.seats import Seats
 from decar.server.gateway.supervisor import Supervisor
 
 from .fake_engine import FakeEngine, FakeServer, fake_ensemble
@@ -32,12 +34,12 @@ def reading(ensemble: Ensemble, *versions: int) -> Reading:
 class Served:
     """Two experts, a directory that a test rewrites, and engines that start as it says."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, patience_s: float = 0.0):
-        self.server = FakeServer(1, 1)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, patience_s: float = 0.0, places: int = 2):
+        self.server = FakeServer(1, 1, places=places)
         self.client = self.server.client
         self.now = reading(self.client.ensemble, 1, 1)
-        self.plans: list[Any] = ["a1", "b1"]
-        self.works = {"a1", "b1", "a2", "b2"}
+        self.plans: list[Any] = ["a1", "b1", *[None] * (places - 2)]
+        self.works = {"a1", "b1", "a2", "b2", "c2"}
         self.started: list[str] = []
         self.told: list[list[str]] = []
         self.read_error: Exception | None = None
@@ -54,7 +56,7 @@ class Served:
             self.supervisor,
             self.now,
             read=self._read,
-            plan=lambda ensemble: [f"{name}2" for name in "ab"],
+            plan=self._plan,
             plans=self.plans,
             tell=lambda ensemble: self.told.append(ensemble.expert_names),
             patience_s=patience_s,
@@ -65,14 +67,20 @@ class Served:
             raise self.read_error
         return self.now
 
+    def _plan(self, ensemble: Ensemble, seats: Seats) -> list[str]:
+        """Of expert "a", "a1" or "a2" by the version of its files."""
+        versions = [next(iter(files))[1] for files in self.now.experts]
+        return [f"{name}{version}" for name, version in zip(ensemble.expert_names, versions, strict=True)]
+
     async def _start(self, expert: int) -> FakeEngine:
         plan = self.plans[expert]
         self.started.append(plan)
         await self.may_start.wait()
         if plan not in self.works:
             raise RuntimeError("no memory")
-        self.server.engines[expert] = FakeEngine(expert, self.server.plane)
-        return self.server.engines[expert]
+        engine = FakeEngine(expert, self.server.plane)
+        self.server.engines[expert : expert + 1] = [engine]
+        return engine
 
     async def _warm_up(self, client: object, image: object, expert: int) -> None:
         assert not self.client.experts[expert].up
@@ -124,16 +132,83 @@ async def test_what_is_no_experts_own_changes_without_an_engine(served: Served) 
 
 
 async def test_another_expert_in_the_place_of_one(served: Served) -> None:
-    ensemble = fake_ensemble(1, 1)
-    first, second = ensemble.manifest.experts
-    entries = (first, second.model_copy(update={"name": "c"}))
-    ensemble.manifest = ensemble.manifest.model_copy(update={"experts": entries})
-    ensemble.experts[B].name = "c"  # type: ignore[misc]  # a namespace
-    served.now = reading(ensemble, 1, 2)
-    assert str(await served.reloader.reload()) == "exchanged c"
-    assert served.started == ["b2"]
+    served.now = of_names("ac", [1, 2])
+    assert str(await served.reloader.reload()).startswith("exchanged c")
+    assert served.started == ["c2"]
     assert [expert.name for expert in served.client.experts] == ["a", "c"]
     assert served.told[-1] == ["a", "c"]
+
+
+def of_names(names: str, versions: list[int], priors: list[float] | None = None) -> Reading:
+    """A reading of the experts "a", "b", ... in this order."""
+    fake = fake_ensemble(*(priors or [1] * len(names)))
+    entries = tuple(
+        entry.model_copy(update={"name": name})
+        for entry, name in zip(fake.manifest.experts, names, strict=True)
+    )
+    for expert, name in zip(fake.experts, names, strict=True):
+        expert.name, expert.path = name, Path("/somewhere", name)  # type: ignore[misc]  # a namespace
+    fake.manifest = fake.manifest.model_copy(update={"experts": entries})
+    return reading(fake, *versions)
+
+
+async def test_experts_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their weights are by place, whatever the manifest's order, and as clients see them in that order."""
+    served = Served(monkeypatch, places=3)
+    client = served.client
+    served.now = of_names("cba", [2, 1, 1], [0.5, 0.3, 0.2])
+    reloaded = await served.reloader.reload()
+    assert str(reloaded) == ("added c; changed the prior of 'b', the prior of 'a', the order of experts")
+    assert (served.started, served.plans) == (["c2"], ["a1", "b1", "c2"])
+    assert client.seats.of == (2, 1, 0)
+    call = client.call_of("fake", None)
+    assert np.exp(call.log_weights) == pytest.approx([0.2, 0.3, 0.5])
+    assert call.by_expert([[0.2, 0.3, 0.5]]) == [[0.5, 0.3, 0.2]]
+    assert call.in_order(["a", "gone", "c"]) == ["c", "a", "gone"]
+    assert client.call_of("fake/c", None).only_expert == 2
+    asked = Asked(served.server, "r", {"route": "prior"})
+    await settle()
+    served.now = of_names("cb", [2, 1])
+    old = served.server.engines[A]
+    removed = asyncio.create_task(served.reloader.reload())
+    while not old.errored:
+        await asyncio.sleep(0.001)
+    await settle()
+    assert list(asked.call.degraded) == ["a"]
+    assert (await removed).removed == ["a"]
+    assert (served.started, served.plans) == (["c2"], [None, "b1", "c2"])
+    assert served.up == [False, True, True]
+    assert np.exp(client.call_of("fake", None).log_weights) == pytest.approx([0, 0.5, 0.5])
+    asked.task.cancel()
+    await settle()
+    served.now = of_names("cba", [2, 1, 2])
+    assert str(await served.reloader.reload()).startswith("added a")
+    assert served.plans == ["a2", "b1", "c2"]
+    assert client.seats.of == (2, 1, 0)
+    assert served.told == [["a", "b", "c"], ["c", "b", "a"], ["c", "b"], ["c", "b", "a"], ["c", "b", "a"]]
+    assert_nothing_is_left(served.server)
+
+
+async def test_an_expert_that_cannot_be_added_leaves_its_place_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(monkeypatch, places=3)
+    served.now = of_names("abc", [1, 1, 2])
+    served.works.discard("c2")
+    reloaded = await served.reloader.reload()
+    assert reloaded.failed == "expert 'c' could not be added (no memory)"
+    assert served.plans == ["a1", "b1", None]
+    await settle()
+    assert served.started == ["c2"], "nobody goes on trying"
+    assert served.client.ensemble.expert_names == ["a", "b"]
+
+
+async def test_there_is_only_so_much_room(served: Served) -> None:
+    served.now = of_names("abc", [1, 1, 2])
+    with pytest.raises(EnsembleError, match=r"has 3 experts, and there is room for 2: .* --max-experts"):
+        await served.reloader.reload()
+    served.client.health.fewest = 2
+    served.now = of_names("a", [1])
+    with pytest.raises(EnsembleError, match="--min-experts is 2"):
+        await served.reloader.reload()
 
 
 @pytest.mark.parametrize("refuses", ["read", "plan", "fixed"])
@@ -146,7 +221,7 @@ async def test_a_refusal_changes_nothing_and_says_why(served: Served, refuses: s
         served.reloader.served = replace(served.reloader.served, fixed={"weights are missing,": 0})
     else:
 
-        def plan(ensemble: Ensemble) -> list[Any]:
+        def plan(ensemble: Ensemble, seats: Seats) -> list[Any]:
             raise EnsembleError("weights are missing")
 
         served.reloader.plan = plan
@@ -294,7 +369,11 @@ async def test_over_http_only_the_admin_reloads(served: Served) -> None:
             await client.get("/v1/ensemble/reload", headers={"authorization": "Bearer admin"})
         ).status_code == 405
         done = await post("admin")
-        assert done.json() == {"object": "ensemble.reload", "exchanged": [], "message": "nothing has changed"}
+        assert done.json() == {
+            "object": "ensemble.reload",
+            **{what: [] for what in ("exchanged", "added", "removed")},
+            "message": "nothing has changed",
+        }
         served.read_error = EnsembleError("weights are missing")
         bad = await post("admin")
         assert (bad.status_code, bad.json()["error"]["message"]) == (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,13 @@ class Reading:
             _fixed(ensemble),
         )
 
-    def with_expert_of(self, other: Reading, index: int) -> Reading:
-        """This one, but the expert at ``index`` is that of ``other``."""
-        experts = (*self.experts[:index], other.experts[index], *self.experts[index + 1 :])
-        return replace(self, ensemble=self.ensemble.with_expert_of(other.ensemble, index), experts=experts)
+    def of_experts(self, chosen: Sequence[tuple[Reading, int]]) -> Reading:
+        """This one, with the experts that other readings of its directory have at these indices."""
+        return replace(
+            self,
+            ensemble=self.ensemble.of_experts([(reading.ensemble, index) for reading, index in chosen]),
+            experts=tuple(reading.experts[index] for reading, index in chosen),
+        )
 
 
 @dataclass(frozen=True)
@@ -71,44 +75,63 @@ class Changes:
     """What is other in a new reading.
 
     Attributes:
-        experts: indices of those whose files are others.
+        places: of each expert now, the index of the one before that it is, or takes the place of; None: of none.
+        experts: indices of those whose files are others than those of their place before, or which are added.
+        removed: indices, before, of those whose place nobody has.
         rest: what else, in words.
     """
 
+    places: tuple[int | None, ...]
     experts: tuple[int, ...]
+    removed: tuple[int, ...]
     rest: tuple[str, ...]
 
     def __bool__(self) -> bool:
-        return bool(self.experts or self.rest)
+        return bool(self.experts or self.removed or self.rest)
 
 
 def changes(served: Reading, read: Reading) -> Changes:
-    """What has changed since ``served`` in ``read``.
+    """What has changed since ``served`` in ``read``. An expert of a new name takes the place of one that is gone.
 
     Raises:
         EnsembleError: it cannot change while the ensemble is served.
     """
     old, new = served.ensemble, read.ensemble
-    _check_places(old.expert_names, new.expert_names)
     for what, value in read.fixed.items():
         if value != served.fixed[what]:
             raise EnsembleError(f"{what} cannot change while the ensemble is served: start the server anew")
-    experts = tuple(k for k, files in enumerate(read.experts) if files != served.experts[k])
-    rest = [
-        f"expert {before.name!r} is now {after.name!r}"
-        for k, (before, after) in enumerate(zip(old.experts, new.experts, strict=True))
-        if before.name != after.name and k not in experts
-    ]
-    for before, after in zip(old.experts, new.experts, strict=True):
+    places, removed = _places(old.expert_names, new.expert_names)
+    experts, rest = [], []
+    for k, (after, files, place) in enumerate(zip(new.experts, read.experts, places, strict=True)):
+        if place is None or files != served.experts[place]:
+            experts.append(k)
+        if place is None:
+            continue
+        before = old.experts[place]
         if before.prior != after.prior:
             rest.append(f"the prior of {after.name!r}")
-        if before.path != after.path:
-            rest.append(f"the path of {after.name!r}")
+        if k not in experts:
+            if before.name != after.name:
+                rest.append(f"the name of {before.name!r}, now {after.name!r}")
+            if before.path != after.path:
+                rest.append(f"the path of {after.name!r}")
+    kept = [place for place in places if place is not None]
+    if kept != sorted(kept):
+        rest.append("the order of experts")
     rest += [f"router.{name}" for name in _differing(old.manifest.router, new.manifest.router)]
     rest += [f"mixing.{name}" for name in _differing(old.manifest.mixing, new.manifest.mixing)]
     if served.router != read.router:
         rest.append("the trained routers")
-    return Changes(experts, tuple(rest))
+    return Changes(tuple(places), tuple(experts), tuple(removed), tuple(rest))
+
+
+def _places(served: list[str], read: list[str]) -> tuple[list[int | None], list[int]]:
+    """(`Changes.places`, `Changes.removed`) by the experts' names."""
+    gone = [k for k, name in enumerate(served) if name not in read]
+    places: list[int | None] = []
+    for name in read:
+        places.append(served.index(name) if name in served else gone.pop(0) if gone else None)
+    return places, gone
 
 
 def files_in(folder: Path) -> Files:
@@ -122,23 +145,6 @@ def files_in(folder: Path) -> Files:
                 continue
             found.append((str(path.relative_to(folder)), status.st_size, status.st_mtime_ns, status.st_ino))
     return frozenset(found)
-
-
-def _check_places(served: list[str], read: list[str]) -> None:
-    """
-    Raises:
-        EnsembleError: not as many experts as are served, or one of them has another place in the manifest.
-    """
-    if len(served) != len(read):
-        raise EnsembleError(
-            f"the manifest has {len(read)} experts and {len(served)} are served: start the server anew"
-        )
-    for name in read:
-        if name in served and served.index(name) != read.index(name):
-            raise EnsembleError(
-                f"the manifest has {name!r} in another place than before; keep the order of experts "
-                f"({', '.join(served)}), or start the server anew"
-            )
 
 
 def _differing(one: Any, other: Any) -> list[str]:

@@ -253,12 +253,12 @@ class Ensemble:
         problems += router_problems(directory, names, manifest.router.reads_text)
         return cls(directory, manifest, experts, has_router(router_folder(directory))), problems
 
-    def with_expert_of(self, other: Ensemble, index: int) -> Ensemble:
-        """This one, but the expert at ``index`` is that of ``other``."""
-        entries, experts = list(self.manifest.experts), list(self.experts)
-        entries[index], experts[index] = other.manifest.experts[index], other.experts[index]
-        manifest = self.manifest.model_copy(update={"experts": tuple(entries)})
-        return Ensemble(self.directory, manifest, tuple(experts), self.has_router)
+    def of_experts(self, chosen: Sequence[tuple[Ensemble, int]]) -> Ensemble:
+        """This one, with the experts that other readings of its directory have at these indices."""
+        entries = tuple(other.manifest.experts[index] for other, index in chosen)
+        experts = tuple(other.experts[index] for other, index in chosen)
+        manifest = self.manifest.model_copy(update={"experts": entries})
+        return Ensemble(self.directory, manifest, experts, self.has_router)
 
 
 def read_experts(

@@ -86,6 +86,14 @@ def serve(
         float,
         typer.Option(min=0.0, help="Seconds that answers may still take when their expert is exchanged."),
     ] = 30.0,
+    max_experts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many experts there is room for when a reload adds some.",
+            show_default="those there are",
+        ),
+    ] = None,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
@@ -106,6 +114,7 @@ def serve(
         max_queued=max_num_queued_reqs,
         admin_key=admin_key,
         reload_timeout_s=reload_timeout,
+        max_experts=max_experts,
     )
     sys.stdout.flush()
     sys.stderr.flush()

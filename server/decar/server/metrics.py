@@ -1,6 +1,6 @@
 """The `decar:*` Prometheus metrics. Knows the plane, and nothing about vLLM.
 
-Shapes: K experts, T tokens.
+Shapes: K experts, C places for them, T tokens.
 """
 
 from __future__ import annotations
@@ -58,31 +58,27 @@ class EnsembleMetrics(Collector):
     """The `decar:*` metrics: what engines count in the plane, and the weights that mixed each token.
 
     Args:
-        names: of the experts, in manifest order: the label ``expert``.
         plane: read whenever the metrics are asked for.
         registry: where they are registered; one server has one.
-
-    Attributes:
-        names: the same, as they are now.
     """
 
-    def __init__(self, names: Sequence[str], plane: Plane, registry: CollectorRegistry = REGISTRY):
-        self.names, self._plane = names, plane
+    def __init__(self, plane: Plane, registry: CollectorRegistry = REGISTRY):
+        self._plane, places = plane, plane.spec.experts
         self._active = Tally(
-            "decar:active_experts", "Experts that mixed a token.", [float(k + 1) for k in range(len(names))]
+            "decar:active_experts", "Experts that mixed a token.", [float(k + 1) for k in range(places)]
         )
         self._entropy = Tally(
             "decar:weights_entropy_nats", "Entropy of the weights that mixed a token.", ENTROPY_BOUNDS
         )
         self._experts: Sequence[Any] = ()
         self._queue: Any = None
-        self._failovers = np.zeros(len(names), np.int64)
-        self._restarts = np.zeros(len(names), np.int64)
+        self._failovers = np.zeros(places, np.int64)
+        self._restarts = np.zeros(places, np.int64)
         registry.register(self)
 
     def watch(self, experts: Sequence[Any], queue: Any) -> None:
-        """Say of each of ``experts``, in manifest order, whether it is ``up``, and how many wait in ``queue``
-        or have found it full."""
+        """Report of these, by place: those that are ``seated`` by ``name`` (the label ``expert``), and whether each is
+        ``up``; and how many wait in ``queue`` or have found it full."""
         self._experts, self._queue = experts, queue
 
     def failed_over(self, expert: int) -> None:
@@ -107,30 +103,47 @@ class EnsembleMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         counted = [block.counted() for block in self._plane.blocks]
         for name, (counters, documentation) in COUNTED.items():
-            family = CounterMetricFamily(f"decar:{name}", documentation, labels=["expert"])
-            for expert, counts in zip(self.names, counted, strict=True):
-                family.add_metric([expert], sum(counts[counter] for counter in counters))
-            yield family
-        mixing = CounterMetricFamily("decar:mixing_seconds", "Time spent on mixing rows.", labels=["expert"])
-        for expert, counts in zip(self.names, counted, strict=True):
-            mixing.add_metric([expert], counts["mix_ns"] / 1e9)
-        yield mixing
-        up = GaugeMetricFamily("decar:expert_up", "1 while the expert answers.", labels=["expert"])
-        for expert in self._experts:
-            up.add_metric([expert.name], float(expert.up))
-        yield up
+            sums = [sum(counts[counter] for counter in counters) for counts in counted]
+            yield self._by_expert(CounterMetricFamily, name, documentation, sums)
+        for family, name, documentation, values in (
+            (
+                CounterMetricFamily,
+                "mixing_seconds",
+                "Time spent on mixing rows.",
+                [counts["mix_ns"] / 1e9 for counts in counted],
+            ),
+            (
+                GaugeMetricFamily,
+                "expert_up",
+                "1 while the expert answers.",
+                [expert.up for expert in self._experts],
+            ),
+            (
+                CounterMetricFamily,
+                "failovers",
+                "Requests that lost this expert on their way.",
+                self._failovers.tolist(),
+            ),
+            (
+                CounterMetricFamily,
+                "restarts",
+                "How often this expert was given a new engine.",
+                self._restarts.tolist(),
+            ),
+        ):
+            yield self._by_expert(family, name, documentation, values)
         if self._queue is not None:
             yield GaugeMetricFamily("decar:queued", "Requests that wait for a place.", self._queue.waiting)
             yield CounterMetricFamily(
                 "decar:rejected", "Requests that found the queue full.", self._queue.rejected
             )
-        for name, documentation, counts_of in (
-            ("failovers", "Requests that lost this expert on their way.", self._failovers),
-            ("restarts", "How often this expert was given a new engine.", self._restarts),
-        ):
-            family = CounterMetricFamily(f"decar:{name}", documentation, labels=["expert"])
-            for expert, count in zip(self.names, counts_of.tolist(), strict=True):
-                family.add_metric([expert], count)
-            yield family
         yield self._active.family()
         yield self._entropy.family()
+
+    def _by_expert(self, family: type[Any], name: str, documentation: str, values: Sequence[float]) -> Metric:
+        """``values`` [C] of places, as a family of metrics of the experts there."""
+        made = family(f"decar:{name}", documentation, labels=["expert"])
+        for expert, value in zip(self._experts, values, strict=False):  # nobody is watched yet
+            if expert.seated:
+                made.add_metric([expert.name], float(value))
+        return made

@@ -22,6 +22,8 @@ CPU_KV_BYTES = 1 << 30
 CPU_OVERHEAD_BYTES = 700 << 20  # a CPU engine's code and buffers, measured
 GPU_OVERHEAD_BYTES = 3 << 30  # CUDA context, graphs and activations: an allowance, not measured
 SMALLEST_KV_BYTES = 64 << 20
+NOBODY = ""
+"""In the place of an expert that may come later."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Place:
     """Where one expert's engine runs.
 
     Attributes:
-        expert: its name.
+        expert: its name, or `NOBODY`.
         gpu: device index; None on CPU.
         weight_bytes: of its checkpoint.
         kv_bytes: its KV cache; None where it has a GPU to itself, and takes what is left.
@@ -94,8 +96,9 @@ def place(
     kv_bytes: int | None = None,
     rows_bytes: int = 0,
     utilisation: float = 0.9,
+    seats: int = 0,
 ) -> list[Place]:
-    """Plan where the ensemble's engines run, in manifest order.
+    """Plan where the ensemble's engines run, in manifest order; then where there is to be room for more.
 
     Args:
         gpus: none means CPU.
@@ -103,41 +106,44 @@ def place(
         kv_bytes: a KV size to use for every engine, as the user set it.
         rows_bytes: one engine's rows on its device.
         utilisation: share of a GPU's memory that engines may use.
+        seats: how many places there are to be in all, if more than experts.
 
     Raises:
         StartError: the wish does not fit, or a GPU is too small for what it would hold.
     """
     names = ensemble.expert_names
+    sizes = [(expert.name, expert.weight_bytes) for expert in ensemble.experts]
+    room = range(len(names), seats)
     if not gpus:
         if wish:
             raise StartError("--placement names GPUs, and there is none here")
-        return [
-            Place(e.name, None, e.weight_bytes, kv_bytes or CPU_KV_BYTES, CPU_OVERHEAD_BYTES)
-            for e in ensemble.experts
-        ]
+        sizes += [(NOBODY, 0) for _ in room]
+        return [Place(name, None, size, kv_bytes or CPU_KV_BYTES, CPU_OVERHEAD_BYTES) for name, size in sizes]
     where = _wished(names, len(gpus), wish) if wish else [k % len(gpus) for k in range(len(names))]
+    where += [k % len(gpus) for k in room]
+    sizes += [(NOBODY, max(size for _, size in sizes)) for _ in room]
     places = []
-    for expert, gpu in zip(ensemble.experts, where, strict=True):
-        sharing = [other for other, at in zip(ensemble.experts, where, strict=True) if at == gpu]
+    for (expert, weight_bytes), gpu in zip(sizes, where, strict=True):
+        sharing = [other for other, at in zip(sizes, where, strict=True) if at == gpu]
         overhead = GPU_OVERHEAD_BYTES + rows_bytes
-        weights = sum(other.weight_bytes for other in sharing)
+        weights = sum(size for _, size in sharing)
         left = int(gpus[gpu].total_bytes * utilisation) - weights - overhead * len(sharing)
         share = left // len(sharing)
         if (kv_bytes or max(share, SMALLEST_KV_BYTES)) > share:
             raise StartError(
                 f"GPU {gpu} ({gpus[gpu].name}, {gib(gpus[gpu].total_bytes)}) is too small for "
-                f"{', '.join(other.name for other in sharing)}: weights {gib(weights)}, about {gib(overhead)} "
-                f"besides for each engine, and {gib(share * len(sharing))} left for KV caches; use another "
-                "--placement, more GPUs, or lower --kv-cache-memory-bytes or --max-num-seqs"
+                f"{', '.join(name or 'another expert' for name, _ in sharing)}: weights {gib(weights)}, "
+                f"about {gib(overhead)} besides for each engine, and {gib(share * len(sharing))} left for "
+                "KV caches; use another --placement, more GPUs, or lower --kv-cache-memory-bytes or --max-num-seqs"
             )
         own = kv_bytes or (None if len(sharing) == 1 else share)
         devices = device_order(gpu, len(gpus))
-        places.append(Place(expert.name, gpu, expert.weight_bytes, own, overhead, devices))
+        places.append(Place(expert, gpu, weight_bytes, own, overhead, devices))
     return places
 
 
 def exchanged(places: Sequence[Place], ensemble: Ensemble) -> list[Place]:
-    """The places of an ensemble's experts where each takes that of the one before it, with its memory: larger weights
+    """The places of an ensemble's experts where each takes the one of ``places`` [K], with its memory: larger weights
     leave less for the KV cache.
 
     Raises:
@@ -146,16 +152,21 @@ def exchanged(places: Sequence[Place], ensemble: Ensemble) -> list[Place]:
     free = psutil.virtual_memory().available
     found = []
     for expert, before in zip(ensemble.experts, places, strict=True):
-        growth = expert.weight_bytes - before.weight_bytes
-        kv_bytes = before.kv_bytes
-        if before.gpu is not None and kv_bytes is not None and growth > 0:
-            kv_bytes -= growth
-        if growth > free if before.gpu is None else kv_bytes is not None and kv_bytes < SMALLEST_KV_BYTES:
+        now = replace(before, expert=expert.name, weight_bytes=expert.weight_bytes)
+        growth = now.weight_bytes - before.weight_bytes
+        if before.gpu is None:
+            missing = (now.needed_bytes if before.expert == NOBODY else growth) - free
+        elif now.kv_bytes is not None:
+            now = replace(now, kv_bytes=now.kv_bytes - max(growth, 0))
+            missing = SMALLEST_KV_BYTES - (now.kv_bytes or 0)
+        else:
+            missing = 0
+        if missing > 0:
             raise StartError(
-                f"expert {expert.name!r} is larger than what it takes the place of by {gib(growth)}, which are not "
-                "free: start the server anew, and it finds all experts their places"
+                f"expert {expert.name!r} would need {gib(missing)} more than there is in its place: start the server "
+                "anew, and it finds all experts their places"
             )
-        found.append(replace(before, expert=expert.name, weight_bytes=expert.weight_bytes, kv_bytes=kv_bytes))
+        found.append(now)
     return found
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from decar.router import Ensemble, Reading
 from decar.router.errors import StartError
+from decar.router.manifest import MAX_EXPERTS
 from decar.server.placement import CPU_KV_BYTES, Place, check_memory, exchanged, place, visible_gpus
 from decar.server.protocol.machine import check_memory_order
 from decar.server.protocol.plane import (
@@ -36,6 +37,7 @@ from decar.server.vllm_adapter.versions import check_version
 
 if TYPE_CHECKING:
     from decar.server.gateway.ensemble import EnsembleClient
+    from decar.server.gateway.seats import Seats
     from decar.server.gateway.supervisor import Supervisor
     from decar.server.vllm_adapter.engine import EnginePlan
     from decar.server.vllm_adapter.failures import Failures
@@ -54,6 +56,7 @@ def serve(
     max_queued: int | None = None,
     admin_key: str | None = None,
     reload_timeout_s: float = 30.0,
+    max_experts: int | None = None,
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM, and the requests that run then to their end.
 
@@ -67,6 +70,7 @@ def serve(
         max_queued: how many requests may wait before more are refused; None: four for each slot.
         admin_key: shows paths and processes to whoever gives it, and reloads; None: nobody sees them.
         reload_timeout_s: how long running answers are waited for before an expert is exchanged.
+        max_experts: how many there is room for, those included that a reload may add; None: for those that there are.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -78,6 +82,12 @@ def serve(
     ensemble = reading.ensemble
     if not 1 <= min_experts <= len(ensemble.experts):
         raise StartError(f"--min-experts is {min_experts}; {ensemble.name!r} has {len(ensemble.experts)}")
+    max_experts = max_experts or len(ensemble.experts)
+    if not len(ensemble.experts) <= max_experts <= MAX_EXPERTS:
+        raise StartError(
+            f"--max-experts is {max_experts}; {ensemble.name!r} has {len(ensemble.experts)}, and more than "
+            f"{MAX_EXPERTS} cannot be served together"
+        )
 
     from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment
 
@@ -96,7 +106,9 @@ def serve(
         sockets = make_folder()
         os.environ.setdefault("VLLM_RPC_BASE_PATH", str(sockets))
         try:
-            running = _running_ensemble(ensemble, args, placement, min_experts, engine_timeout_s, max_queued)
+            running = _running_ensemble(
+                ensemble, args, placement, min_experts, engine_timeout_s, max_queued, max_experts
+            )
             uvloop.run(_serve(running, reading, args, sock, shutdown_timeout_s, admin_key, reload_timeout_s))
         finally:
             remove_all_of(sockets.name)
@@ -128,7 +140,7 @@ async def _serve(
             supervisor,
             reading,
             read=partial(Reading.of, reading.ensemble.directory),
-            plan=engines.exchanged,
+            plan=engines.of,
             plans=engines.starter.plans,
             tell=lambda ensemble: name_models(app, model_ids(ensemble)),
             patience_s=reload_timeout_s,
@@ -165,6 +177,7 @@ async def _running_ensemble(
     min_experts: int,
     engine_timeout_s: float,
     max_queued: int | None,
+    max_experts: int,
 ) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
     """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
     out."""
@@ -177,10 +190,10 @@ async def _running_ensemble(
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
-    places = _placed(ensemble, configs, placement)
+    places = _placed(ensemble, configs, placement, max_experts)
     failures = Failures()
     plane = Plane.create(
-        experts=len(experts),
+        experts=max_experts,
         slots=configs[0].scheduler_config.max_num_seqs,
         vocab_size=ensemble.vocab_size,
         positions=configs[0].model_config.max_model_len,
@@ -189,6 +202,7 @@ async def _running_ensemble(
         ),
         device_dtype=None if places[0].gpu is None else row_dtype(configs),
     )
+    plane.alive[len(experts) :] = 0
     started: list[Any] = []
     try:
         engines = Engines(args, configs, places, plane, failures)
@@ -223,7 +237,12 @@ async def _running_ensemble(
 
 
 class Engines:
-    """What the engines of an ensemble are started with, on ``plane``, and those of one that takes its place."""
+    """What the engines of an ensemble are started with, on ``plane``, and those of one that takes its place.
+
+    Args:
+        configs: vLLM's, one per expert.
+        places: the experts', and those that later ones may have.
+    """
 
     def __init__(
         self,
@@ -235,24 +254,23 @@ class Engines:
     ):
         from decar.server.vllm_adapter.engine import Starter
 
-        self._args, self._configs, self._places, self._spec = args, configs, places, plane.spec
-        self.starter = Starter(_plans(configs, places), plane.spec, failures, args.disable_log_stats)
+        self._args, self._served, self._places, self._spec = args, configs[0], places, plane.spec
+        plans = [*_plans(configs, places[: len(configs)]), *[None] * (len(places) - len(configs))]
+        self.starter = Starter(plans, plane.spec, failures, args.disable_log_stats)
 
-    def exchanged(self, ensemble: Ensemble) -> list[EnginePlan]:
-        """Of ``ensemble``'s experts, each to take the place of the one before it.
+    def of(self, ensemble: Ensemble, seats: Seats) -> list[EnginePlan]:
+        """Of ``ensemble``'s experts, each to take the place of whoever is at its seat.
 
         Raises:
             StartError: one of them cannot.
         """
         from decar.server.vllm_adapter.arguments import engine_config, refuse_other_steps
 
-        places = exchanged(self._places, ensemble)
+        places = exchanged([self._places[seat] for seat in seats.of], ensemble)
         args = Namespace(**{**vars(self._args), "max_model_len": self._spec.positions})
-        configs = []
-        for expert, (served, placed) in enumerate(zip(self._configs, places, strict=True)):
-            config = engine_config(ensemble, expert, args, CPU_KV_BYTES)
-            refuse_other_steps(served, config, placed.expert, self._spec)
-            configs.append(config)
+        configs = [engine_config(ensemble, k, args, CPU_KV_BYTES) for k in range(len(places))]
+        for config, placed in zip(configs, places, strict=True):
+            refuse_other_steps(self._served, config, placed.expert, self._spec)
         _give_memory(configs, places)
         return _plans(configs, places)
 
@@ -274,8 +292,10 @@ def _blamed(client: EnsembleClient, error: Exception) -> str:
     return f"the engine of expert {', '.join(dead)} has ended" if dead else reason_of(error)
 
 
-def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -> list[Place]:
-    """Decide where each engine runs, and tell its config the KV size that goes with it.
+def _placed(
+    ensemble: Ensemble, configs: Sequence[Any], placement: str | None, max_experts: int
+) -> list[Place]:
+    """Decide where each engine runs, and where later ones may; tell those that there are the KV size that goes with it.
 
     Raises:
         StartError: the experts do not fit.
@@ -293,13 +313,15 @@ def _placed(ensemble: Ensemble, configs: Sequence[Any], placement: str | None) -
         cache.kv_cache_memory_bytes,
         rows_bytes=buffer_bytes(slots, ensemble.vocab_size, row_dtype(configs)),
         utilisation=cache.gpu_memory_utilization,
+        seats=max_experts,
     )
-    _give_memory(configs, places)
-    for placed in places:
+    taken = places[: len(configs)]
+    _give_memory(configs, taken)
+    for placed in taken:
         if placed.gpu is not None:
             logger.info("expert %s: GPU %d (%s)", placed.expert, placed.gpu, gpus[placed.gpu].name)
     if not gpus and cache.kv_cache_memory_bytes is not None:
-        check_memory(places)
+        check_memory(taken)
     return places
 
 
@@ -323,14 +345,15 @@ def _client(
     from decar.server.vllm_adapter.relay import Relay
 
     start_all_threads(engines)
-    thread = GatewayThread([engine.cores for engine in engines])
+    free = plane.spec.experts - len(engines)
+    thread = GatewayThread([engine.cores for engine in engines] + [set()] * free)
     return EnsembleClient(
         ensemble,
         engines,
         plane,
         relay=Relay(engines, plane.blocks, thread),
         thread=thread,
-        metrics=EnsembleMetrics(ensemble.expert_names, plane),
+        metrics=EnsembleMetrics(plane),
         min_experts=min_experts,
         max_queued=max_queued,
     )

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 
 from decar.router import Ensemble
-from decar.server.gateway.engine import Engine, ExpertEngine
+from decar.server.gateway.engine import Engine, ExpertEngine, NoEngine
 from decar.server.gateway.health import Health
+from decar.server.gateway.seats import Seats
 from decar.server.protocol.plane import Plane
 
 
 class AllEngines(EngineClient):
-    """K engines as vLLM's app wants one to be. A subclass generates.
+    """K engines as vLLM's app wants one to be. A subclass generates, and aborts.
 
     Args:
         ensemble: what is served.
         engines: one per expert, in manifest order, sharing ``plane``.
-        plane: made by the caller; removed by `shutdown`.
+        plane: made by the caller; removed by `shutdown`. It may have places for more.
         min_experts: how many have to live for the ensemble to be served.
     """
 
@@ -31,6 +32,9 @@ class AllEngines(EngineClient):
         self.experts = [
             ExpertEngine(name, engine) for name, engine in zip(ensemble.expert_names, engines, strict=True)
         ]
+        free = plane.spec.experts - len(engines)
+        self.experts += [ExpertEngine("", NoEngine(), up=False, seated=False) for _ in range(free)]
+        self.seats = Seats(tuple(ensemble.expert_names), tuple(range(len(engines))), plane.spec.experts)
         self.health = Health(self.experts, plane, min_experts)
         # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only. What renders prompts
         # computes in this process, and goes on when that engine has died.
@@ -75,9 +79,6 @@ class AllEngines(EngineClient):
         for expert in self.experts:
             if expert.lives:
                 expert.engine.client.check_admission(n, request_id)
-
-    async def abort(self, request_id: str | Iterable[str]) -> None:
-        await self._all("abort", request_id)
 
     async def get_supported_tasks(self) -> Any:
         return await self.experts[0].engine.client.get_supported_tasks()

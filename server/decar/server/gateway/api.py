@@ -21,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from decar.router import Ensemble, available_routers
+from decar.router import available_routers
 from decar.router.errors import DecarError, RequestError
 from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, with_length
 from decar.server.gateway.engine import ExpertDown
@@ -36,7 +36,7 @@ from decar.server.gateway.middleware import (
     is_admin,
 )
 from decar.server.gateway.reload import Reloader, ReloadRunning
-from decar.server.gateway.request import Call, current_call, parse_call
+from decar.server.gateway.request import Call, current_call
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
 
 logger = logging.getLogger("decar")
@@ -116,23 +116,23 @@ async def ensemble(request: Request) -> JSONResponse:
     """The manifest, each expert's health, slots in use, what engines counted, and defaults; for the admin also where
     experts lie and run."""
     client: EnsembleClient = request.app.state.ensemble_client
-    manifest = client.ensemble.manifest
-    experts = [
-        {
+    manifest, leads = client.ensemble.manifest, client.leaders.counts()
+    experts = []
+    for entry, checkpoint, seat in zip(
+        manifest.experts, client.ensemble.experts, client.seats.of, strict=True
+    ):
+        expert = client.experts[seat]
+        shown = {
             "name": expert.name,
             "model": f"{client.ensemble.name}/{expert.name}",
             "prior": entry.prior,
             "up": expert.up,
-            "leads": leads,
-            "lockstep": block.counted(),
+            "leads": leads[seat],
+            "lockstep": client.plane.blocks[seat].counted(),
         }
-        for expert, entry, block, leads in zip(
-            client.experts, manifest.experts, client.plane.blocks, client.leaders.counts(), strict=True
-        )
-    ]
-    if is_admin(request.scope):
-        for shown, expert, checkpoint in zip(experts, client.experts, client.ensemble.experts, strict=True):
+        if is_admin(request.scope):
             shown.update(pid=expert.engine.pid, path=str(checkpoint.path))
+        experts.append(shown)
     return JSONResponse(
         {
             "object": "ensemble",
@@ -162,14 +162,20 @@ async def reload(request: Request) -> JSONResponse:
     if reloaded.failed is not None:
         return error_response(str(reloaded), 500, None, "InternalServerError")
     return JSONResponse(
-        {"object": "ensemble.reload", "exchanged": reloaded.exchanged, "message": str(reloaded)}
+        {
+            "object": "ensemble.reload",
+            "exchanged": reloaded.exchanged,
+            "added": reloaded.added,
+            "removed": reloaded.removed,
+            "message": str(reloaded),
+        }
     )
 
 
 class Served(Protocol):
-    """What has the ensemble that is served now."""
+    """What knows what is served now: `EnsembleClient`."""
 
-    ensemble: Ensemble
+    def call_of(self, model: str | None, options: Any) -> Call: ...
 
 
 class DecarMiddleware:
@@ -205,7 +211,7 @@ class DecarMiddleware:
         call = None
         if isinstance(fields, dict):
             try:
-                call = parse_call(self.served.ensemble, _text(fields.get("model")), fields.pop("decar", None))
+                call = self.served.call_of(_text(fields.get("model")), fields.pop("decar", None))
             except RequestError as error:
                 return await error_response(str(error), 400, error.param)(scope, receive, send)
             call.beams = path in ANNOTATED_PATHS and _is_true(fields.get("use_beam_search"))
@@ -316,9 +322,9 @@ class _Annotated:
             if trace is not None and not announces:  # a stream's first chunk names the role, and has no token
                 new = slice(trace.sent, count)
                 choice["decar"] = {
-                    "weights": trace.weights[new],
+                    "weights": self._call.by_expert(trace.weights[new]),
                     "leaders": trace.leaders[new],
-                    "active": trace.experts,
+                    "active": self._call.in_order(trace.experts),
                 }
                 trace.sent = max(trace.sent, count or 0)
         return {**data, "decar": self._call.summary()} if once else data

@@ -36,7 +36,8 @@ class CorePolicy:
         Where experts are released, engines decode apart, and Linux finds it the core that is least busy.
         """
         leads = self._leaders.counts()
-        least = min(range(len(leads)), key=lambda k: (leads[k], -k))
+        living = [k for k, expert in enumerate(self._experts) if expert.up]
+        least = min(living, key=lambda k: (leads[k], -k), default=None)
         self._thread.keep_beside(least if self._leaders.some_stay else None)
 
     def in_order(self, active: Sequence[int], leader: int) -> list[int]:

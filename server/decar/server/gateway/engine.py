@@ -123,17 +123,66 @@ class Engine(Protocol):
         ...
 
 
+class NoEngine:
+    """In a place that no expert has had yet: a dead one."""
+
+    errored = True
+    pid = 0
+
+    def __init__(self) -> None:
+        self.client: Any = self
+        self.cores: set[int] = set()
+
+    async def submit(
+        self, request_id: str, prompt: Any, params: SamplingParams, **kwargs: Any
+    ) -> OutputQueue:
+        raise self.dead_error()
+
+    async def cancel(self, request_id: str) -> None: ...
+
+    async def died(self) -> None: ...
+
+    def dead_error(self) -> Exception:
+        return RuntimeError("there is no engine")
+
+    def has_work(self) -> bool:
+        return False
+
+    def end(self) -> None: ...
+
+    def shutdown(self, timeout: float | None = None) -> None: ...
+
+    def keep_images(self, key: str) -> None: ...
+
+    def choose_grammar(self, params: SamplingParams) -> None:
+        raise self.dead_error()
+
+    def describe(
+        self,
+        described: PromptLogprobs,
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        ranks: torch.Tensor,
+    ) -> None:
+        raise self.dead_error()
+
+    def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
+        return ()
+
+
 @dataclass
 class ExpertEngine:
     """One expert as the gateway sees it.
 
     Attributes:
+        seated: whether an expert of the ensemble has this place.
         up: whether requests may be given to its engine, which changes when one has died and the next one is warm.
     """
 
     name: str
     engine: Engine
     up: bool = True
+    seated: bool = True
 
     @property
     def lives(self) -> bool:

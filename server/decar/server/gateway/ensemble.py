@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import Ensemble, active_experts, moved_on, restricted
+from decar.server.gateway.aborts import Abort, Aborted, Aborts
 from decar.server.gateway.admission import Admission, check_drawable, refuse_failed
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.beams import Beam, beam_of
@@ -37,6 +38,7 @@ from decar.server.gateway.sampling import (
     uniforms,
     without_prompt_logprobs,
 )
+from decar.server.gateway.seats import Seats
 from decar.server.gateway.slots import Slots
 from decar.server.gateway.trained_routers import TrainedRouters
 from decar.server.gateway.weights import WeightsReader
@@ -54,6 +56,7 @@ class Asked:
     Attributes:
         first_choice: index of this prompt's first choice in the response.
         kwargs: what vLLM passes through to an engine as it is.
+        abort: of the prompt's request.
         slot: of a choice, once it has needed one; kept until it ends.
         speech: what has been said of a choice's answer, where an expert has been lost.
         beam: whose next token this is, in a beam search.
@@ -65,6 +68,7 @@ class Asked:
     params: SamplingParams
     request_id: str
     kwargs: dict[str, Any]
+    abort: Abort
     slot: int | None = None
     speech: Speech | None = None
     beam: Beam | None = None
@@ -112,12 +116,13 @@ class EnsembleClient(AllEngines):
         slots = plane.spec.slots
         self.slots = Slots(slots)
         self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
-        self.leaders = Leaders(len(engines))
+        self._aborts = Aborts()
+        self.leaders = Leaders(plane.spec.experts)
         self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
         self._scorer = PromptScorer(self.experts, ensemble.vocab_size, plane.spec.prompt_unit)
-        self.trained_routers = TrainedRouters(ensemble, engines[0])
+        self.trained_routers = TrainedRouters(ensemble, engines[0], self.seats)
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
@@ -139,18 +144,30 @@ class EnsembleClient(AllEngines):
         """What an expert has said of prompts, since its next engine has other weights."""
         self._scorer.forget(expert)
 
-    def serve(self, ensemble: Ensemble, trained_routers: TrainedRouters | None = None) -> None:
-        """From now on, requests are for this ensemble, whose experts the engines have; those that have begun keep what
-        they began with.
+    def serve(self, ensemble: Ensemble, seats: Seats, trained_routers: TrainedRouters | None = None) -> None:
+        """From now on, requests are for this ensemble, whose experts the engines have at ``seats``; those that have
+        begun keep what they began with.
 
         Args:
             trained_routers: None: as they were.
         """
-        self.ensemble = ensemble
+        self.ensemble, self.seats = ensemble, seats
         self.trained_routers = trained_routers or self.trained_routers
-        self._metrics.names = ensemble.expert_names
-        for expert, name in zip(self.experts, ensemble.expert_names, strict=True):
-            expert.name = name
+        for expert in self.experts:
+            expert.seated = False
+        for name, seat in zip(ensemble.expert_names, seats.of, strict=True):
+            self.experts[seat].name, self.experts[seat].seated = name, True
+
+    def call_of(self, model: str | None, options: Any) -> Call:
+        """A request's `Call`, from its `model` and `decar` fields.
+
+        Raises:
+            RequestError: says which field is wrong and how to mend it.
+        """
+        call = parse_call(self.ensemble, model, options)
+        call.log_weights = self.seats.seated(call.log_weights)
+        call.seats, call.trained_routers = self.seats, self.trained_routers
+        return call
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -162,15 +179,20 @@ class EnsembleClient(AllEngines):
             ExpertDown: no expert that may answer lives.
         """
         self._admission.check(prompt, sampling_params, kwargs.get("priority", 0))
-        call = current_call.get() or parse_call(self.ensemble, None, None)
+        call = current_call.get() or self.call_of(None, None)
         if call.draw:
             check_drawable(sampling_params)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
-        asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs)
+        abort = self._aborts.of(request_id, prompt, sampling_params)
+        asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs, abort)
         if call.beams:
             asked.beam = beam_of(call, prompt)
         return self._answer(asked)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests by the ids that users know: each answers with what it has, and finish reason "abort"."""
+        await self._aborts.do([request_id] if isinstance(request_id, str) else request_id)
 
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
         if asked.params.structured_outputs is not None:
@@ -182,7 +204,12 @@ class EnsembleClient(AllEngines):
             each = iter([asked]) if asked.params.n == 1 else _choices_of(asked)
             choices = (self._asked_alone(choice, only) for choice in each)
         else:
-            log_weights, prompt_logprobs = await self._weigh(asked)
+            try:
+                with asked.abort.waking():
+                    log_weights, prompt_logprobs = await self._weigh(asked)
+            except Aborted as aborted:
+                yield aborted.output(asked.params.n)
+                return
             scored = asked.call.scored and prompt_logprobs is None
             draws = uniforms(asked.params) if asked.call.draw else [None] * asked.params.n
             choices = (
@@ -196,28 +223,33 @@ class EnsembleClient(AllEngines):
                 if prompt_logprobs is not None:
                     output.prompt_logprobs = prompt_logprobs
                 yield output
+        except Aborted as aborted:
+            yield aborted.output()
         finally:
             await outputs.aclose()
 
     async def _asked_alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
         """One choice of the one expert that the request may be answered by: plain vLLM."""
-        async with self._place():
+        async with self._place(asked):
             client = self.experts[expert].engine.client
             outputs = client.generate(asked.prompt, asked.params, asked.request_id, **asked.kwargs)
             try:
-                async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
-                    async for output in said:
-                        yield output
+                with asked.abort.in_engines(lambda: client.abort(asked.request_id)):
+                    async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
+                        async for output in said:
+                            yield output
             except Exception:
                 if client.errored:
                     raise self._down([expert]) from None
                 raise
 
     @contextlib.asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
+    async def _place(self, asked: Asked) -> AsyncIterator[None]:
         """One of the places for what runs at once; waiting for it is not urgent."""
         self.thread.arrived()
-        async with self.queue.take():
+        async with contextlib.AsyncExitStack() as kept:
+            with asked.abort.waking():
+                await kept.enter_async_context(self.queue.take())
             yield
 
     # --- whoever dies -------------------------------------------------------------------------------------
@@ -230,11 +262,12 @@ class EnsembleClient(AllEngines):
         Args:
             scored: whether the prompt has still to move the ``log_weights`` [K].
         """
-        async with self._place(), contextlib.AsyncExitStack() as kept:
+        async with self._place(asked), contextlib.AsyncExitStack() as kept:
             while True:
                 try:
                     async with contextlib.AsyncExitStack() as attempt:
-                        outputs = await self._attempt(asked, log_weights, uniform, scored, kept, attempt)
+                        with asked.abort.waking():
+                            outputs = await self._attempt(asked, log_weights, uniform, scored, kept, attempt)
                         attempt.push_async_callback(outputs.aclose)
                         async for output in outputs:
                             yield output
@@ -327,7 +360,8 @@ class EnsembleClient(AllEngines):
         if asked.beam is not None and asked.beam.search.start is not None:
             log_weights = asked.beam.search.start
         elif call.router is not None:
-            log_weights = await self.trained_routers.log_weights(asked.prompt, call.router)
+            routers = call.trained_routers or self.trained_routers
+            log_weights = await routers.log_weights(asked.prompt, call.router)
             if asked.beam is not None:
                 asked.beam.search.start = log_weights
         count = asked.params.prompt_logprobs
@@ -397,9 +431,12 @@ class EnsembleClient(AllEngines):
         self._relay.follow(relayed, expert, queue.request_id)
         ended = False
 
+        def end() -> Awaitable[None]:
+            return self._cancel([(expert, queue)])
+
         async def heard() -> AsyncGenerator[RequestOutput, None]:
             nonlocal ended
-            with self.health.hearing(queue, lambda k: k == expert) as hearing:
+            with self.health.hearing(queue, lambda k: k == expert) as hearing, asked.abort.in_engines(end):
                 while not ended:
                     output = await hearing.next()
                     ended = output.finished
@@ -415,7 +452,7 @@ class EnsembleClient(AllEngines):
         finally:
             self._relay.forget(relayed)
             if not ended:
-                await asyncio.shield(self._cancel({expert: queue}.items()))
+                await asyncio.shield(end())
 
     async def _said_alone(
         self, asked: Asked, expert: int, outputs: AsyncGenerator[RequestOutput, None]
@@ -487,7 +524,7 @@ class EnsembleClient(AllEngines):
         )
         trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
         trace = call.choices.setdefault(asked.first_choice, trace)
-        reader = WeightsReader(self.plane, member, self.ensemble.expert_names, start)
+        reader = WeightsReader(self.plane, member, [expert.name for expert in self.experts], start)
 
         def keep_up(produced: int) -> int:
             """The first token says what experts have found of a new text; later ones let leaders go on."""
@@ -518,7 +555,10 @@ class EnsembleClient(AllEngines):
             self._core_policy.share_cores()
             await self._fan_out(asked, member, relayed, queues)
             queue = queues[leader]
-            with self.health.hearing(queue, lambda k: self._needs(member, relayed, k)) as hearing:
+            with (
+                self.health.hearing(queue, lambda k: self._needs(member, relayed, k)) as hearing,
+                asked.abort.in_engines(lambda: self._cancel(queues.items())),
+            ):
                 streams = asked.params.output_kind != RequestOutputKind.FINAL_ONLY
                 self.thread.hurry(slot, streams or member.may_release)
                 while not finished:

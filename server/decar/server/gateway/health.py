@@ -59,7 +59,7 @@ class Health:
     def __init__(self, experts: Sequence[ExpertEngine], plane: Plane, fewest: int = 1):
         self._experts = experts
         self._plane = plane
-        self._fewest = fewest
+        self.fewest = fewest
         self._heard: set[Heard] = set()
         self._watches: list[asyncio.Task[None]] = []
         self.then: Callable[[int], object] = lambda expert: None  # is told of those that have died
@@ -121,7 +121,7 @@ class Health:
     @property
     def enough(self) -> bool:
         """Whether the ensemble can be served."""
-        return sum(expert.up for expert in self._experts) >= self._fewest
+        return sum(expert.up for expert in self._experts) >= self.fewest
 
     def dead_error(self) -> Exception:
         """What vLLM's app knows as the death of an engine."""

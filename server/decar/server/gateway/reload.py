@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from decar.router import Ensemble, Reading, changes
-from decar.router.errors import DecarError
+from decar.router import Changes, Ensemble, Reading, changes
+from decar.router.errors import DecarError, EnsembleError
 from decar.server.gateway.ensemble import EnsembleClient
+from decar.server.gateway.seats import Seats
 from decar.server.gateway.supervisor import Supervisor
+from decar.server.gateway.trained_routers import TrainedRouters
 
 logger = logging.getLogger("decar")
 
@@ -32,17 +34,20 @@ class Reloaded:
     """What came of a reload.
 
     Attributes:
-        exchanged: names of the experts that have new engines.
+        exchanged, added, removed: names of experts.
         changed: what else is other than before, in words.
-        failed: why the next expert could not be exchanged, and what answers in its place; None: all is done.
+        failed: why the next expert could not be exchanged or added, and what answers in its place; None: all is done.
     """
 
     exchanged: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     changed: tuple[str, ...] = ()
     failed: str | None = None
 
     def __str__(self) -> str:
-        done = [f"exchanged {', '.join(self.exchanged)}"] if self.exchanged else []
+        lists = {"exchanged": self.exchanged, "added": self.added, "removed": self.removed}
+        done = [f"{what} {', '.join(names)}" for what, names in lists.items() if names]
         if self.failed is not None:
             done += [self.failed, "nothing else is changed: mend it, and reload again"]
         elif self.changed:
@@ -57,9 +62,9 @@ class Reloader:
     Args:
         served: as it was read when the engines were started.
         read: reads it anew; raises a `DecarError` where it cannot be served.
-        plan: what engines of an ensemble, as it was read, are to be started with, one per expert; raises a
-            `DecarError` where they could not take the place of those that run.
-        plans: what they are started with.
+        plan: what the engines of an ensemble's experts are to be started with, in manifest order, at these places;
+            raises a `DecarError` where they could not be there.
+        plans: what they are started with, by place; None where there is no expert.
         tell: is told what is served from now on.
         patience_s: for the requests of an engine that is to be ended.
     """
@@ -68,7 +73,7 @@ class Reloader:
     supervisor: Supervisor
     served: Reading
     read: Callable[[], Reading]
-    plan: Callable[[Ensemble], Sequence[Any]]
+    plan: Callable[[Ensemble, Seats], Sequence[Any]]
     plans: list[Any]
     tell: Callable[[Ensemble], object]
     patience_s: float
@@ -106,48 +111,88 @@ class Reloader:
             if not found:
                 logger.info("reloaded: nothing has changed")
                 return Reloaded()
-            plans = await asyncio.to_thread(self.plan, new.ensemble)
-            routers = await asyncio.to_thread(self.client.trained_routers.of, new.ensemble)
+            seats = self._seats(new.ensemble, found)
+            if len(seats.of) < self.client.health.fewest:
+                raise EnsembleError(
+                    f"the manifest has {len(seats.of)} experts, and --min-experts is {self.client.health.fewest}: "
+                    "start the server anew"
+                )
+            plans = await asyncio.to_thread(self.plan, new.ensemble, seats)
+            routers = await asyncio.to_thread(self.client.trained_routers.of, new.ensemble, seats)
         except DecarError as error:
             logger.error("the reload is refused, and nothing is changed: %s", error)
             raise
         reloaded = Reloaded()
+        leave = {
+            self.client.seats.of[expert]: self.served.ensemble.expert_names[expert]
+            for expert in found.removed
+        }
         for expert in found.experts:
-            reloaded.failed = await self._exchange(expert, new, plans[expert])
+            reloaded.failed = await self._exchange(seats.of[expert], new, expert, plans[expert])
             if reloaded.failed is not None:
                 logger.error("the reload has ended early: %s", reloaded)
                 return reloaded
-            reloaded.exchanged.append(new.ensemble.expert_names[expert])
-        self.plans[:] = plans
-        self.served = new
-        self.client.serve(new.ensemble, routers)
-        self.tell(new.ensemble)
+            done = reloaded.added if found.places[expert] is None else reloaded.exchanged
+            done.append(new.ensemble.expert_names[expert])
+        for seat, plan in zip(seats.of, plans, strict=True):
+            self.plans[seat] = plan
+        self._serve(new, seats, routers)
+        for seat, name in leave.items():
+            await self.supervisor.exchange(seat, self.patience_s, ())
+            self.plans[seat] = None
+            reloaded.removed.append(name)
         reloaded.changed = found.rest
         logger.info("reloaded: %s", reloaded)
         return reloaded
 
-    async def _exchange(self, expert: int, new: Reading, plan: Any) -> str | None:
-        """Have one expert answer as it is in ``new``; else as before, and then the reason."""
-        client = self.client
-        old_name, name = client.experts[expert].name, new.ensemble.expert_names[expert]
-        logger.info("expert %r is exchanged", name)
+    def _seats(self, ensemble: Ensemble, found: Changes) -> Seats:
+        """Where the experts now are to be: in their old places, or in free ones.
+
+        Raises:
+            EnsembleError: there are not enough.
+        """
+        seats = self.client.seats
+        if len(found.places) > seats.total:
+            raise EnsembleError(
+                f"the manifest has {len(found.places)} experts, and there is room for {seats.total}: start the "
+                f"server anew (with --max-experts, it keeps room for more)"
+            )
+        taken: list[int] = []
+        for place in found.places:
+            taken.append(seats.free(taken) if place is None else seats.of[place])
+        return Seats(tuple(ensemble.expert_names), tuple(taken), seats.total)
+
+    async def _exchange(self, seat: int, new: Reading, expert: int, plan: Any) -> str | None:
+        """Have an expert of ``new`` answer at ``seat``; else whoever did before, and then the reason."""
+        client, name = self.client, new.ensemble.expert_names[expert]
+        before = client.experts[seat].name if client.experts[seat].seated else None
+        logger.info("expert %r is started in the place of %r", name, before)
 
         def use(plan: Any) -> None:
-            self.plans[expert] = plan
-            client.forget(expert)
+            self.plans[seat] = plan
+            client.forget(seat)
 
-        versions = [partial(use, plan), partial(use, self.plans[expert])]
-        failed = await self.supervisor.exchange(expert, self.patience_s, versions)
+        versions = [plan] if before is None else [plan, self.plans[seat]]
+        failed = await self.supervisor.exchange(
+            seat, self.patience_s, [partial(use, version) for version in versions]
+        )
+        if failed and before is None:
+            self.plans[seat] = None
+            return f"expert {name!r} could not be added ({failed[0]})"
         if failed:
-            now = "is tried again and again" if len(failed) == len(versions) else "answers on"
-            return (
-                f"expert {name!r} could not be exchanged ({failed[0]}): {old_name!r} as it was before {now}"
-            )
-        self.served = self.served.with_expert_of(new, expert)
-        client.serve(self.served.ensemble)
-        self.tell(self.served.ensemble)
-        logger.info("expert %r is exchanged", name)
+            now = "answers on" if len(failed) < len(versions) else "is tried again and again"
+            return f"expert {name!r} could not be exchanged ({failed[0]}): {before!r} as it was before {now}"
+        answering = {old: (self.served, k) for k, old in enumerate(client.seats.of)}
+        answering[seat] = (new, expert)
+        served = self.served.of_experts(list(answering.values()))
+        names = tuple(served.ensemble.expert_names)
+        self._serve(served, Seats(names, tuple(answering), client.seats.total))
         return None
+
+    def _serve(self, reading: Reading, seats: Seats, routers: TrainedRouters | None = None) -> None:
+        self.served = reading
+        self.client.serve(reading.ensemble, seats, routers)
+        self.tell(reading.ensemble)
 
 
 def _log_failure(task: asyncio.Future[None]) -> None:

@@ -6,9 +6,10 @@ K experts, T tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 import pydantic
@@ -17,6 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, StrictBool
 from decar.router import Ensemble, active_experts, available_routers, log_prior
 from decar.router.errors import RequestError, did_you_mean
 from decar.router.manifest import RouterKind, Rule, Scope, Start, Trained, describe_validation_error
+from decar.server.gateway.seats import Seats
+
+if TYPE_CHECKING:
+    from decar.server.gateway.trained_routers import TrainedRouters
 
 Sampling = Literal["mixture", "draw"]
 OnExpertLoss = Literal["renormalise", "fail"]
@@ -50,7 +55,7 @@ class ChoiceTrace:
 
     experts: list[str]
     leader: str
-    weights: list[list[float]] = field(default_factory=list)  # [T][K] in manifest order; 0: not active
+    weights: list[list[float]] = field(default_factory=list)  # [T][K] by place; 0: not active
     leaders: list[str] = field(default_factory=list)  # [T]
     sent: int = 0  # tokens whose weights a stream has already sent
 
@@ -60,7 +65,7 @@ class Call:
     """One HTTP request's way through the ensemble. Made by the gateway, filled in by `EnsembleClient`.
 
     Attributes:
-        log_weights: float64 [K] to start from.
+        log_weights: float64 [K] to start from; once `EnsembleClient.call_of` has made it, by place.
         posterior: whether every token moves them on.
         scored: whether the prompt does.
         router: the trained router that looks at the prompt first, and takes the place of ``log_weights``.
@@ -69,6 +74,8 @@ class Call:
         on_expert_loss: whether to go on without an expert that is down.
         beams: vLLM searches for beams, and asks for each one's next token as for a new prompt's.
         counts_shown: whether the client of a stream that is traced sees the usage in each chunk.
+        seats: the experts' places, if they are not in manifest order.
+        trained_routers: those of the ensemble that the request is for.
         warms: an expert that may take part though it is not up yet, since this warms it.
         degraded: names of experts that should have taken part and were down, in the order that this was found in.
         choices: by choice index, once routed.
@@ -86,17 +93,27 @@ class Call:
     beams: bool = False
     counts_shown: bool = False
     on_expert_loss: OnExpertLoss = "renormalise"
+    seats: Seats | None = None
+    trained_routers: TrainedRouters | None = field(default=None, repr=False)
     warms: int | None = None
     degraded: dict[str, None] = field(default_factory=dict)
     choices: dict[int, ChoiceTrace] = field(default_factory=dict)
     prompts: int = 0  # prompts seen so far: a completion request may bring several
+
+    def by_expert(self, weights: list[list[float]]) -> list[list[float]]:
+        """Weights of tokens, in manifest order."""
+        return weights if self.seats is None else self.seats.by_expert(weights)
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Some experts' names, in manifest order."""
+        return list(names) if self.seats is None else self.seats.in_order(names)
 
     def summary(self) -> dict[str, Any]:
         """The `decar` object of a response."""
         traces = [self.choices[index] for index in sorted(self.choices)]
         experts = dict.fromkeys(name for trace in traces for name in trace.experts)
         leader = traces[0].leader if traces else None
-        return {"experts": list(experts), "leader": leader, "degraded": list(self.degraded)}
+        return {"experts": self.in_order(experts), "leader": leader, "degraded": list(self.degraded)}
 
     @property
     def only_expert(self) -> int | None:

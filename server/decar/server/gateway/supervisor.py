@@ -61,12 +61,12 @@ class Supervisor:
     async def exchange(
         self, expert: int, patience_s: float, versions: Iterable[Callable[[], object]]
     ) -> list[StartError]:
-        """End an expert's engine and start another one, the others answering meanwhile.
+        """End the engine in an expert's place and start another one, the others answering meanwhile.
 
         Args:
             patience_s: for the requests that it has; then the others go on without it.
             versions: each has the engine of one version started from now on. It is the first that works; where none
-                does, the last is tried on, as for an engine that has died.
+                does, and an expert has the place, the last is tried on, as for an engine that has died.
 
         Returns:
             why those before it did not work.
@@ -88,7 +88,8 @@ class Supervisor:
                     failed.append(error)
                 else:
                     return failed
-            self._dead(expert)
+            if client.experts[expert].seated:
+                self._dead(expert)
         return failed
 
     def _run(self, work: Any) -> None:
@@ -127,15 +128,15 @@ class Supervisor:
         try:
             if time.monotonic() - self._up_since[expert] > LONGEST_WAIT_S:
                 self._waits[expert] = SHORTEST_WAIT_S
-            while not self._client.experts[expert].lives:
+            while self._needs_engine(expert):
                 wait_s = self._waits[expert]
                 self._waits[expert] = min(2 * wait_s, LONGEST_WAIT_S)
                 name = self._client.experts[expert].name
                 logger.error("the engine of expert %r has died: it is started again in %.0f s", name, wait_s)
                 await asyncio.sleep(wait_s)
                 async with self._one_at_a_time[expert]:
-                    if self._client.experts[expert].lives:
-                        return  # it has been exchanged meanwhile
+                    if not self._needs_engine(expert):
+                        return  # it has been exchanged or removed meanwhile
                     try:
                         await self._bring_up(expert)
                     except Exception as error:
@@ -144,6 +145,10 @@ class Supervisor:
                         logger.info("expert %r is back", name)
         finally:
             self._coming_back.discard(expert)
+
+    def _needs_engine(self, expert: int) -> bool:
+        found = self._client.experts[expert]
+        return found.seated and not found.lives
 
     async def _look_for_stuck(self) -> None:
         """By how often it was looked, not by the clock: where all has stood still, nobody is stuck."""

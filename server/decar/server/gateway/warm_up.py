@@ -21,12 +21,12 @@ async def warm_up(client: EnsembleClient, image: Any | None, expert: int | None 
         expert: the one whose engine is new; None: all are.
     """
     experts = len(client.experts)
-    everyone = log_prior([1.0] * experts)
+    everyone = log_prior([float(each.up or k == expert) for k, each in enumerate(client.experts)])
     calls = [Call(everyone, "velocity"), Call(everyone, "logit")]
     calls += [
         Call(everyone, posterior=True, scored=True, prune=prune) for prune in (0.0, 1e-9) if experts > 1
     ]
-    new = range(experts) if expert is None else [expert]
+    new = client.seats.of if expert is None else [expert]
     calls += [Call(log_prior([float(j == k) for j in range(experts)])) for k in new]
     calls = [replace(call, warms=expert) for call in calls]
 

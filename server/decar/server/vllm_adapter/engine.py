@@ -144,16 +144,19 @@ class Starter:
     """Starts the engines of an ensemble, and starts them again.
 
     Args:
-        plans: one per expert; an expert that is exchanged has another one from then on.
+        plans: by place, None where there is no expert; an expert that is exchanged has another one from then on.
         spec: of the plane that they share.
         failures: hears why an engine does not start.
     """
 
-    def __init__(self, plans: list[EnginePlan], spec: PlaneSpec, failures: Failures, disable_log_stats: bool):
+    def __init__(
+        self, plans: list[EnginePlan | None], spec: PlaneSpec, failures: Failures, disable_log_stats: bool
+    ):
         self.plans = plans
         self._spec, self._failures, self._disable_log_stats = spec, failures, disable_log_stats
         self._metrics = SharedMetrics(len(plans))
-        self._cores = _dealt_cores(len(plans))
+        self._experts = [expert for expert, plan in enumerate(plans) if plan is not None]
+        self._cores = _dealt_cores(len(self._experts))  # those that come later share them
 
     async def start(self, expert: int) -> LLMEngine:
         """One expert's engine, in a process of its own.
@@ -165,8 +168,8 @@ class Starter:
         try:
             return await asyncio.to_thread(self._started, expert)
         except Exception as error:
-            reason = self._failures.told([plan.name for plan in self.plans])
-            reason = reason or f"expert {self.plans[expert].name!r}: {reason_of(error)}"
+            names = [plan.name if plan else "" for plan in self.plans]
+            reason = self._failures.told(names) or f"expert {names[expert]!r}: {reason_of(error)}"
             raise StartError(
                 f"an engine did not start: {reason} (the log above has the traceback)"
             ) from error
@@ -178,14 +181,14 @@ class Starter:
             StartError: names the experts whose engines did not start, and why.
         """
         started_at = time.monotonic()
-        logger.info("starting %d engines", len(self.plans))
+        logger.info("starting %d engines", len(self._experts))
 
         async def start(expert: int) -> LLMEngine:
             engine = await self.start(expert)
             started.append(engine)
             return engine
 
-        results = await asyncio.gather(*map(start, range(len(self.plans))), return_exceptions=True)
+        results = await asyncio.gather(*map(start, self._experts), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -193,14 +196,14 @@ class Starter:
         return results  # type: ignore[return-value]  # no errors are among them
 
     def _started(self, expert: int) -> LLMEngine:
-        config = copy.deepcopy(
-            self.plans[expert].config
-        )  # in which an engine's start leaves what it has found
+        plan = self.plans[expert]
+        assert plan is not None, "there is no expert"
+        config = copy.deepcopy(plan.config)  # in which an engine's start leaves what it has found
         config.additional_config = ReportingConfig(
             expert=expert,
             plane=self._spec,
-            cpus=self._cores[expert],
-            devices=self.plans[expert].devices,
+            cpus=self._cores[expert % len(self._cores)],
+            devices=plan.devices,
             gateway_pid=os.getpid(),
             failures=self._failures.address,
         )

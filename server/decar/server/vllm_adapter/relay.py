@@ -75,8 +75,8 @@ class Relay:
         self._thread = thread
         self._relayed: dict[tuple[int, str], RelayedRequest] = {}
         self._broken_off: dict[tuple[int, int], BrokenOff] = {}  # by who is to go on, and ticket
-        self._processors: list[Any] = [None] * len(engines)
-        self._process: list[Any] = [None] * len(engines)
+        self._processors: list[Any] = [None] * len(blocks)
+        self._process: list[Any] = [None] * len(blocks)
         for expert, engine in enumerate(engines):
             self.stand_before(expert, engine)
 
