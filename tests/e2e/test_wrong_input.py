@@ -138,6 +138,18 @@ def test_many_mutated_bodies(duo_server: Server) -> None:
     assert_all_answered(duo_server, mutated("duo", 3_000, SEED))
 
 
+@pytest.mark.soak
+def test_many_mutated_grammars(trio_server: Server) -> None:
+    """Where vLLM chooses what compiles them."""
+    wanted = (b"structured_outputs", b"json_schema", b"tools")
+    requests = [
+        request
+        for request in mutated("trio", 3_000, SEED + 1)
+        if any(word in request.body for word in wanted)
+    ]
+    assert_all_answered(trio_server, requests)
+
+
 USERS_OWN_FAULT: dict[str, tuple[str, Any]] = {
     "structured_outputs is text": ("/v1/completions", {"structured_outputs": "x"}),
     "structured_outputs is a list": ("/v1/chat/completions", {"structured_outputs": [1]}),

@@ -41,6 +41,14 @@ class GrammarChooser:
                 f"structured_outputs cannot be read ({type(error).__name__}: {error})",
                 parameter="structured_outputs",
             ) from None
+        chosen = params.structured_outputs
+        if chosen is not None and chosen._backend == "outlines" and self._config.backend == "auto":
+            # It takes seconds, or fails by how busy an engine is, and goes on in vain with ever more memory.
+            raise VLLMValidationError(
+                "only outlines can compile this schema (patternProperties, with something else that xgrammar lacks), "
+                "and it is used only where --structured-outputs-config names it",
+                parameter="structured_outputs",
+            )
 
 
 class Backends:
