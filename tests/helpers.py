@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -92,7 +93,6 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
-    shared_memory: set[Path] = field(default_factory=set)
 
     @classmethod
     def launch(
@@ -131,7 +131,6 @@ class Server:
         except BaseException:
             server.kill()
             raise
-        server.shared_memory = server._mapped_shared_memory()
         return server
 
     def _is_up(self) -> bool:
@@ -153,31 +152,26 @@ class Server:
                     found.append(process)
         return found
 
-    def _mapped_shared_memory(self) -> set[Path]:
-        """Files that this server's processes keep in shared memory under decar's name."""
-        mapped = set()
-        for process in self.processes():
-            with suppress(OSError):
-                for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-                    path = Path(line.rpartition(" ")[2])
-                    if path.parent == SHARED_MEMORY and path.name.startswith("decar-"):
-                        mapped.add(path)
-        return mapped
+    @property
+    def shared_memory(self) -> set[Path]:
+        """What this server has under /dev/shm."""
+        return set(SHARED_MEMORY.glob(f"decar-*-{self.process.pid}-*"))
 
     def leftovers(self) -> list[str]:
         """What a stopped server has left behind."""
-        return [str(process) for process in self.processes()] + [
-            str(path) for path in sorted(self.shared_memory) if path.exists()
-        ]
+        return [str(process) for process in self.processes()] + [*map(str, sorted(self.shared_memory))]
 
     def stop(self, sent: signal.Signals = signal.SIGTERM) -> int:
         """End the server with ``sent``; return its exit code once nothing of it is left."""
-        self.shared_memory |= self._mapped_shared_memory()
         self.process.send_signal(sent)
+        return self.ended(f"after {sent.name}")
+
+    def ended(self, what: str) -> int:
+        """The exit code of a server that ends, once nothing of it is left."""
         try:
             code = self.process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            raise NeverHappened(f"{sent.name} does not end the server:\n{self.log_tail()}") from None
+            raise NeverHappened(f"the server does not end {what}:\n{self.log_tail()}") from None
         wait_until(
             lambda: not self.leftovers(), STOP_DEADLINE_S, lambda: f"none is left of {self.leftovers()}"
         )
@@ -185,13 +179,12 @@ class Server:
 
     def kill(self) -> None:
         """Make sure that nothing of the server outlives the tests, also when they fail."""
-        self.shared_memory |= self._mapped_shared_memory()
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
         self.process.wait(STOP_DEADLINE_S)
         for path in self.shared_memory:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def log_tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

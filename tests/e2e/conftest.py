@@ -55,8 +55,9 @@ def duo_server(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="session")
 def trio_server(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """K=3: one of another architecture, one with a padded vocabulary."""
-    with running(trio, tmp_path_factory.mktemp("logs") / "trio.log") as server:
+    """K=3: one of another architecture, one with a padded vocabulary. vLLM chooses what compiles a grammar."""
+    flags = (*EXACT, "--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    with running(trio, tmp_path_factory.mktemp("logs") / "trio.log", flags) as server:
         yield server
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,38 @@ def test_the_posterior_knows_code_from_prose_and_the_answer_is_the_mixtures(
         for weights, reference in zip(got.weights, answer.weights, strict=True):
             assert weights == pytest.approx(reference, abs=1e-4)
         assert got.weights[0][trained.experts.index(expert)] > 0.9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_character_of_several_tokens_is_said_as_one_expert_says_it(
+    trained: Reference, demo_server: Server, stream: bool
+) -> None:
+    """'' until it is whole, then it: the tokens of an echoed prompt are the prompt."""
+    text = "A naïve 😀 ≠ é is"
+    assert len(trained.encode("😀")) > 2
+    found = []
+    with demo_server.openai() as client:
+        for model in ("demo", "demo/prose"):
+            asked: dict[str, Any] = {"model": model, "prompt": text, "max_tokens": 3, "temperature": 0}
+            answer = client.completions.create(**asked, echo=True, logprobs=2, stream=stream)
+            choices = [part.choices[0] for part in (answer if stream else [answer])]
+            tokens = [token for choice in choices for token in choice.logprobs.tokens]
+            offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+            found.append((tokens[:-3], offsets[:-2]))
+    assert found[0] == found[1]
+    assert "".join(found[0][0]).removeprefix("<|bos|>") == text
+    assert "" in found[0][0]
+
+
+def test_a_chats_prompt_log_probabilities_spell_it_as_one_expert_does(demo_server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "naïve 😀"}], "prompt_logprobs": 0, "max_tokens": 1}
+    found = []
+    for model in ("demo", "demo/prose"):
+        response = demo_server.http.post("/v1/chat/completions", json={"model": model, **body})
+        entries = response.json()["prompt_logprobs"][1:]
+        found.append([(token, said["decoded_token"]) for entry in entries for token, said in entry.items()])
+    assert found[0] == found[1]
+    assert "naïve 😀" in "".join(text for _, text in found[0])
 
 
 def test_decar_chat_streams_an_answer_and_says_who_spoke(demo_server: Server) -> None:

@@ -57,12 +57,12 @@ def read_whole(client: openai.OpenAI, model: str) -> Any:
 
 
 def test_the_gateway_is_killed(server: Server, duo: Reference) -> None:
+    assert len(server.processes()) > len(duo.experts)
+    assert server.shared_memory
     underway = threading.Barrier(2)
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(read_stream, connected(server), duo.name, underway, None)
         underway.wait(timeout=60)
-        assert len(server.processes()) > len(duo.experts)
-        assert server.shared_memory
         server.process.kill()
         with pytest.raises(openai.APIError):
             stream.result(timeout=60)

@@ -21,9 +21,9 @@ from tests.reference import Reference, mixture_decode, prompt_texts
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 TOKENS = 160
-MIDST = (
-    8  # tokens after which an answer is broken off: a client that reads many streams is behind their server
-)
+MIDST = 8
+"""Tokens of an answer, on the average, after which answers are broken off. They are counted at the server: a client
+that reads many streams is behind it."""
 STUCK_AFTER_S = 8
 BACK_WITHIN_S = 120  # an engine starts within 60 s on an idle machine
 PENALTIES = {"presence_penalty": 0.4, "frequency_penalty": -0.3}
@@ -130,10 +130,8 @@ class Heard:
             self.degraded.append((before, said["degraded"]))
 
 
-async def ask(
-    client: openai.AsyncOpenAI, model: str, kind: Kind, prompt: list[int], underway: asyncio.Semaphore
-) -> Heard:
-    """One request of a kind; a stream of several experts says once to ``underway`` that it is in its midst."""
+async def ask(client: openai.AsyncOpenAI, model: str, kind: Kind, prompt: list[int]) -> Heard:
+    """One request of a kind."""
     extra = {**COMPLETION_EXTRAS, "decar": {**kind.decar, "trace": True}, **kind.extra}
     options = {"max_tokens": TOKENS, "temperature": 0, "logprobs": 1, **kind.options}
     heard = Heard()
@@ -141,36 +139,43 @@ async def ask(
     if not kind.stream:
         heard.add(await create(model=model, prompt=prompt, extra_body=extra, **options))
         return heard
-    said = False
     async for chunk in await create(model=model, prompt=prompt, stream=True, extra_body=extra, **options):
         heard.add(chunk)
-        if not said and kind.decode is not None and len(heard.tokens[0]) > MIDST:
-            said = True
-            underway.release()
     return heard
+
+
+def mixed_tokens(server: Server) -> int:
+    return sum(expert["lockstep"]["mixed_tokens"] for expert in server.ensemble()["experts"])
+
+
+async def all_asked(
+    server: Server,
+    reference: Reference,
+    asked: list[tuple[Kind, list[int]]],
+    signals: list[tuple[int, signal.Signals]],
+) -> list[Heard]:
+    """The answers to all of ``asked`` at once; ``signals`` are sent in their midst."""
+    enough = mixed_tokens(server) + MIDST * len(asked)
+    async with server.async_openai() as client:
+        tasks = [asyncio.create_task(ask(client, reference.name, kind, prompt)) for kind, prompt in asked]
+        try:
+            await asyncio.to_thread(
+                wait_until, lambda: mixed_tokens(server) >= enough, 120, "answers are in their midst", 0.005
+            )
+            for pid, sent in signals:
+                os.kill(pid, sent)
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
 async def all_kinds(
     server: Server, reference: Reference, prompts: list[list[int]], signals: list[tuple[int, signal.Signals]]
 ) -> list[tuple[Kind, list[int], Heard]]:
-    """Every kind with every prompt, at once; ``signals`` are sent when half of those compared are in their midst."""
+    """Every kind with every prompt, at once; ``signals`` are sent in their midst."""
     asked = [(kind, prompt) for kind in KINDS for prompt in prompts]
-    underway = asyncio.Semaphore(0)
-    async with server.async_openai() as client:
-        tasks = [
-            asyncio.create_task(ask(client, reference.name, kind, prompt, underway)) for kind, prompt in asked
-        ]
-        try:
-            async with asyncio.timeout(120):
-                for kind, _ in asked[::2]:
-                    if kind.stream and kind.decode is not None:
-                        await underway.acquire()
-            for pid, sent in signals:
-                os.kill(pid, sent)
-            heard = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+    heard = await all_asked(server, reference, asked, signals)
     return [(kind, prompt, one) for (kind, prompt), one in zip(asked, heard, strict=True)]
 
 
@@ -301,13 +306,8 @@ async def test_two_engines_die_at_once_and_one_answers(server: Server, trio: Ref
 
 async def test_who_wants_nobody_missing_is_told(server: Server, trio: Reference) -> None:
     victim = pid_of(server, "maths")
-    underway = asyncio.Semaphore(0)
-    kind = Kind("fail", {"route": "prior", "on_expert_loss": "fail"}, {})
-    async with server.async_openai() as client:
-        stream = asyncio.create_task(ask(client, trio.name, kind, [5, 6, 7], underway))
-        await underway.acquire()
-        os.kill(victim, signal.SIGKILL)
-        with pytest.raises(openai.APIError, match="maths"):
-            await stream
+    kind = Kind("fail", {"route": "prior", "on_expert_loss": "fail"})
+    with pytest.raises(openai.APIError, match="maths"):
+        await all_asked(server, trio, [(kind, [5, 6, 7])], [(victim, signal.SIGKILL)])
     wait_until_back(server, "maths")
     wait_until(server.is_idle, 30, "nothing is left of that request")

@@ -108,10 +108,10 @@ def test_the_ensemble_describes_itself(duo_server: Server, duo: Reference) -> No
     assert duo_server.health() == 200
 
 
-def test_only_this_user_can_read_the_plane(duo_server: Server) -> None:
-    assert duo_server.shared_memory
+def test_only_this_user_can_read_the_plane_or_speak_to_engines(duo_server: Server) -> None:
+    assert len(duo_server.shared_memory) == 2
     for path in duo_server.shared_memory:
-        assert path.stat().st_mode & 0o777 == 0o600
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600)
 
 
 # ---------------------------------------------------------------------------------------------- chat

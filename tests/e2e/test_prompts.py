@@ -13,7 +13,7 @@ import torch
 
 from tests.e2e.conftest import CHUNK_TOKENS
 from tests.e2e.test_exact import LEAD, LOGPROB_TOLERANCE, RULES, WEIGHT_TOLERANCE, complete_all
-from tests.helpers import SHARED_MEMORY, Server, answer_of, assert_error, by_token_id, wait_until
+from tests.helpers import Server, answer_of, assert_error, by_token_id, wait_until
 from tests.reference import (
     Reference,
     Rule,
@@ -226,14 +226,12 @@ async def test_the_shortest_prompts(duo_server: Server, duo: Reference, prompt: 
 
 
 async def test_scoring_leaves_no_file_behind(duo_server: Server, duo: Reference) -> None:
+    wait_until(duo_server.is_idle, 10, "nothing runs")
+    before = duo_server.shared_memory
     async with duo_server.async_openai() as client:
         await asyncio.gather(*(echo(client, duo.name, p, None) for p in texts(duo, 8, 60)))
         task = asyncio.create_task(echo(client, duo.name, texts(duo, 1, 400)[0], None))
         await asyncio.sleep(0)
         task.cancel()
     wait_until(duo_server.is_idle, 10, "nothing runs")
-    wait_until(
-        lambda: set(SHARED_MEMORY.glob(f"decar-*-{duo_server.process.pid}-*")) <= duo_server.shared_memory,
-        10,
-        "prompt rows are gone",
-    )
+    wait_until(lambda: duo_server.shared_memory <= before, 10, "prompt rows are gone")

@@ -130,6 +130,8 @@ class FakeEngine:
             finished = output.finished
             yield output
 
+    def choose_grammar(self, params: SamplingParams) -> None: ...
+
     async def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 
@@ -147,8 +149,8 @@ class FakeEngine:
 
     def keep_images(self, key: str) -> None: ...
 
-    def texts_of(self, tokens: Sequence[int]) -> list[str]:
-        return [str(token) for token in tokens]
+    def describe(self, described: Any, tokens: Any, logprobs: Any, ranks: Any) -> None:
+        raise NotImplementedError
 
     def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
         return []

@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from decar.router import Ensemble
 from decar.server.gateway import api
 from decar.server.gateway.body import MAX_DEPTH
-from decar.server.gateway.request import ChoiceTrace, current_call, parse_call
+from decar.server.gateway.request import ChoiceTrace, asks_for_counts, current_call, parse_call
 
 from .test_routing import ensemble
 
@@ -50,12 +50,19 @@ async def stream(request: Request) -> StreamingResponse:
     call = current_call.get()
     assert call is not None
 
+    shown = (await request.json()).get("shown", False)
+
     async def events() -> AsyncIterator[str]:
         trace = ChoiceTrace(["code", "prose"], "prose")
         call.choices[0] = trace
-        for i in range(2):
-            trace.weights += [[i / 10, 1 - i / 10]] * (i + 1)
-            yield f"data: {json.dumps({'choices': [{'index': 0, 'text': str(i)}]})}\n\n"
+        counted = asks_for_counts(shown)
+        assert counted is (shown or call.trace)
+        trace.weights += [[i / 10, 1 - i / 10] for i in range(4)]  # the engines are ahead of whoever reads
+        trace.leaders += list("abcd")
+        for count in (0, 1, 1, 3):
+            chunk: dict[str, Any] = {"choices": [{"index": 0, "text": "x"}]}
+            yield f"data: {json.dumps(chunk | ({'usage': {'completion_tokens': count}} if counted else {}))}\n\n"
+        yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': 3}})}\n\n"
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream")
@@ -82,15 +89,23 @@ async def test_a_trace_is_put_on_the_choice(ensemble: Ensemble) -> None:
 
 
 @pytest.mark.parametrize("trace", [True, False])
-async def test_a_stream_says_it_once_and_traces_each_chunk(ensemble: Ensemble, trace: bool) -> None:
+@pytest.mark.parametrize("shown", [True, False])
+async def test_a_stream_says_it_once_and_each_chunk_has_the_weights_of_its_tokens(
+    ensemble: Ensemble, trace: bool, shown: bool
+) -> None:
     async with client_of(ensemble, stream) as client:
-        text = (await client.post("/v1/completions", json={"decar": {"trace": trace}})).text
+        body = {"decar": {"trace": trace}, "shown": shown}
+        text = (await client.post("/v1/completions", json=body)).text
     *events, done = [line.removeprefix("data: ") for line in text.splitlines() if line]
     chunks = [json.loads(event) for event in events]
     assert done == "[DONE]"
-    assert [chunk.get("decar", {}).get("leader") for chunk in chunks] == ["prose", None]
+    assert [chunk.get("decar", {}).get("leader") for chunk in chunks] == ["prose", *[None] * 4]
+    assert ["usage" in chunk for chunk in chunks] == [*[shown] * 4, True]
+    *chunks, _ = chunks
     traced = [chunk["choices"][0].get("decar", {}).get("weights") for chunk in chunks]
-    assert traced == ([[[0.0, 1.0]], [[0.1, 0.9], [0.1, 0.9]]] if trace else [None, None])
+    assert traced == ([[], [[0.0, 1.0]], [], [[0.1, 0.9], [0.2, 0.8]]] if trace else [None] * 4)
+    leaders = [chunk["choices"][0].get("decar", {}).get("leaders") for chunk in chunks]
+    assert leaders == ([[], ["a"], [], ["b", "c"]] if trace else [None] * 4)
 
 
 async def test_a_stream_begins_before_its_first_event(ensemble: Ensemble) -> None:
@@ -127,6 +142,21 @@ async def test_a_bad_decar_is_refused_before_the_app_sees_it(ensemble: Ensemble)
     assert error["param"] == "decar.weights"
     assert error["code"] == 400
     assert "zero or more" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("decar", "param"), [({"trace": True}, "decar.trace"), ({"sampling": "draw"}, "decar.sampling")]
+)
+@pytest.mark.parametrize("asked", [True, "true", 1])
+async def test_what_no_beam_search_can_have_is_refused(
+    ensemble: Ensemble, decar: dict[str, Any], param: str, asked: Any
+) -> None:
+    async with client_of(ensemble, echo) as client:
+        response = await client.post("/v1/completions", json={"decar": decar, "use_beam_search": asked})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+        for value in (False, "false", None, [1], "x"):
+            response = await client.post("/v1/completions", json={"decar": decar, "use_beam_search": value})
+            assert response.status_code == 200
 
 
 @pytest.mark.parametrize("body", [b"{", b"[1]", b"", b'"text"', b"[" * 100])

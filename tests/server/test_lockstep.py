@@ -248,9 +248,13 @@ def test_segments_are_private_and_those_of_dead_gateways_are_removed(plane: Plan
     assert path.stat().st_mode & 0o077 == 0
     prefix = plane.spec.name.split("-")[:2]  # decar, and this pid namespace
     orphan = DIRECTORY / "-".join([*prefix, "4194305", "1", "abcd"])  # beyond the largest pid Linux gives out
+    sockets = DIRECTORY / "-".join([*prefix, "4194305", "1", "ef01"])
     orphan.write_bytes(b"x")
-    assert orphan.name in remove_stale()
+    sockets.mkdir()
+    (sockets / "socket").write_bytes(b"")
+    assert {orphan.name, sockets.name} <= set(remove_stale())
     assert not orphan.exists()
+    assert not sockets.exists()
     assert path.exists(), "a living gateway's segment stays"
     foreign = DIRECTORY / "decar-1-4194305-1-abcd"  # of another container, whose pids mean nothing here
     foreign.write_bytes(b"x")

@@ -22,6 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from decar.server.gateway.api import extend
+from decar.server.gateway.gate import Gate
 from decar.server.gateway.http_server import BoundedHttpProtocol
 from decar.server.gateway.request import current_call
 from decar.server.gateway.routes import OFFERED, REFUSED
@@ -54,7 +55,11 @@ class Broken:
 
 
 def app_of(
-    *keys: str, admin: str | None = None, server: FakeServer | None = None, reloader: Any = None
+    *keys: str,
+    admin: str | None = None,
+    server: FakeServer | None = None,
+    gate: Gate | None = None,
+    reloader: Any = None,
 ) -> FastAPI:
     """An app as vLLM makes it, extended."""
     app = FastAPI()
@@ -99,7 +104,8 @@ def app_of(
         return SimpleNamespace(data=[card])
 
     app.state.openai_serving_models = SimpleNamespace(show_available_models=show)
-    extend(app, (server or FakeServer(0.5, 0.5)).client, reloader, list(keys), admin)
+    client = (server or FakeServer(0.5, 0.5)).client
+    extend(app, client, gate or Gate(), reloader, list(keys), admin)
     return app
 
 

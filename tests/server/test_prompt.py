@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 
 from decar.server.gateway.prompt import PromptScorer
+from decar.server.protocol.member import PromptRows
+from decar.server.protocol.plane import DIRECTORY
+from decar.server.vllm_adapter.engine import describe_prompt
 
 PROMPT = {"prompt_token_ids": [5, 6, 7, 8]}
 SAID = np.array([[-3.0, np.nan], [-1.0, np.nan]]), np.array([-6.0, -1.5])
@@ -105,3 +113,62 @@ async def test_only_those_that_take_part_are_asked_and_learned_from(scorer: Prom
         assert again.scored[1] == (5, -3.0)
     async with scorer.beginning(PROMPT, (0, 1), [9]) as both:
         assert not both.whole
+
+
+class FakeRows:
+    """An engine that writes what is to be one expert's rows of a prompt: float32 [T - 1, V]."""
+
+    def __init__(self, rows: torch.Tensor, tokenizer: Any):
+        self.client, self._rows, self._tokenizer = self, rows, tokenizer
+        self.errored = False
+
+    async def generate(self, prompt: Any, params: SamplingParams, request_id: str) -> AsyncIterator[None]:
+        asked = PromptRows.of(params)
+        assert asked is not None
+        some = self._rows[asked.start : asked.end]
+        file = np.memmap(DIRECTORY / asked.file, np.float32, "r+", shape=tuple(some.shape))
+        file[:] = some.numpy()
+        yield None
+
+    def describe(self, *args: Any) -> None:
+        describe_prompt(self._tokenizer, *args)
+
+
+@pytest.mark.parametrize("text", ["naïve 😀", "a😀😀é", "x\N{FAMILY} ≠ é", "plain"])
+@pytest.mark.parametrize("window_positions", [1, 3, 100])
+@pytest.mark.parametrize("count", [0, 2])
+async def test_a_character_of_several_tokens_is_said_when_it_is_whole(
+    text: str, window_positions: int, count: int
+) -> None:
+    """As vLLM's own output processor says it of one engine's prompt, wherever windows of it end."""
+    tokenizer = bytes_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    vocab_size = len(tokenizer)
+    rows = torch.randn(len(ids) - 1, vocab_size, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    engines: Any = [SimpleNamespace(engine=FakeRows(rows, tokenizer)) for _ in range(2)]
+    scorer = PromptScorer(engines, vocab_size, unit=2)
+    scorer._window_bytes = 4 * vocab_size * len(engines) * window_positions
+    weights = np.log([0.3, 0.7])
+    found, _ = await scorer.log_probs(
+        {"prompt_token_ids": ids}, "r", {}, weights, "velocity", count, posterior=False
+    )
+    best = rows.topk(count, dim=1)
+    tokens = torch.cat([torch.tensor(ids[1:])[:, None], best.indices], dim=1)
+    logprobs = rows.gather(1, tokens)
+    ranks = (rows > logprobs[:, :1]).sum(1) + 1
+    theirs: Any = [None]
+    describe_prompt(tokenizer, theirs, tokens, logprobs, ranks)
+    assert [[(t, e.rank, e.decoded_token) for t, e in (at or {}).items()] for at in found] == [
+        [(t, e.rank, e.decoded_token) for t, e in (at or {}).items()] for at in theirs
+    ]
+    said = [at[token].decoded_token for token, at in zip(ids[1:], found[1:], strict=True) if at]
+    assert "".join(said) == text[1:]
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """Each byte is a token, and nothing else is."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ class Ensemble:
         self.thread = GatewayThread([])
         self.relay = Relay(engines, self.plane.blocks, self.thread)
         self.member = self.new_member()
-        self.relayed = self.relay.begin(OLD, self.member, lambda _: None)
+        self.relayed = self.relay.begin(OLD, self.member, lambda heard: heard + 1)
         params = SamplingParams(detokenize=False, output_kind=kind)
         self.queues = []
         self.kind = kind
@@ -154,7 +155,7 @@ def test_requests_that_nobody_hands_over_pass_through(ensemble: Ensemble) -> Non
 
 def test_tokens_are_told_as_they_come_also_early_ones_and_not_an_end_without_one(ensemble: Ensemble) -> None:
     told: list[int] = []
-    ensemble.relayed.on_tokens = told.append
+    ensemble.relayed.on_tokens = lambda heard: told.append(heard) or heard + 1
     ensemble.says(NEW, [])
     assert told == []
     ensemble.says(OLD, [10])
@@ -164,6 +165,14 @@ def test_tokens_are_told_as_they_come_also_early_ones_and_not_an_end_without_one
     ensemble.says(NEW, [13, 14], FinishReason.LENGTH)
     assert told == [1, 2, 3, 5]
     assert ensemble.heard() == [10, 11, 12, 13, 14]
+
+
+def test_tokens_are_told_when_there_are_as_many_as_were_asked_for(ensemble: Ensemble) -> None:
+    told: list[int] = []
+    ensemble.relayed.on_tokens = lambda heard: told.append(heard) or heard + 3
+    for token in range(8):
+        ensemble.says(OLD, [token])
+    assert told == [1, 4, 7]
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -179,7 +188,7 @@ def test_another_engine_goes_on_with_what_was_broken_off(ensemble: Ensemble, ear
     heard = ensemble.heard()
 
     told: list[int] = []
-    relayed = ensemble.relay.begin(NEW, None, told.append, speech)
+    relayed = ensemble.relay.begin(NEW, None, lambda heard: told.append(heard) or heard + 1, speech)
     params = SamplingParams(
         detokenize=False,
         output_kind=ensemble.kind,
@@ -219,3 +228,43 @@ def test_an_answer_that_nobody_went_on_with_can_be_gone_on_with_by_another(ensem
     assert ensemble.relay.break_off(relayed) is None, "its engine died before it had it"
     assert not ensemble.relay._broken_off
     assert ensemble.relay.begin(OLD, None, None, speech).heard == 1
+
+
+def test_a_follower_that_ends_with_an_error_ends_the_request(ensemble: Ensemble) -> None:
+    """Else its leader would wait for its rows."""
+    ensemble.says(OLD, [10])
+    ensemble.says(NEW, [], FinishReason.ERROR)
+    output = ensemble.queues[OLD].get_nowait()
+    assert output is not None
+    assert output.finished
+    assert output.outputs[0].finish_reason == "error"
+
+
+@pytest.mark.parametrize("prune", [0.0, 0.5])
+def test_it_does_so_too_before_the_leader_has_the_request(prune: float) -> None:
+    ensemble = Ensemble(RequestOutputKind.DELTA)
+    ensemble.relay.forget(ensemble.relayed)
+    relayed = ensemble.relay.begin(OLD, replace(ensemble.new_member(), prune=prune))
+    ensemble.relay.follow(relayed, NEW, "r-1")
+    ensemble.says(NEW, [], FinishReason.ERROR)
+    ensemble.relay.follow(relayed, OLD, "r-0")
+    output = ensemble.queues[OLD].get_nowait()
+    assert output is not None
+    assert output.outputs[0].finish_reason == "error"
+
+
+def test_a_follower_that_ends_as_its_leader_does_adds_no_token(ensemble: Ensemble) -> None:
+    heard: list[int] = []
+
+    def note(count: int) -> int:
+        heard.append(count)
+        return 0
+
+    ensemble.relay.forget(ensemble.relayed)
+    ensemble.relayed = ensemble.relay.begin(OLD, replace(ensemble.new_member(), prune=0.0), note)
+    for expert in (OLD, NEW):
+        ensemble.relay.follow(ensemble.relayed, expert, f"r-{expert}")
+    ensemble.says(NEW, [10], FinishReason.LENGTH)
+    ensemble.says(OLD, [10], FinishReason.LENGTH)
+    assert ensemble.heard() == [10]
+    assert heard == [1]

@@ -121,3 +121,12 @@ async def test_an_engine_that_gets_on_or_has_nothing_to_do_is_left_alone(watched
         if does == "gets-on":
             watched.server.plane.blocks[A].beat()
     assert not engine.errored
+
+
+async def test_nobody_is_brought_back_when_the_server_stops(watched: Watched) -> None:
+    watched.server.engines[A].die()
+    watched.supervisor.stop()
+    watched.server.engines[B].die()
+    await watched.settle()
+    assert watched.started == []
+    assert not watched.client.experts[A].lives

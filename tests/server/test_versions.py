@@ -84,11 +84,11 @@ def test_the_cpu_build_counts_where_there_is_no_other(monkeypatch: pytest.Monkey
 
 
 def test_names_that_moved_are_imported_from_where_they_are() -> None:
-    from decar.server.vllm_adapter.versions import serve_http
+    from decar.server.vllm_adapter.versions import build_app
 
-    assert serve_http.__name__ == "serve_http"
-    home = versions.home_of("serve_http", versions.installed_version() or "")
-    assert serve_http.__module__ == home
+    assert build_app.__name__ == "build_app"
+    home = versions.home_of("build_app", versions.installed_version() or "")
+    assert build_app.__module__ == home
 
 
 def test_other_names_are_not_there() -> None:

@@ -62,6 +62,12 @@ def serve(
             min=1.0, help="Seconds without a step after which an engine is ended and started again."
         ),
     ] = 30.0,
+    shutdown_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Seconds that running requests have left when the server is told to stop."
+        ),
+    ] = 30.0,
     admin_key: Annotated[
         str | None,
         typer.Option(
@@ -98,6 +104,7 @@ def serve(
         allow_untested_vllm,
         min_experts=min_experts,
         engine_timeout_s=engine_timeout,
+        shutdown_timeout_s=shutdown_timeout,
         admin_key=admin_key,
         reload_timeout_s=reload_timeout,
         max_experts=max_experts,

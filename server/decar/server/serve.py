@@ -10,20 +10,29 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 from argparse import Namespace
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from decar.router import Ensemble, Reading
 from decar.router.errors import StartError
 from decar.router.manifest import MAX_EXPERTS
 from decar.server.placement import CPU_KV_BYTES, Place, check_memory, exchanged, place, visible_gpus
 from decar.server.protocol.machine import check_memory_order
-from decar.server.protocol.plane import Plane, prompt_unit, remove_stale
+from decar.server.protocol.plane import (
+    DIRECTORY,
+    Plane,
+    make_folder,
+    prompt_unit,
+    remove_all_of,
+    remove_stale,
+)
 from decar.server.vllm_adapter.versions import check_version
 
 if TYPE_CHECKING:
@@ -43,11 +52,12 @@ def serve(
     allow_untested_vllm: bool = False,
     min_experts: int = 1,
     engine_timeout_s: float = 30.0,
+    shutdown_timeout_s: float = 30.0,
     admin_key: str | None = None,
     reload_timeout_s: float = 30.0,
     max_experts: int | None = None,
 ) -> None:
-    """Serve the ensemble in ``directory`` until SIGINT or SIGTERM.
+    """Serve the ensemble in ``directory`` until SIGINT or SIGTERM, and the requests that run then to their end.
 
     Args:
         flags: vLLM's own server and engine flags, given to every engine.
@@ -55,6 +65,7 @@ def serve(
         allow_untested_vllm: go on with a vLLM of any version.
         min_experts: how many have to live for /health to say that the ensemble is served.
         engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
+        shutdown_timeout_s: for requests that run when the server is told to stop.
         admin_key: shows paths and processes to whoever gives it, and reloads; None: nobody sees them.
         reload_timeout_s: how long running answers are waited for before an expert is exchanged.
         max_experts: how many there is room for, those included that a reload may add; None: for those that there are.
@@ -89,43 +100,37 @@ def serve(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     with bound_socket(args) as sock:
         for name in remove_stale():
-            logger.warning("removed shared memory %s of a server that is gone", name)
-        uvloop.run(
-            _serve(
-                reading,
-                args,
-                sock,
-                placement,
-                min_experts,
-                engine_timeout_s,
-                admin_key,
-                reload_timeout_s,
-                max_experts,
-            )
-        )
+            logger.warning("removed %s of a server that is gone", DIRECTORY / name)
+        sockets = make_folder()
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(sockets))
+        try:
+            running = _running_ensemble(ensemble, args, placement, min_experts, engine_timeout_s, max_experts)
+            uvloop.run(_serve(running, reading, args, sock, shutdown_timeout_s, admin_key, reload_timeout_s))
+        finally:
+            remove_all_of(sockets.name)
 
 
 async def _serve(
+    running: AbstractAsyncContextManager[tuple[EnsembleClient, Supervisor, Engines]],
     reading: Reading,
     args: Namespace,
     sock: socket.socket,
-    placement: str | None,
-    min_experts: int,
-    engine_timeout_s: float,
+    shutdown_timeout_s: float,
     admin_key: str | None,
     reload_timeout_s: float,
-    max_experts: int,
 ) -> None:
     from decar.server.gateway.api import extend
+    from decar.server.gateway.gate import Gate
     from decar.server.gateway.http_server import BoundedHttpProtocol
     from decar.server.gateway.reload import Reloader
-    from decar.server.gateway.request import model_ids
+    from decar.server.gateway.request import asks_for_counts, model_ids
+    from decar.server.gateway.signals import told_to_stop
     from decar.server.vllm_adapter.app import api_keys, listen, name_models, openai_app
 
-    running = _running_ensemble(reading.ensemble, args, placement, min_experts, engine_timeout_s, max_experts)
     async with running as (client, supervisor, engines):
+        gate = Gate()
         keys = api_keys(args, admin_key)
-        app = await openai_app(client, args)
+        app = await openai_app(client, args, asks_for_counts)
         reloader = Reloader(
             client,
             supervisor,
@@ -136,12 +141,28 @@ async def _serve(
             tell=lambda ensemble: name_models(app, model_ids(ensemble)),
             patience_s=reload_timeout_s,
         )
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.reload_soon)
-        extend(app, client, reloader, keys, admin_key)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, reloader.reload_soon)
+        extend(app, client, gate, reloader, keys, admin_key)
+
+        async def until_drained() -> None:
+            await told_to_stop(partial(_end_now, client.plane.spec.name))
+            logger.info("told to stop: %d requests have %.0f s left", gate.running, shutdown_timeout_s)
+            loop.remove_signal_handler(signal.SIGHUP)
+            supervisor.stop()
+            await gate.drain(shutdown_timeout_s)
+
         host, port = sock.getsockname()[:2]
-        print(f"decar: {reading.ensemble.name} listens on http://{host}:{port}/v1", flush=True)
-        stopped = await listen(app, args, sock, BoundedHttpProtocol)
-    await stopped
+        print(f"decar: {client.ensemble.name} listens on http://{host}:{port}/v1", flush=True)
+        await listen(app, args, sock, BoundedHttpProtocol, until_drained())
+
+
+def _end_now(name: str) -> NoReturn:
+    """End all processes, and remove all that this one has made, ``name`` included."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    remove_all_of(name)
+    os._exit(1)
 
 
 @contextlib.asynccontextmanager
@@ -153,7 +174,8 @@ async def _running_ensemble(
     engine_timeout_s: float,
     max_experts: int,
 ) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
-    """The gateway, over engines that are warm; stopped, with their memory given back, on the way out."""
+    """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
+    out."""
     from decar.server.gateway.admission import check_tokenizer
     from decar.server.gateway.supervisor import Supervisor
     from decar.server.gateway.warm_up import warm_up
@@ -196,9 +218,10 @@ async def _running_ensemble(
         supervisor = Supervisor(client, engines.starter.start, image, engine_timeout_s)
         supervisor.watch()
         try:
-            yield client, supervisor, engines  # vLLM's server shuts the client down when it is told to stop
+            yield client, supervisor, engines
         finally:
             supervisor.stop()
+            client.shutdown(timeout=0)
     finally:
         failures.close()
         for engine in started:

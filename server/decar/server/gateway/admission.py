@@ -96,18 +96,20 @@ class Admission:
                 )
 
 
-def check_grammar(params: SamplingParams, output: RequestOutput) -> None:
+def refuse_failed(params: SamplingParams, output: RequestOutput) -> None:
     """
     Raises:
-        VLLMValidationError: an engine has ended a request because its grammar does not compile.
+        VLLMValidationError: an engine has ended a request because its grammar does not compile, or allows no token.
+        RuntimeError: or for another reason.
     """
-    if params.structured_outputs is not None and any(
-        part.finish_reason == "error" for part in output.outputs
-    ):
-        raise VLLMValidationError(
-            "the grammar that structured_outputs, response_format or tools ask for cannot be compiled",
-            parameter="structured_outputs",
-        )
+    if all(part.finish_reason != "error" for part in output.outputs):
+        return
+    if params.structured_outputs is None:
+        raise RuntimeError("an engine has ended a request with an error")
+    raise VLLMValidationError(
+        "the grammar that structured_outputs, response_format or tools ask for cannot be compiled, or allows nothing",
+        parameter="structured_outputs",
+    )
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

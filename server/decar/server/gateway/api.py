@@ -6,11 +6,13 @@ Without a trace the object is spliced in front of the first brace, so that nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import pydantic
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -24,23 +26,30 @@ from decar.router.errors import DecarError, RequestError
 from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, with_length
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
-from decar.server.gateway.errors import error_response, http_error
-from decar.server.gateway.middleware import ArrivalMiddleware, GuardMiddleware, KeyMiddleware, is_admin
+from decar.server.gateway.errors import error_response, http_error, unavailable
+from decar.server.gateway.gate import Gate, GateMiddleware
+from decar.server.gateway.middleware import (
+    ArrivalMiddleware,
+    GuardMiddleware,
+    KeyMiddleware,
+    has_begun,
+    is_admin,
+)
 from decar.server.gateway.reload import Reloader, ReloadRunning
 from decar.server.gateway.request import Call, current_call
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
 
 logger = logging.getLogger("decar")
+_BOOL = pydantic.TypeAdapter(bool)
 
 ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
 MAX_BODY_BYTES = 32 * 2**20
-RETRY_AFTER_S = 10
-"""When to ask again for an expert that is down: an engine takes about as long to start, and longer on a CPU."""
 
 
 def extend(
     app: FastAPI,
     client: EnsembleClient,
+    gate: Gate,
     reloader: Reloader,
     keys: Sequence[str],
     admin_key: str | None = None,
@@ -48,6 +57,7 @@ def extend(
     """Add decar's routes and middleware to vLLM's ``app``.
 
     Args:
+        gate: lets requests in.
         keys: all but /health needs one of them, or the admin's; none: nobody is asked.
         admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
     """
@@ -63,6 +73,7 @@ def extend(
     cors = [middleware for middleware in app.user_middleware if middleware.cls is CORSMiddleware]
     app.user_middleware[:] = [
         *cors,
+        Middleware(GateMiddleware, gate=gate),
         Middleware(GuardMiddleware, handler=app.exception_handlers.get(Exception)),
         Middleware(ArrivalMiddleware, thread=client.thread),
         Middleware(KeyMiddleware, tokens=keys, admin=admin_key),
@@ -201,9 +212,11 @@ class DecarMiddleware:
                 call = self.served.call_of(_text(fields.get("model")), fields.pop("decar", None))
             except RequestError as error:
                 return await error_response(str(error), 400, error.param)(scope, receive, send)
-            if call.trace and fields.get("use_beam_search"):
-                message = "decar.trace cannot follow a beam search: leave one of them out"
-                return await error_response(message, 400, "decar.trace")(scope, receive, send)
+            call.beams = path in ANNOTATED_PATHS and _is_true(fields.get("use_beam_search"))
+            if call.beams and (call.trace or call.draw):
+                field = "decar.trace" if call.trace else "decar.sampling"
+                message = f"{field} cannot follow a beam search: leave one of them out"
+                return await error_response(message, 400, field)(scope, receive, send)
             current_call.set(call)
             body = json.dumps(fields).encode()
             if path in ANNOTATED_PATHS:
@@ -215,25 +228,16 @@ class DecarMiddleware:
 
         vLLM looks at a body in many places before it knows the types of what is in it.
         """
-        begun = False
-
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send)
         except (OSError, MemoryError):
             raise
         except ExpertDown as down:
-            if begun:
+            if has_begun(scope):
                 raise  # a stream ends with an event
-            response = error_response(str(down), 503, None, "ServiceUnavailableError")
-            response.headers["Retry-After"] = str(RETRY_AFTER_S)
-            await response(scope, receive, send)
+            await unavailable(str(down))(scope, receive, send)
         except Exception as error:
-            if begun or (call is not None and call.prompts):
+            if has_begun(scope) or (call is not None and call.prompts):
                 raise
             reason = f"{type(error).__name__}: {error}"
             logger.warning("%s is refused: vLLM cannot read it (%s)", scope["path"], reason)
@@ -252,14 +256,18 @@ class _Annotated:
         self._degraded = 0  # experts whose loss the client knows of
 
     async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] == 200:
-            headers = dict(message["headers"])
+        if message["type"] == "http.response.body" and self._stream:
+            body = message.get("body", b"")
+            event = self._event(body)
+            if event is not body:
+                message = {**message, "body": event}
+        elif message["type"] == "http.response.start":
+            self._start = None
+            headers = dict(message["headers"]) if message["status"] == 200 else {}
             self._stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-            if not self._stream:  # a stream's client reads the headers while the engines compute
+            if headers and not self._stream:  # a stream's client reads the headers while the engines compute
                 self._start = message
                 return
-        elif message["type"] == "http.response.body" and self._stream:
-            message = {**message, "body": self._event(message.get("body", b""))}
         elif message["type"] == "http.response.body" and self._start is not None:
             start, self._start = self._start, None
             body = self._object(message.get("body", b""))
@@ -276,7 +284,7 @@ class _Annotated:
             return body
         if not self._call.trace:
             return self._spliced(body)
-        return json.dumps(self._traced(json.loads(body), once=True)).encode()
+        return json.dumps(self._traced(json.loads(body), None, once=True)).encode()
 
     def _event(self, body: bytes) -> bytes:
         if not body.startswith(b"data: {") or body.startswith(b'data: {"error"'):
@@ -284,27 +292,47 @@ class _Annotated:
         known = self._summary_sent and self._degraded == len(self._call.degraded)
         self._summary_sent, self._degraded = True, len(self._call.degraded)
         if self._call.trace:
-            data = self._traced(json.loads(body.removeprefix(b"data: ")), once=not known)
+            data = json.loads(body.removeprefix(b"data: "))
+            data = self._traced(data, self._counted(data), once=not known)
             return b"data: " + json.dumps(data).encode() + b"\n\n"
         return body if known else b"data: " + self._spliced(body.removeprefix(b"data: "))
 
     def _spliced(self, body: bytes) -> bytes:
         return b'{"decar":' + json.dumps(self._call.summary()).encode() + b"," + body[1:]
 
-    def _traced(self, data: dict[str, Any], once: bool) -> dict[str, Any]:
-        """``data`` with the weights of tokens that no earlier chunk has carried."""
+    def _counted(self, data: dict[str, Any]) -> int:
+        """How many tokens a chunk's choice has by now; vLLM says so for us, unless the client wants to know too."""
+        usage = data.get("usage") or {}
+        if data.get("choices") and not self._call.counts_shown:
+            data.pop("usage", None)
+        return int(usage.get("completion_tokens", 0))
+
+    def _traced(self, data: dict[str, Any], count: int | None, once: bool) -> dict[str, Any]:
+        """``data`` with the weights of tokens that no earlier chunk has carried.
+
+        Args:
+            count: tokens that the choice of a chunk has by now; None: all.
+        """
         for choice in data.get("choices") or []:
             trace = self._call.choices.get(choice.get("index"))
             delta = choice.get("delta") or {}
             announces = "role" in delta and not delta.get("content") and not choice.get("finish_reason")
             if trace is not None and not announces:  # a stream's first chunk names the role, and has no token
+                new = slice(trace.sent, count)
                 choice["decar"] = {
-                    "weights": self._call.by_expert(trace.weights[trace.sent :]),
-                    "leaders": trace.leaders[trace.sent :],
+                    "weights": self._call.by_expert(trace.weights[new]),
+                    "leaders": trace.leaders[new],
                     "active": self._call.in_order(trace.experts),
                 }
-                trace.sent = len(trace.weights)
+                trace.sent = max(trace.sent, count or 0)
         return {**data, "decar": self._call.summary()} if once else data
+
+
+def _is_true(value: Any) -> bool:
+    """Whether vLLM takes ``value`` for true; what it takes for nothing, it refuses."""
+    with contextlib.suppress(pydantic.ValidationError):
+        return _BOOL.validate_python(value)
+    return False
 
 
 def _text(value: Any) -> str | None:

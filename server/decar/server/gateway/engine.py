@@ -10,11 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from vllm.engine.protocol import EngineClient
+from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
 from decar.server.protocol.member import Member
+
+PromptLogprobs = list[dict[int, Logprob] | None]
 
 
 class OutputQueue(Protocol):
@@ -67,6 +71,14 @@ class Engine(Protocol):
         """
         ...
 
+    def choose_grammar(self, params: SamplingParams) -> None:
+        """Check the grammar of ``params``, and note there what compiles it in every engine. May take seconds.
+
+        Raises:
+            VLLMValidationError: nothing does.
+        """
+        ...
+
     async def cancel(self, request_id: str) -> None:
         """End the request of an `OutputQueue`'s id, also one that its engine alone still knows; quiet if it is dead."""
         ...
@@ -91,8 +103,19 @@ class Engine(Protocol):
         """Have this engine's renderer keep a prompt's images [N], as PIL has them, in the prompts that it makes."""
         ...
 
-    def texts_of(self, tokens: Sequence[int]) -> list[str]:
-        """Each token [T] alone as text, as log-probabilities show it."""
+    def describe(
+        self,
+        described: PromptLogprobs,
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        ranks: torch.Tensor,
+    ) -> None:
+        """Say of a prompt's next T positions what a response says of them, after those that are ``described``.
+
+        Args:
+            tokens, logprobs: [T, 1 + N]: the prompt's own token, and the best ones.
+            ranks: [T], of the prompt's own.
+        """
         ...
 
     def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
@@ -101,26 +124,15 @@ class Engine(Protocol):
 
 
 class NoEngine:
-    """In a place that no expert has had yet: a dead one."""
+    """In a place that no expert has had yet: what is asked of an engine that is dead."""
 
     errored = True
-    pid = 0
 
     def __init__(self) -> None:
         self.client: Any = self
         self.cores: set[int] = set()
 
-    async def submit(
-        self, request_id: str, prompt: Any, params: SamplingParams, **kwargs: Any
-    ) -> OutputQueue:
-        raise self.dead_error()
-
-    async def cancel(self, request_id: str) -> None: ...
-
     async def died(self) -> None: ...
-
-    def dead_error(self) -> Exception:
-        return RuntimeError("there is no engine")
 
     def has_work(self) -> bool:
         return False
@@ -128,14 +140,6 @@ class NoEngine:
     def end(self) -> None: ...
 
     def shutdown(self, timeout: float | None = None) -> None: ...
-
-    def keep_images(self, key: str) -> None: ...
-
-    def texts_of(self, tokens: Sequence[int]) -> list[str]:
-        raise self.dead_error()
-
-    def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
-        return ()
 
 
 @dataclass
@@ -189,20 +193,21 @@ class Relay(Protocol):
         self,
         leader: int,
         member: Member | None = None,
-        on_tokens: Callable[[int], None] | None = None,
+        on_tokens: Callable[[int], int] | None = None,
         speech: Speech | None = None,
     ) -> Any:
         """A request that ``leader`` is about to be given, alone or as a ``member`` whose leader may change.
 
         Args:
-            on_tokens: is told, as tokens come, how many there are by now, also where the user gets only the whole
-                answer.
+            on_tokens: is told, as the first tokens come, how many there are by now, also where the user gets only the
+                whole answer; gives the number to be told of next.
             speech: what has been said of the answer before, to be gone on with.
         """
         ...
 
     def follow(self, relayed: Any, expert: int, request_id: str) -> None:
-        """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
+        """From now on, give the user what ``expert`` says as a leader, after what those before it said; and an error
+        that it ends the request with, also as a follower."""
         ...
 
     def speaks(self, relayed: Any, expert: int) -> bool:

@@ -19,8 +19,9 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import Ensemble, active_experts, moved_on, restricted
-from decar.server.gateway.admission import Admission, check_drawable, check_grammar
+from decar.server.gateway.admission import Admission, check_drawable, refuse_failed
 from decar.server.gateway.all_engines import AllEngines
+from decar.server.gateway.beams import Beam, beam_of
 from decar.server.gateway.core_policy import CorePolicy
 from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
 from decar.server.gateway.leaders import Leaders
@@ -55,6 +56,7 @@ class Asked:
         kwargs: what vLLM passes through to an engine as it is.
         slot: of a choice, once it has needed one; kept until it ends.
         speech: what has been said of a choice's answer, where an expert has been lost.
+        beam: whose next token this is, in a beam search.
     """
 
     call: Call
@@ -65,6 +67,7 @@ class Asked:
     kwargs: dict[str, Any]
     slot: int | None = None
     speech: Speech | None = None
+    beam: Beam | None = None
 
     @property
     def spoken(self) -> Sequence[int]:
@@ -169,9 +172,14 @@ class EnsembleClient(AllEngines):
             check_drawable(sampling_params)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
-        return self._answer(Asked(call, first_choice, prompt, sampling_params, request_id, kwargs))
+        asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs)
+        if call.beams:
+            asked.beam = beam_of(call, prompt)
+        return self._answer(asked)
 
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
+        if asked.params.structured_outputs is not None:
+            await asyncio.to_thread(self.experts[0].engine.choose_grammar, asked.params)
         only = asked.call.only_expert
         if only is not None:
             self._of_living(asked.call, asked.call.log_weights)
@@ -192,7 +200,6 @@ class EnsembleClient(AllEngines):
             outputs = choices[0] if len(choices) == 1 else merged(choices, asked.params)
         try:
             async for output in outputs:
-                check_grammar(asked.params, output)
                 output.request_id = asked.request_id
                 if prompt_logprobs is not None:
                     output.prompt_logprobs = prompt_logprobs
@@ -226,8 +233,9 @@ class EnsembleClient(AllEngines):
         async with contextlib.AsyncExitStack() as kept:
             while True:
                 try:
-                    outputs = self._attempt(asked, log_weights, uniform, scored, kept)
-                    async with contextlib.aclosing(outputs):
+                    async with contextlib.AsyncExitStack() as attempt:
+                        outputs = await self._attempt(asked, log_weights, uniform, scored, kept, attempt)
+                        attempt.push_async_callback(outputs.aclose)
                         async for output in outputs:
                             yield output
                     return
@@ -243,29 +251,36 @@ class EnsembleClient(AllEngines):
         uniform: float | None,
         scored: bool,
         kept: contextlib.AsyncExitStack,
+        attempt: contextlib.AsyncExitStack,
     ) -> AsyncGenerator[RequestOutput, None]:
         """What the experts that live say from here on; what has been said counts as scored text does.
 
+        It is returned, not passed on: every generator on a token's way costs each token.
+
+        Args:
+            attempt: is left when that has been read.
+
         Raises:
-            ExpertLost: one of them is.
+            ExpertLost: one of them is, here or in what is returned.
             ExpertDown: none of them may answer.
             _OtherEngines: not all of them are those that it began with.
         """
-        call = asked.call
+        call, beam, budget = asked.call, asked.beam, asked.call.prune
+        answered = 0 if beam is None else len(beam.spoken)  # tokens of the prompt that count as the answer's
+        if beam is not None and beam.before is not None and not self._missing(call, beam.before.log_weights):
+            log_weights, budget, scored, answered = beam.before.log_weights, beam.before.budget, False, 1
         log_weights = self._of_living(call, log_weights)
         active = active_experts(log_weights)
         if len(active) == 1:
-            outputs = self._alone(asked, active[0])
-        elif scored:
-            outputs = self._scored(asked, log_weights, uniform, kept)
-        elif call.posterior and asked.spoken:
-            known = [(len(tokens_of(asked.prompt)), 0.0)] * len(self.experts)
-            outputs = self._mixed(asked, log_weights, call.prune, uniform, kept, known)
-        else:
-            outputs = self._weighted(asked, log_weights, uniform, kept)
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                yield output
+            if beam is not None:
+                beam.weigh(log_weights, budget)
+            return self._alone(asked, active[0])
+        if scored:
+            return await self._scored(asked, log_weights, uniform, kept, attempt)
+        if call.posterior and (answered or asked.spoken):
+            known = [(len(tokens_of(asked.prompt)) - answered, 0.0)] * len(self.experts)
+            return self._mixed(asked, log_weights, budget, uniform, kept, known)
+        return self._weighted(asked, log_weights, uniform, kept)
 
     def _go_on_without(self, asked: Asked, expert: int) -> None:
         """
@@ -285,16 +300,20 @@ class EnsembleClient(AllEngines):
         Raises:
             ExpertDown: none of those with weight lives, or the user wants no answer without them.
         """
-        weighed = active_experts(log_weights)
-        missing = [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
+        missing = self._missing(call, log_weights)
         if not missing:
             return log_weights
         call.degraded.update(dict.fromkeys(self.experts[k].name for k in missing))
-        if len(missing) == len(weighed) or call.on_expert_loss == "fail":
+        if len(missing) == len(active_experts(log_weights)) or call.on_expert_loss == "fail":
             raise self._down(missing)
         rest = np.array(log_weights)
         rest[missing] = -np.inf
         return rest - np.logaddexp.reduce(rest)
+
+    def _missing(self, call: Call, log_weights: np.ndarray) -> list[int]:
+        """Those of the experts with weight that do not live."""
+        weighed = active_experts(log_weights)
+        return [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
 
     def _down(self, experts: Sequence[int]) -> ExpertDown:
         names = ", ".join(repr(self.experts[k].name) for k in experts)
@@ -308,9 +327,13 @@ class EnsembleClient(AllEngines):
         From here on, ``asked`` does not ask for that any more.
         """
         call, log_weights = asked.call, asked.call.log_weights
-        if call.router is not None:
+        if asked.beam is not None and asked.beam.search.start is not None:
+            log_weights = asked.beam.search.start
+        elif call.router is not None:
             routers = call.trained_routers or self.trained_routers
             log_weights = await routers.log_weights(asked.prompt, call.router)
+            if asked.beam is not None:
+                asked.beam.search.start = log_weights
         count = asked.params.prompt_logprobs
         if count is None:
             return log_weights, None
@@ -332,41 +355,40 @@ class EnsembleClient(AllEngines):
                 return after, prompt_logprobs
 
     async def _scored(
-        self, asked: Asked, log_weights: np.ndarray, uniform: float | None, kept: contextlib.AsyncExitStack
+        self,
+        asked: Asked,
+        log_weights: np.ndarray,
+        uniform: float | None,
+        kept: contextlib.AsyncExitStack,
+        attempt: contextlib.AsyncExitStack,
     ) -> AsyncGenerator[RequestOutput, None]:
         """One choice whose text moves the weights: at once where experts have scored it before, else as they
         compute it."""
         active = active_experts(log_weights)
-        async with self._scorer.beginning(asked.prompt, active, asked.spoken) as beginning:
-            if beginning.whole:
-                log_weights = moved_on(log_weights, beginning.log_likelihoods)
-                outputs = self._weighted(asked, log_weights, uniform, kept)
-            else:
-                prune = asked.call.prune
-                outputs = self._mixed(
-                    asked, log_weights, prune, uniform, kept, beginning.scored, beginning.learn
-                )
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    yield output
+        beginning = await attempt.enter_async_context(
+            self._scorer.beginning(asked.prompt, active, asked.spoken)
+        )
+        if beginning.whole:
+            log_weights = moved_on(log_weights, beginning.log_likelihoods)
+            return self._weighted(asked, log_weights, uniform, kept)
+        prune = asked.call.prune
+        return self._mixed(asked, log_weights, prune, uniform, kept, beginning.scored, beginning.learn)
 
     # --- route --------------------------------------------------------------------------------------------
 
-    async def _weighted(
+    def _weighted(
         self, asked: Asked, log_weights: np.ndarray, uniform: float | None, kept: contextlib.AsyncExitStack
     ) -> AsyncGenerator[RequestOutput, None]:
         """One choice whose weights [K] are known."""
         call = asked.call
         log_weights, budget = restricted(log_weights, call.top_k, call.prune, uniform)
+        if asked.beam is not None:
+            asked.beam.weigh(log_weights, budget)
         active = active_experts(log_weights)
         if len(active) == 1:
-            outputs = self._alone(asked, active[0])
-        else:
-            # weights that do not move have been pruned already
-            outputs = self._mixed(asked, log_weights, budget if call.posterior else 0.0, None, kept)
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                yield output
+            return self._alone(asked, active[0])
+        # weights that do not move have been pruned already
+        return self._mixed(asked, log_weights, budget if call.posterior else 0.0, None, kept)
 
     async def _alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
         """One expert is active: plain vLLM, no plane.
@@ -415,6 +437,7 @@ class EnsembleClient(AllEngines):
         produced = [start] * asked.params.n
         try:
             async for output in outputs:
+                refuse_failed(asked.params, output)
                 for completion in output.outputs:
                     index = completion.index
                     news = produced_by(completion, asked.params, produced[index]) - produced[index]
@@ -454,6 +477,8 @@ class EnsembleClient(AllEngines):
             _OtherEngines: while a slot was waited for, one of them has been ended or exchanged.
         """
         call, active, start = asked.call, active_experts(log_weights), len(asked.spoken)
+        if asked.beam is not None and scored is not None:
+            learn = asked.beam.learning(log_weights, budget, scored, learn)
         self.thread.arrived()
         if asked.slot is None:
             before = [self.experts[k].engine for k in active]
@@ -483,14 +508,14 @@ class EnsembleClient(AllEngines):
         trace = call.choices.setdefault(asked.first_choice, trace)
         reader = WeightsReader(self.plane, member, [expert.name for expert in self.experts], start)
 
-        def keep_up(produced: int) -> None:
-            """The first token says what experts have found of a new text."""
+        def keep_up(produced: int) -> int:
+            """The first token says what experts have found of a new text; later ones let leaders go on."""
             nonlocal learn
             if learn is not None:
                 fields = self.plane.fields
                 learn(fields["prompt_sums"][:, slot], fields["prompt_sum"][:, slot])
                 learn = None
-            reader.keep_up(produced)
+            return reader.keep_up(produced)
 
         relayed = self._relay.begin(leader, member, keep_up, asked.speech)
         queues: dict[int, OutputQueue] = {}
@@ -517,6 +542,7 @@ class EnsembleClient(AllEngines):
                 self.thread.hurry(slot, streams or member.may_release)
                 while not finished:
                     output = await hearing.next()
+                    refuse_failed(asked.params, output)
                     finished = output.finished
                     produced = produced_by(output.outputs[0], asked.params, produced)
                     self.thread.hurry(slot, member.may_release or produced == start)
@@ -550,8 +576,7 @@ class EnsembleClient(AllEngines):
         for k in self._core_policy.in_order(member.active, leader):
             params = params_of(k, member, asked.params, asked.speech)
             queues[k] = await self._submit(asked, k, params, arrival_time=arrival_s)
-            if member.may_release or k == leader:
-                self._relay.follow(relayed, k, queues[k].request_id)
+            self._relay.follow(relayed, k, queues[k].request_id)
 
     async def _submit(self, asked: Asked, expert: int, params: SamplingParams, **more: Any) -> OutputQueue:
         """Give the request to one expert's engine.

@@ -23,6 +23,17 @@ def error_response(
     return JSONResponse(error_body(message, status, param, kind), status_code=status)
 
 
+RETRY_AFTER_S = 10
+"""When to ask again for what is being started: an engine takes about as long, and longer on a CPU."""
+
+
+def unavailable(message: str, retry_after_s: int = RETRY_AFTER_S) -> JSONResponse:
+    """An answer that says to ask again."""
+    response = error_response(message, 503, None, "ServiceUnavailableError")
+    response.headers["Retry-After"] = str(retry_after_s)
+    return response
+
+
 async def http_error(_: Request, error: Exception) -> JSONResponse:
     """Unknown routes, wrong methods and unreadable bodies in the form of every other error."""
     assert isinstance(error, HTTPException)

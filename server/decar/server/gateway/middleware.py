@@ -19,6 +19,8 @@ from decar.server.protocol.cores import GatewayThread
 
 logger = logging.getLogger("decar")
 
+BEGUN = "decar_begun"  # in a request's state
+
 ErrorHandler = Callable[[Request, Any], Response | Awaitable[Response]]
 
 
@@ -39,11 +41,13 @@ class GuardMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        begun = whole = False
+        whole = False
+        state = scope.setdefault("state", {})
+        state[BEGUN] = False
 
         async def watched(message: Message) -> None:
-            nonlocal begun, whole
-            begun = True
+            nonlocal whole
+            state[BEGUN] = True
             await send(message)
             whole = message["type"] == "http.response.body" and not message.get("more_body")
 
@@ -51,7 +55,7 @@ class GuardMiddleware:
             await self.app(scope, receive, watched)
         except Exception as error:
             status = 500
-            if not begun:
+            if not has_begun(scope):
                 response = await self._response(Request(scope), error)
                 status = response.status_code
                 await response(scope, receive, watched)
@@ -71,6 +75,11 @@ class GuardMiddleware:
             None,
             "InternalServerError",
         )
+
+
+def has_begun(scope: Scope) -> bool:
+    """Whether something of a request's answer has been sent: then no other answer can be given any more."""
+    return bool(scope.get("state", {}).get(BEGUN))
 
 
 class KeyMiddleware:

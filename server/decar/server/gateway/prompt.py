@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.exceptions import VLLMValidationError
-from vllm.logprobs import Logprob
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.kernels import mix
 from decar.router import active_experts, log_weights_after
 from decar.router.manifest import Rule
-from decar.server.gateway.engine import ExpertEngine, ExpertLost
+from decar.server.gateway.engine import ExpertEngine, ExpertLost, PromptLogprobs
 from decar.server.gateway.images import is_text
 from decar.server.gateway.scores import PrefixScores
 from decar.server.protocol.member import ROWS_KEY, PromptRows
@@ -32,9 +31,7 @@ from decar.server.protocol.plane import DIRECTORY, create_segment, new_name, unl
 WINDOW_BYTES = 64 * 2**20  # of all experts' rows of one prompt at a time, at most
 PROMPTS_AT_ONCE = 4  # whose rows are held
 
-PromptLogprobs = list[dict[int, Logprob] | None]
 _Key = tuple[bytes, tuple[int, ...]]  # what tells prompts apart: salt and tokens
-_Entry = tuple[list[int], list[float], list[int]]  # tokens, log-probabilities and ranks at one position
 
 
 class Beginning:
@@ -165,17 +162,8 @@ class PromptScorer:
                         counted[start + 1 : end + 1] if posterior else None,
                     )
                     rows.clear()  # its memory is free before the next window takes some
-                found += await asyncio.to_thread(self._described, entries)
+                await asyncio.to_thread(self._experts[0].engine.describe, found, *entries)
         return found, log_weights
-
-    def _described(self, entries: Sequence[_Entry]) -> PromptLogprobs:
-        """Each position's entry as vLLM's own output processor makes it."""
-        described: PromptLogprobs = []
-        for tokens, logprobs, ranks in entries:
-            texts = self._experts[0].engine.texts_of(tokens)
-            fields = zip(tokens, logprobs, ranks, texts, strict=True)
-            described.append({token: Logprob(logprob, rank, text) for token, logprob, rank, text in fields})
-        return described
 
     async def _run(
         self,
@@ -250,8 +238,8 @@ def _mixed(
     rule: Rule,
     count: int,
     counted: np.ndarray | None,
-) -> tuple[list[_Entry], np.ndarray]:
-    """Mix a window of prompt rows K x [W, V]: each position's prompt token and best ones; the weights after all.
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], np.ndarray]:
+    """Mix a window of prompt rows K x [W, V]: what `Engine.describe` takes of it; the weights after all.
 
     Args:
         counted: which targets [W] move the weights on; None: the weights stay.
@@ -267,16 +255,7 @@ def _mixed(
         log_weights = after[-1]
     mixed = mix(log_probs, torch.from_numpy(weights), rule)  # [W, V]
     of_targets = mixed.gather(1, targets[:, None])
-    ranks = (mixed > of_targets).sum(dim=1).add(1).tolist()
+    ranks = (mixed > of_targets).sum(dim=1).add(1)
     best = mixed.topk(min(count, mixed.shape[1]), dim=1)
-    entries = []
-    for token, logprob, rank, tokens, logprobs in zip(
-        targets.tolist(),
-        of_targets[:, 0].tolist(),
-        ranks,
-        best.indices.tolist(),
-        best.values.tolist(),
-        strict=True,
-    ):
-        entries.append(([token, *tokens], [logprob, *logprobs], [rank, *range(1, len(tokens) + 1)]))
-    return entries, log_weights
+    tokens = torch.cat([targets[:, None], best.indices], dim=1)
+    return (tokens, torch.cat([of_targets, best.values], dim=1), ranks), log_weights

@@ -74,6 +74,8 @@ class Call:
         on_expert_loss: whether to go on without an expert that is down.
         seats: the experts' places, if they are not in manifest order.
         trained_routers: those of the ensemble that the request is for.
+        beams: vLLM searches for beams, and asks for each one's next token as for a new prompt's.
+        counts_shown: whether the client of a stream that is traced sees the usage in each chunk.
         warms: an expert that may take part though it is not up yet, since this warms it.
         degraded: names of experts that should have taken part and were down, in the order that this was found in.
         choices: by choice index, once routed.
@@ -88,6 +90,8 @@ class Call:
     top_k: int | None = None
     prune: float = 0.0
     trace: bool = False
+    beams: bool = False
+    counts_shown: bool = False
     on_expert_loss: OnExpertLoss = "renormalise"
     seats: Seats | None = None
     trained_routers: TrainedRouters | None = field(default=None, repr=False)
@@ -119,6 +123,19 @@ class Call:
 
 
 current_call: ContextVar[Call | None] = ContextVar("decar_call", default=None)
+
+
+def asks_for_counts(shown: bool) -> bool:
+    """Whether the chunks of the current call's stream have to say how many tokens there are: a trace goes by that.
+
+    Args:
+        shown: whether the client is to see it.
+    """
+    call = current_call.get()
+    if call is None or not call.trace:
+        return shown
+    call.counts_shown = shown
+    return True
 
 
 def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:

@@ -53,6 +53,8 @@ class Supervisor:
         self._run(self._look_for_stuck())
 
     def stop(self) -> None:
+        """Leave engines as they are from now on."""
+        self._client.health.then = lambda expert: None
         for task in self._tasks:
             task.cancel()
 

@@ -9,6 +9,7 @@ import asyncio
 from typing import Any
 
 import numpy as np
+from vllm.exceptions import VLLMValidationError
 
 from decar.router import Ensemble, available_routers, load_trained, load_trained_images
 from decar.router.manifest import Trained
@@ -41,11 +42,20 @@ class TrainedRouters:
         return TrainedRouters(ensemble, self._engine, seats)
 
     async def log_weights(self, prompt: Any, kind: Trained) -> np.ndarray:
-        """Log weights [C] that a router gives for a prompt: for its images, if any, and else for its text."""
+        """Log weights [C] that a router gives for a prompt: for its images, if any, and else for its text.
+
+        Raises:
+            VLLMValidationError: its images were not kept.
+        """
         images = images_of(prompt)
         if images and self._of_images:
             [weights] = await asyncio.to_thread(self._of_images[kind].log_weights, [images])
             return self._seats.seated(weights)
+        if self._of_images and not is_text(prompt).all():  # vLLM makes a beam's prompt anew, without them
+            raise VLLMValidationError(
+                "a beam search cannot be routed by its images: leave use_beam_search out, or choose another route",
+                parameter="use_beam_search",
+            )
         tokenizer = self._engine.client.renderer.get_tokenizer()
         text = tokenizer.decode(np.asarray(tokens_of(prompt))[is_text(prompt)])
         [weights] = await asyncio.to_thread(self._of_texts[kind].log_weights, [text])

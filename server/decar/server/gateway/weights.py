@@ -32,10 +32,12 @@ class WeightsReader:
         self._end = start  # up to which positions have been read
         self._let_go_on()
 
-    def keep_up(self, produced: int) -> None:
-        """Note that ``produced`` tokens are there: no leader waits as long as this is called often enough."""
+    def keep_up(self, produced: int) -> int:
+        """Note that ``produced`` tokens are there, and return how many have to be there when this is called next, so
+        that no leader waits."""
         if produced - self._end >= self._ring // 2:
             self._read(produced)
+        return self._end + self._ring // 2
 
     def between(self, start: int, end: int) -> np.ndarray:
         """Weights [end - start, K] that mixed the tokens from ``start`` to ``end``, which are there."""

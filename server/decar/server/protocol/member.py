@@ -7,10 +7,10 @@ import os
 import select
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from decar.router.manifest import Rule
-from decar.server.protocol.plane import PlaneSpec, unlink
+from decar.server.protocol.plane import PlaneSpec, remove_all_of
 
 REQUEST_KEY = "decar"
 """Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""
@@ -170,18 +170,22 @@ def _wire(sampling_params: Any, key: str) -> dict[str, Any] | None:
 
 @functools.cache  # one watch per process
 def _end_with(gateway_pid: int, plane_name: str) -> None:
-    """End this process when the gateway dies, however it dies, and leave no shared memory behind.
+    """End this process when the gateway dies, however it dies, and leave nothing behind that it has made.
 
     A signal on the parent's death would follow the parent's *thread*, and engines are started from threads.
     """
+
+    def end() -> NoReturn:
+        remove_all_of(plane_name)
+        os._exit(1)
+
     try:
         gateway = os.pidfd_open(gateway_pid)
     except ProcessLookupError:
-        os._exit(1)
+        end()
 
     def watch() -> None:
         select.select([gateway], [], [])
-        unlink(plane_name)
-        os._exit(1)
+        end()
 
     threading.Thread(target=watch, name="gateway-watch", daemon=True).start()

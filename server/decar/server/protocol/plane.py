@@ -18,6 +18,7 @@ import math
 import mmap
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -299,7 +300,7 @@ class Plane:
 
 
 def new_name() -> str:
-    """A name for a segment of this process, by which `remove_stale` finds it once the process is gone."""
+    """A name for what this process makes, by which `remove_all_of` and `remove_stale` find it once that is gone."""
     return f"{PREFIX}{_pid_namespace()}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
 
 
@@ -322,16 +323,36 @@ def unlink(name: str) -> None:
         os.unlink(DIRECTORY / name)
 
 
+def make_folder() -> Path:
+    """Make a folder that its owner alone can enter, for what else has to go when this process does."""
+    folder = DIRECTORY / new_name()
+    folder.mkdir(0o700)
+    return folder
+
+
+def remove_all_of(name: str) -> None:
+    """Remove all that the process has made which `new_name` made ``name`` for: segments, folders."""
+    for path in DIRECTORY.glob(f"{name.rpartition('-')[0]}-*"):
+        _remove(path)
+
+
 def remove_stale() -> list[str]:
-    """Remove segments whose gateway is gone (killed with -9, say); return their names."""
+    """Remove what processes have made that are gone (killed with -9, say); return the names."""
     stale = []
     for path in DIRECTORY.glob(f"{PREFIX}{_pid_namespace()}-*-*-*"):
         pid, started = path.name.removeprefix(PREFIX).split("-")[1:3]
-        if pid.isdigit() and _start_time(int(pid)) != started:
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                path.unlink()
-                stale.append(path.name)
+        if pid.isdigit() and _start_time(int(pid)) != started and _remove(path):
+            stale.append(path.name)
     return stale
+
+
+def _remove(path: Path) -> bool:
+    """Whether there was something there that could be removed."""
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _pid_namespace() -> int:

@@ -1,15 +1,17 @@
-"""vLLM's OpenAI app and HTTP server, and the prompt that warms up images. Knows vLLM's launcher, no requests."""
+"""vLLM's OpenAI app and HTTP server, and the prompt that warms up images. Knows vLLM's app, no requests."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from argparse import Namespace
 from asyncio import Protocol
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import uvicorn
 from vllm.engine.protocol import EngineClient
 
 from decar.router.errors import StartError
@@ -45,14 +47,16 @@ def bound_socket(args: Namespace) -> Iterator[socket.socket]:
         claim.close()
 
 
-async def openai_app(client: EngineClient, args: Namespace) -> Any:
-    """vLLM's FastAPI app, which asks ``client`` for answers."""
+async def openai_app(client: EngineClient, args: Namespace, asks_for_counts: Callable[[bool], bool]) -> Any:
+    """vLLM's FastAPI app, which asks ``client`` for answers; ``asks_for_counts`` as `count_tokens` takes it."""
     from decar.server.vllm_adapter import media  # noqa: F401 - vLLM finds it by name
+    from decar.server.vllm_adapter.token_counts import count_tokens
     from decar.server.vllm_adapter.versions import build_app, init_app_state
 
     tasks = await client.get_supported_tasks()
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
+    count_tokens(asks_for_counts)
     return app
 
 
@@ -62,33 +66,46 @@ def name_models(app: Any, names: Sequence[str]) -> None:
     paths[:] = [replace(paths[0], name=name) for name in names]
 
 
-async def listen(app: Any, args: Namespace, sock: socket.socket, protocol: type[Protocol]) -> Awaitable[None]:
-    """Serve ``app`` until the process is told to stop; then what is given back is still to be awaited.
+class _Server(uvicorn.Server):
+    """Leaves signals to whoever runs it."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+
+async def listen(
+    app: Any, args: Namespace, sock: socket.socket, protocol: type[Protocol], until: Coroutine[Any, Any, None]
+) -> None:
+    """Serve ``app`` until ``until`` has returned, and every connection is closed.
 
     Args:
         protocol: speaks HTTP on each connection.
     """
-    from decar.server.vllm_adapter.versions import get_uvicorn_log_config, serve_http
+    from decar.server.vllm_adapter.versions import get_uvicorn_log_config
 
     log_config = get_uvicorn_log_config(args)
-    stopped: Awaitable[None] = await serve_http(
+    config = uvicorn.Config(
         app,
-        sock=sock,
-        host=args.host,
-        port=sock.getsockname()[1],
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
-        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
-        h11_max_header_count=args.h11_max_header_count,
         http=protocol,
         ws="none",  # no route is one
+        timeout_graceful_shutdown=1,  # for connections, when nothing is answered any more
         **({"log_config": log_config} if log_config is not None else {}),
     )
-    return stopped
+    config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size
+    config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]
+    server = app.state.server = _Server(config)  # where vLLM's error handlers look for it
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    told = asyncio.create_task(until)
+    await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    server.should_exit = True
+    await serving
 
 
 def api_keys(args: Namespace, admin_key: str | None) -> list[str]:

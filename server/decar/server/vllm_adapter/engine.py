@@ -17,20 +17,45 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.engine.protocol import EngineClient
+from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
-from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsTensors
 
 from decar.router.errors import StartError
 from decar.server.protocol.plane import PlaneSpec
 from decar.server.vllm_adapter.failures import Failures, ReportingConfig, reason_of
+from decar.server.vllm_adapter.grammars import GrammarChooser
 from decar.server.vllm_adapter.limits import keep_to_limits
 from decar.server.vllm_adapter.metrics import SharedMetrics
 
 logger = logging.getLogger("decar")
+
+
+def describe_prompt(
+    tokenizer: Any,
+    described: list[dict[int, Logprob] | None],
+    tokens: torch.Tensor,
+    logprobs: torch.Tensor,
+    ranks: torch.Tensor,
+) -> None:
+    """`Engine.describe`, by what describes one engine's prompts: which also knows characters of several tokens."""
+    processor = LogprobsProcessor(
+        tokenizer=tokenizer,
+        logprobs=None,
+        prompt_logprobs=described,
+        cumulative_logprob=None,
+        num_logprobs=None,
+        num_prompt_logprobs=tokens.shape[1] - 1,
+    )
+    tensors = LogprobsTensors(tokens, logprobs, ranks)
+    processor.update_from_output(EngineCoreOutput("", [], new_prompt_logprobs_tensors=tensors))
 
 
 class LLMEngine:
@@ -41,6 +66,7 @@ class LLMEngine:
         self.llm = llm
         self.client: EngineClient = llm
         self._keeps_images = False
+        self.choose_grammar = GrammarChooser(llm).choose
         self._process = llm.engine_core.resources.engine_manager.processes[0]
         self.pid = int(self._process.pid)
         self.cores = os.sched_getaffinity(self.pid) if current_platform.is_cpu() else set()
@@ -85,9 +111,14 @@ class LLMEngine:
 
         renderer._process_tokens_async = process_and_keep
 
-    def texts_of(self, tokens: Sequence[int]) -> list[str]:
-        texts: list[str] = convert_ids_list_to_tokens(self.llm.renderer.get_tokenizer(), list(tokens))
-        return texts
+    def describe(
+        self,
+        described: list[dict[int, Logprob] | None],
+        tokens: torch.Tensor,
+        logprobs: torch.Tensor,
+        ranks: torch.Tensor,
+    ) -> None:
+        describe_prompt(self.llm.renderer.get_tokenizer(), described, tokens, logprobs, ranks)
 
     def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
         renderer = self.llm.renderer

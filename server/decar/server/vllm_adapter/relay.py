@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+
 from decar.server.protocol.cores import GatewayThread
 from decar.server.protocol.lockstep import follow_membership
 from decar.server.protocol.member import Member, Spoken
@@ -42,20 +44,22 @@ class RelayedRequest:
     Attributes:
         member: its part in the lockstep, as far as the gateway has followed; None where one engine answers alone.
         speaker: whose processor has the user's state.
-        on_tokens: called when tokens are there, with how many there are by now; also where the user gets only the
-            whole answer.
+        on_tokens: called when ``tell_at`` tokens are there, with how many there are by now; gives the next such number.
         ids: expert -> the id that its engine knows the request by.
         early: expert -> outputs of tokens that come after ones which are still on their way from another engine.
         heard: how many tokens there are.
+        failed: an engine has ended it with an error.
         going_on: who is to go on with which ticket's answer.
     """
 
     member: Member | None
     speaker: int
-    on_tokens: Callable[[int], None] | None
+    on_tokens: Callable[[int], int] | None
     ids: dict[int, str] = field(default_factory=dict)
     early: dict[int, list[Any]] = field(default_factory=dict)
     heard: int = 0
+    tell_at: int = 0
+    failed: bool = False
     going_on: tuple[int, int] | None = None
 
 
@@ -88,7 +92,7 @@ class Relay:
         self,
         leader: int,
         member: Member | None = None,
-        on_tokens: Callable[[int], None] | None = None,
+        on_tokens: Callable[[int], int] | None = None,
         speech: Any | None = None,
     ) -> RelayedRequest:
         """A request that ``leader`` is about to be given; it goes on with ``speech`` (`BrokenOff`), if any."""
@@ -100,9 +104,12 @@ class Relay:
         return relayed
 
     def follow(self, relayed: RelayedRequest, expert: int, request_id: str) -> None:
-        """From now on, give the user what ``expert`` says as a leader, after what those before it said."""
+        """From now on, give the user what ``expert`` says as a leader, after what those before it said; and an error
+        that it ends the request with, also as a follower: else its leader would wait for it."""
         relayed.ids[expert] = request_id
         self._relayed[expert, request_id] = relayed
+        if relayed.failed and expert == relayed.speaker:
+            self._fail(relayed)
 
     def speaks(self, relayed: RelayedRequest, expert: int) -> bool:
         """Whether it is ``expert`` that the user hears now."""
@@ -151,24 +158,37 @@ class Relay:
     def _in_order(self, expert: int, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
         if not self._relayed:
             return self._process[expert](outputs, *args, **kwargs)
-        now, touched = [], []
+        now, touched, failed = [], [], []
         for output in outputs:
             relayed = self._relayed.get((expert, output.request_id))
-            if relayed is None or relayed.speaker == expert:
+            moves = relayed is not None and relayed.member is not None and relayed.member.may_release
+            if relayed is None or relayed.speaker == expert or not moves:
                 now.append(output)
             else:
                 relayed.early.setdefault(expert, []).append(output)
-            if relayed is not None:
-                if relayed.member is not None and relayed.member.may_release:
-                    touched.append(relayed)
-                if output.new_token_ids:
-                    relayed.heard += len(output.new_token_ids)
-                    if relayed.on_tokens is not None:
-                        relayed.on_tokens(relayed.heard)
+            if relayed is None:
+                continue
+            if moves:
+                touched.append(relayed)
+            if relayed.speaker != expert and output.finish_reason == FinishReason.ERROR:
+                failed.append(relayed)
+            elif output.new_token_ids and (moves or relayed.speaker == expert):
+                relayed.heard += len(output.new_token_ids)
+                if relayed.on_tokens is not None and relayed.heard >= relayed.tell_at:
+                    relayed.tell_at = relayed.on_tokens(relayed.heard)
         processed = self._process[expert](now, *args, **kwargs)
+        for relayed in failed:
+            self._fail(relayed)
         for relayed in touched:
             self._hand_over(relayed, *args, **kwargs)
         return processed
+
+    def _fail(self, relayed: RelayedRequest) -> None:
+        """End a request with an error for its user, as if its speaker said so."""
+        relayed.failed = True
+        if relayed.speaker in relayed.ids:
+            end = EngineCoreOutput(relayed.ids[relayed.speaker], [], finish_reason=FinishReason.ERROR)
+            self._process[relayed.speaker]([end])
 
     def _hand_over(self, relayed: RelayedRequest, *args: Any, **kwargs: Any) -> None:
         """Move the user's state to whoever decides the next token, and give it what has come early.

@@ -17,6 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 from decar.server.protocol.lockstep import Observer
 from decar.server.protocol.member import LockstepConfig, Member, PromptRows, spoken_tokens
 from decar.server.protocol.plane import Plane
+from decar.server.vllm_adapter.grammars import Backends
 from decar.server.vllm_adapter.versions import accept_tokens
 
 _STATS_INTERVAL_S = 0.1
@@ -32,6 +33,7 @@ class LockstepScheduler(Scheduler):
         self._members: dict[str, Member] = {}  # of requests in lockstep
         self._held: dict[str, Request] = {}
         self._stats_due = 0.0
+        Backends(self.structured_output_manager)
         self._releasable: dict[str, Member] = {}  # those of them that this expert may be released from
         self._readable: int | None = None  # tokens that the request being scheduled may read from the cache
         self._cached_blocks = self.kv_cache_manager.get_computed_blocks
@@ -134,7 +136,8 @@ class LockstepScheduler(Scheduler):
                 wait(
                     [compiled]
                 )  # it is compiled meanwhile; no token may be asked of it before it has heard these
-            accept_tokens(self.structured_output_manager, request, tokens)
+            if not isinstance(request.structured_output_request.grammar, Exception):  # else it ends by itself
+                accept_tokens(self.structured_output_manager, request, tokens)
 
     def _cached_blocks_of(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """Cached blocks of a request; of one whose prompt is looked at, only those that need no look.

@@ -117,6 +117,7 @@ SEAMS: tuple[Seam, ...] = (
                 replaces(module, f"{worker}.execute_model", "scheduler_output"),
                 replaces(module, f"{worker}.sample_tokens", "grammar_output"),
                 reads(module, worker, "vllm_config device model_runner use_v2_model_runner"),
+                reads(module, worker, "distributed_init_method"),
             )
         ),
         reads(
@@ -361,6 +362,29 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.engine.exceptions", "", "EngineDeadError"),
     ),
     *used_by(
+        "grammars",
+        reads(
+            "vllm.v1.engine.input_processor",
+            "InputProcessor",
+            "structured_outputs_config model_config renderer",
+        ),
+        calls(
+            "vllm.sampling_params",
+            "SamplingParams._validate_structured_outputs",
+            "model_config, structured_outputs_config, tokenizer",
+            used_by="chooses the backend; does nothing where the configuration is None",
+        ),
+        reads("vllm.sampling_params", "SamplingParams", "structured_outputs"),
+        reads("vllm.sampling_params", "StructuredOutputsParams", "_backend"),
+        replaces(
+            "vllm.v1.structured_output",
+            "StructuredOutputManager.grammar_init",
+            "request",
+            called_in="vllm.v1.engine.core:EngineCore.preprocess_add_request",
+        ),
+        reads("vllm.v1.structured_output", "StructuredOutputManager", "backend"),
+    ),
+    *used_by(
         "limits",
         replaces(
             "vllm.v1.engine.input_processor",
@@ -408,6 +432,8 @@ SEAMS: tuple[Seam, ...] = (
         ),
         reads(_PROCESSOR, "OutputProcessor", "request_states"),
         reads(_PROCESSOR, "RequestState", "request_id detokenizer queue"),
+        reads("vllm.v1.engine", "EngineCoreOutput", "request_id new_token_ids finish_reason"),
+        reads("vllm.v1.engine", "FinishReason", "ERROR"),
         reads("vllm.v1.engine.detokenizer", "IncrementalDetokenizer", "output_token_ids"),
         calls("vllm.v1.engine.detokenizer", "IncrementalDetokenizer.num_output_tokens"),
     ),
@@ -435,11 +461,18 @@ SEAMS: tuple[Seam, ...] = (
         ),
         reads("vllm.sampling_params", "RequestOutputKind", "FINAL_ONLY DELTA"),
         calls("vllm.exceptions", "VLLMValidationError.__init__", "message, *, parameter"),
-        reads("vllm.logprobs", "Logprob", "logprob rank decoded_token"),
+        reads("vllm.logprobs", "", "Logprob"),
     ),
     *used_by(
         "engine",
-        calls("vllm.tokenizers.detokenizer_utils", "convert_ids_list_to_tokens", "tokenizer, token_ids"),
+        calls("vllm.v1.engine.logprobs", "LogprobsProcessor.update_from_output", "output"),
+        reads(
+            "vllm.v1.engine.logprobs",
+            "LogprobsProcessor",
+            "tokenizer logprobs prompt_logprobs cumulative_logprob num_logprobs num_prompt_logprobs",
+        ),
+        reads("vllm.v1.engine", "EngineCoreOutput", "request_id new_token_ids new_prompt_logprobs_tensors"),
+        reads("vllm.v1.outputs", "LogprobsTensors", "logprob_token_ids logprobs selected_token_ranks"),
         *(
             replaces(
                 module,
@@ -508,7 +541,6 @@ SEAMS: tuple[Seam, ...] = (
             for name, parameters in (
                 ("build_app", "args, supported_tasks, model_config"),
                 ("init_app_state", "async engine_client, state, args, supported_tasks"),
-                ("serve_http", "async app, *, sock, **kwargs"),
                 ("create_server_socket", "addr, *, reuse_port"),
                 ("get_uvicorn_log_config", "args"),
                 ("make_arg_parser", "parser"),
@@ -524,7 +556,11 @@ SEAMS: tuple[Seam, ...] = (
         calls("vllm.config", "ModelConfig.get_vocab_size"),
         calls("vllm.utils.system_utils", "set_ulimit"),
         calls("vllm.envs", "enable_envs_cache"),
-        reads("vllm.envs", "", "VLLM_API_KEY VLLM_USE_V2_MODEL_RUNNER VLLM_WORKER_MULTIPROC_METHOD"),
+        reads(
+            "vllm.envs",
+            "",
+            "VLLM_API_KEY VLLM_RPC_BASE_PATH VLLM_USE_V2_MODEL_RUNNER VLLM_WORKER_MULTIPROC_METHOD",
+        ),
         calls("vllm.engine.arg_utils", "AsyncEngineArgs.from_cli_args", "args"),
         calls("vllm.engine.arg_utils", "AsyncEngineArgs.create_engine_config"),
         reads(
@@ -546,6 +582,22 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.config", "VllmConfig", "additional_config cache_config scheduler_config model_config"),
         reads("vllm.config", "CacheConfig", "kv_cache_memory_bytes gpu_memory_utilization block_size"),
         reads("vllm.config", "SchedulerConfig", "max_num_seqs"),
+    ),
+    *used_by(
+        "token_counts",
+        *(
+            replaces(
+                f"vllm.entrypoints.openai.{module}.serving",
+                "should_include_usage",
+                "stream_options, enable_force_include_usage",
+                called_in=f"{serving}.{generator}",
+                used_by="what a trace goes by",
+            )
+            for module, serving, generator in (
+                ("chat_completion", "OpenAIServingChat", "chat_completion_stream_generator"),
+                ("completion", "OpenAIServingCompletion", "completion_stream_generator"),
+            )
+        ),
     ),
     *used_by(
         "cuda_memory",

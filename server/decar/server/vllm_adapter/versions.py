@@ -29,10 +29,6 @@ MOVED: dict[str, tuple[tuple[str, str], ...]] = {
         ("0.29", "vllm.entrypoints.launchers.api_server.app_state"),
         ("0", "vllm.entrypoints.openai.api_server"),
     ),
-    "serve_http": (
-        ("0.29", "vllm.entrypoints.launchers.launcher"),
-        ("0", "vllm.entrypoints.launcher"),
-    ),
     "create_server_socket": (
         ("0.29", "vllm.entrypoints.launchers.launcher"),
         ("0", "vllm.entrypoints.openai.api_server"),

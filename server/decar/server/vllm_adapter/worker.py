@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class LockstepWorker(_Worker):
             torch.set_num_threads(len(config.cpus))  # before the base class disables it
             os.sched_setaffinity(0, config.cpus)
             take_long_slices()
+        scheme, _, path = self.distributed_init_method.partition("://")  # type: ignore[has-type]
+        if scheme == "file":  # which would stay in /tmp when this process is killed
+            folder = os.environ["VLLM_RPC_BASE_PATH"]
+            self.distributed_init_method = f"file://{folder}/{os.path.basename(path)}"
         super().init_device()
         plane = Plane.attach(config.plane)
         memory = CudaMemory(self.device) if plane.spec.on_device else None
@@ -61,6 +66,10 @@ class LockstepWorker(_Worker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(
+                number, signal.SIG_IGN
+            )  # a whole group may be told to stop: the gateway ends engines
         super().load_model(*args, **kwargs)
         self.step = self._step_of_runner()
         self._prompts = PromptReader(self.step, self.lockstep)

@@ -1,0 +1,136 @@
+"""Who is let in, and how the server stops: running requests finish, or are told. Knows HTTP, no engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from decar.server.gateway.errors import error_body, unavailable
+
+STOPPING = "the server is shutting down: ask again in a moment, or another one"
+_ENDS_WITHIN_S = 5.0
+_STAYS_OPEN = frozenset({"/metrics"})
+
+
+class Gate:
+    """Counts the requests that are being answered. Closed, it lets in no more."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.running = 0
+        self.ended = asyncio.Event()  # what still runs is to be told so
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def enter(self) -> None:
+        self.running += 1
+        self._empty.clear()
+
+    def leave(self) -> None:
+        self.running -= 1
+        if not self.running:
+            self._empty.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let nobody in any more, and return when all have left: by themselves, or told so after ``timeout_s``."""
+        self.closed = True
+        if not await self._emptied(timeout_s):
+            self.ended.set()
+            await self._emptied(_ENDS_WITHIN_S)  # whoever does not read is not waited for
+
+    async def _emptied(self, timeout_s: float) -> bool:
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+
+class GateMiddleware:
+    """Lets requests through a `Gate`. What it ends finds that its client has gone, and the client what has happened."""
+
+    def __init__(self, app: ASGIApp, gate: Gate):
+        self.app = app
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _STAYS_OPEN:
+            return await self.app(scope, receive, send)
+        if self._gate.closed:
+            return await _refuse(scope, receive, send)
+        self._gate.enter()
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._gate.leave()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gate = self._gate
+        asked_whole = begun = streams = whole = False
+
+        async def received() -> Message:
+            nonlocal asked_whole
+            if not asked_whole:
+                message = await receive()
+                asked_whole = not message.get("more_body")
+                return message
+            asked, ended = asyncio.ensure_future(receive()), asyncio.ensure_future(gate.ended.wait())
+            try:
+                await asyncio.wait((asked, ended), return_when=asyncio.FIRST_COMPLETED)
+                return asked.result() if asked.done() else {"type": "http.disconnect"}
+            finally:
+                asked.cancel()
+                ended.cancel()
+
+        async def sent(message: Message) -> None:
+            nonlocal begun, streams, whole
+            if message["type"] == "http.response.start":
+                if gate.ended.is_set():
+                    return  # nobody answers a client that has gone
+                begun = True
+                streams = _is_event_stream(message)
+                if gate.closed:
+                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            elif not begun:
+                return
+            whole = message["type"] == "http.response.body" and not message.get("more_body")
+            await send(message)
+
+        try:
+            await self.app(scope, received, sent)
+        except Exception:
+            if not gate.ended.is_set():
+                raise
+        if whole or not gate.ended.is_set():
+            return
+        if not begun:
+            await _refuse(scope, receive, send)
+        elif streams:
+            await send({"type": "http.response.body", "body": error_event(scope["path"], STOPPING, 503)})
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    response = unavailable(STOPPING)
+    response.headers["connection"] = "close"
+    await response(scope, receive, send)
+
+
+def _is_event_stream(message: Message) -> bool:
+    kind = dict(message.get("headers", ())).get(b"content-type", b"")
+    return bool(kind.startswith(b"text/event-stream"))
+
+
+def error_event(path: str, message: str, status: int) -> bytes:
+    """The end of a stream that fails, in the form of the API that ``path`` belongs to."""
+    error: dict[str, Any]
+    if path.endswith("/v1/messages"):
+        error = {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+        return f"event: error\ndata: {json.dumps(error)}\n\n".encode()
+    if path.endswith("/v1/responses"):
+        error = {"type": "error", "code": str(status), "message": message, "param": None}
+        return f"event: error\ndata: {json.dumps(error)}\n\n".encode()
+    error = error_body(message, status, None, "ServiceUnavailableError")
+    return f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n".encode()
