@@ -220,6 +220,39 @@ async def test_routers_look_at_images_and_else_at_text(
         assert choice.model_extra["decar"]["weights"][0] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("decar", "with_images"),
+    [
+        ({"route": "classifier"}, False),
+        ({"route": "centroid"}, False),
+        ({"scope": "output", "start": "classifier"}, False),
+        ({"prune": 0.2}, True),
+        ({"scope": "output"}, True),
+    ],
+    ids=str,
+)
+async def test_one_beam_is_the_greedy_answer(
+    digits_server: Server, cases: list[Case], decar: dict[str, Any], with_images: bool
+) -> None:
+    """A router looks at what the user has asked, and not at the beam; a beam has its prompt's images."""
+    asked = [one for one in cases if bool(one.images) == with_images][:4]
+    assert asked
+    greedy = await ask(digits_server, asked, decar)
+    for choice, one in zip(greedy, asked, strict=True):
+        body = {"model": "llava", "messages": one.messages, "max_tokens": MAX_TOKENS, "temperature": 0}
+        body |= {"use_beam_search": True, "ignore_eos": True, "return_token_ids": True, "decar": decar}
+        response = await asyncio.to_thread(digits_server.http.post, "/v1/chat/completions", json=body)
+        assert response.json()["choices"][0]["token_ids"] == choice.model_extra["token_ids"]
+
+
+def test_no_router_can_look_at_a_beams_images(digits_server: Server, cases: list[Case]) -> None:
+    one = next(one for one in cases if one.images)
+    body = {"model": "llava", "messages": one.messages, "max_tokens": 2, "use_beam_search": True}
+    body["decar"] = {"route": "classifier"}
+    error = assert_error(digits_server.http.post("/v1/chat/completions", json=body), 400, "beam", "images")
+    assert error["param"] == "use_beam_search"
+
+
 def test_an_image_that_one_expert_has_seen_before(digits_server: Server) -> None:
     """Every engine gets an image that it lacks, whatever others have got before."""
     image = digit_images(20)[-1]

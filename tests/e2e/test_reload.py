@@ -92,7 +92,7 @@ def pids(server: Server) -> dict[str, int]:
 async def test_an_expert_is_exchanged_under_running_streams(
     server: Server, trio: Reference, directory: Path
 ) -> None:
-    """By SIGHUP, and it stands still, so that its answers take longer than they are waited for: they go on without."""
+    """By SIGHUP, and it stands still: its answers take longer than they are waited for, and go on without it."""
     make_expert("llama", 33, directory / "experts/code-2", trio.tokenizer)
     edit(
         directory / "ensemble.json", lambda data: data["experts"][1].update(path="experts/code-2", prior=0.4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -13,9 +14,11 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from decar.server.gateway import http_server
 from decar.server.gateway.body import read_body
 from decar.server.gateway.http_server import BoundedHttpProtocol
 
+PIECE = 2**15
 WITHIN_S = 20
 """Longer than any deadline here: whoever waits this long waits for ever."""
 
@@ -24,12 +27,20 @@ class Impatient(BoundedHttpProtocol):
     timeout_s = 0.3
 
 
+class Hasty(BoundedHttpProtocol):
+    timeout_s = 0.5
+    max_unread_bytes = 2**23
+
+
 @dataclass
 class App:
-    """Answers with a request's path, once it may; reads its body first, unless that is /early."""
+    """Answers with a request's path, once it may; reads its body first, unless that is /early. /stream and /whole
+    answer with as many bytes as the query says, in pieces or not."""
 
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
     asked: list[str] = field(default_factory=list)
+    sent_bytes: int = 0
+    left: asyncio.Event = field(default_factory=asyncio.Event)  # by the client, or all is sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,10 +50,25 @@ class App:
             await read_body(receive, 2**30)
         if scope["path"] == "/slow":
             await self.may_answer.wait()
+        if scope["path"] == "/stream":
+            return await self._stream(int(scope["query_string"]), receive, send)
         body = scope["path"].encode()
+        if scope["path"] == "/whole":
+            body = bytes(int(scope["query_string"]))
         length = str(len(body)).encode()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
         await send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, size_bytes: int, receive: Receive, send: Send) -> None:
+        leaves = asyncio.create_task(receive())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while self.sent_bytes < size_bytes and not leaves.done():
+            await send({"type": "http.response.body", "body": bytes(PIECE), "more_body": True})
+            self.sent_bytes += PIECE
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b""})
+        leaves.cancel()
+        self.left.set()
 
 
 @dataclass
@@ -304,3 +330,72 @@ async def test_httpx_keeps_its_connection(server: Running) -> None:
         for path in ("/a", "/b", "/early"):
             assert (await client.post(path, content=b"x" * 200_000)).text == path
         assert len(server.connections) == 1
+
+
+# ---------------------------------------------------------------------------------------------- what is not read
+
+
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "LOOK_S", 0.05)
+
+
+HASTY = pytest.mark.parametrize("server", [Hasty], indirect=True)
+ENDLESS = 2**40
+
+
+async def unread(server: Running, path: str) -> asyncio.StreamWriter:
+    """A connection whose answer stays where it is, as soon as some of it has come."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", server.port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=1024)
+    writer.write(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+    await asyncio.wait_for(reader.readexactly(15), WITHIN_S)
+    return writer
+
+
+@HASTY
+async def test_a_stream_that_is_not_read_ends_when_too_much_is_kept(
+    server: Running, looks_often: None
+) -> None:
+    writer = await unread(server, f"/stream?{ENDLESS}")
+    await asyncio.wait_for(server.app.left.wait(), WITHIN_S)
+    assert server.app.sent_bytes > Hasty.max_unread_bytes
+    assert not server.connections
+    writer.close()
+
+
+async def test_a_stream_that_is_not_read_does_not_wait(server: Running) -> None:
+    """What it holds is free when all is said."""
+    size_bytes = BoundedHttpProtocol.max_unread_bytes
+    writer = await unread(server, f"/stream?{size_bytes}")
+    await asyncio.wait_for(server.app.left.wait(), WITHIN_S)
+    assert server.app.sent_bytes == size_bytes
+    assert len(server.connections) == 1
+    writer.close()
+
+
+@HASTY
+@pytest.mark.parametrize("path", ["/stream", "/whole"])
+async def test_nothing_is_kept_for_long_for_who_does_not_read(
+    server: Running, looks_often: None, path: str
+) -> None:
+    writer = await unread(server, f"{path}?{3 * 2**21}")  # more than the system keeps
+    while server.connections:
+        await asyncio.sleep(0.01)
+    writer.close()
+
+
+@HASTY
+async def test_who_reads_slowly_gets_all_of_a_whole_answer(server: Running, looks_often: None) -> None:
+    size_bytes = 2**24
+    connection = await server.connect()
+    connection.send(f"GET /whole?{size_bytes} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+    await connection.reader.readuntil(b"\r\n\r\n")
+    left = size_bytes
+    while left:
+        left -= len(await connection.reader.readexactly(min(2**19, left)))
+        await asyncio.sleep(0.05)
+    connection.writer.close()

@@ -39,12 +39,11 @@ def test_engines_counters_are_labelled_by_expert(
     prose.count("pruned")
     prose.count("handed_over", 4)
     prose.count("mix_ns", 2_500_000_000)
-    metrics.watch(
-        [
-            SimpleNamespace(name="code", up=True, seated=True),
-            SimpleNamespace(name="prose", up=False, seated=True),
-        ]
-    )
+    experts = [
+        SimpleNamespace(name="code", up=True, seated=True),
+        SimpleNamespace(name="prose", up=False, seated=True),
+    ]
+    metrics.watch(experts, SimpleNamespace(waiting=3, rejected=5))
     metrics.failed_over(1)
     metrics.failed_over(1)
     metrics.restarted(0)
@@ -60,6 +59,8 @@ def test_engines_counters_are_labelled_by_expert(
     assert by_expert("decar:expert_up") == [1, 0]
     assert by_expert("decar:failovers_total") == [0, 2]
     assert by_expert("decar:restarts_total") == [1, 0]
+    assert registry.get_sample_value("decar:queued") == 3
+    assert registry.get_sample_value("decar:rejected_total") == 5
 
 
 def test_weights_become_histograms_per_token(metrics: EnsembleMetrics, registry: CollectorRegistry) -> None:

@@ -68,6 +68,12 @@ def serve(
             min=0.0, help="Seconds that running requests have left when the server is told to stop."
         ),
     ] = 30.0,
+    max_num_queued_reqs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="How many requests may wait before more get 503.  [default: 4 * --max-num-seqs]"
+        ),
+    ] = None,
     admin_key: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +111,7 @@ def serve(
         min_experts=min_experts,
         engine_timeout_s=engine_timeout,
         shutdown_timeout_s=shutdown_timeout,
+        max_queued=max_num_queued_reqs,
         admin_key=admin_key,
         reload_timeout_s=reload_timeout,
         max_experts=max_experts,

@@ -71,14 +71,15 @@ class EnsembleMetrics(Collector):
             "decar:weights_entropy_nats", "Entropy of the weights that mixed a token.", ENTROPY_BOUNDS
         )
         self._experts: Sequence[Any] = ()
+        self._queue: Any = None
         self._failovers = np.zeros(places, np.int64)
         self._restarts = np.zeros(places, np.int64)
         registry.register(self)
 
-    def watch(self, experts: Sequence[Any]) -> None:
+    def watch(self, experts: Sequence[Any], queue: Any) -> None:
         """Report of these, by place: those that are ``seated`` by ``name`` (the label ``expert``), and whether each is
-        ``up``."""
-        self._experts = experts
+        ``up``; and how many wait in ``queue`` or have found it full."""
+        self._experts, self._queue = experts, queue
 
     def failed_over(self, expert: int) -> None:
         """A request has lost this expert."""
@@ -131,6 +132,11 @@ class EnsembleMetrics(Collector):
             ),
         ):
             yield self._by_expert(family, name, documentation, values)
+        if self._queue is not None:
+            yield GaugeMetricFamily("decar:queued", "Requests that wait for a place.", self._queue.waiting)
+            yield CounterMetricFamily(
+                "decar:rejected", "Requests that found the queue full.", self._queue.rejected
+            )
         yield self._active.family()
         yield self._entropy.family()
 

@@ -53,6 +53,7 @@ def serve(
     min_experts: int = 1,
     engine_timeout_s: float = 30.0,
     shutdown_timeout_s: float = 30.0,
+    max_queued: int | None = None,
     admin_key: str | None = None,
     reload_timeout_s: float = 30.0,
     max_experts: int | None = None,
@@ -66,6 +67,7 @@ def serve(
         min_experts: how many have to live for /health to say that the ensemble is served.
         engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
         shutdown_timeout_s: for requests that run when the server is told to stop.
+        max_queued: how many requests may wait before more are refused; None: four for each slot.
         admin_key: shows paths and processes to whoever gives it, and reloads; None: nobody sees them.
         reload_timeout_s: how long running answers are waited for before an expert is exchanged.
         max_experts: how many there is room for, those included that a reload may add; None: for those that there are.
@@ -104,7 +106,9 @@ def serve(
         sockets = make_folder()
         os.environ.setdefault("VLLM_RPC_BASE_PATH", str(sockets))
         try:
-            running = _running_ensemble(ensemble, args, placement, min_experts, engine_timeout_s, max_experts)
+            running = _running_ensemble(
+                ensemble, args, placement, min_experts, engine_timeout_s, max_queued, max_experts
+            )
             uvloop.run(_serve(running, reading, args, sock, shutdown_timeout_s, admin_key, reload_timeout_s))
         finally:
             remove_all_of(sockets.name)
@@ -172,6 +176,7 @@ async def _running_ensemble(
     placement: str | None,
     min_experts: int,
     engine_timeout_s: float,
+    max_queued: int | None,
     max_experts: int,
 ) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
     """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
@@ -201,7 +206,7 @@ async def _running_ensemble(
     started: list[Any] = []
     try:
         engines = Engines(args, configs, places, plane, failures)
-        client = _client(ensemble, await engines.starter.start_all(started), plane, min_experts)
+        client = _client(ensemble, await engines.starter.start_all(started), plane, min_experts, max_queued)
         client.health.watch()
         if args.tokenizer is not None:
             check_tokenizer(client.renderer.get_tokenizer(), ensemble.vocab_size)
@@ -329,7 +334,9 @@ def _give_memory(configs: Sequence[Any], places: Sequence[Place]) -> None:
             give_memory(config, placed.kv_bytes, placed.needed_bytes / total_bytes)
 
 
-def _client(ensemble: Ensemble, engines: Sequence[Any], plane: Plane, min_experts: int) -> EnsembleClient:
+def _client(
+    ensemble: Ensemble, engines: Sequence[Any], plane: Plane, min_experts: int, max_queued: int | None
+) -> EnsembleClient:
     """The gateway over ``engines``, made of its parts."""
     from decar.server.gateway.core_policy import start_all_threads
     from decar.server.gateway.ensemble import EnsembleClient
@@ -348,6 +355,7 @@ def _client(ensemble: Ensemble, engines: Sequence[Any], plane: Plane, min_expert
         thread=thread,
         metrics=EnsembleMetrics(plane),
         min_experts=min_experts,
+        max_queued=max_queued,
     )
 
 

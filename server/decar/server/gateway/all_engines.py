@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 from vllm.engine.protocol import EngineClient
@@ -17,7 +17,7 @@ from decar.server.protocol.plane import Plane
 
 
 class AllEngines(EngineClient):
-    """K engines as vLLM's app wants one to be. A subclass generates.
+    """K engines as vLLM's app wants one to be. A subclass generates, and aborts.
 
     Args:
         ensemble: what is served.
@@ -81,9 +81,6 @@ class AllEngines(EngineClient):
         for expert in self.experts:
             if expert.lives:
                 expert.engine.client.check_admission(n, request_id)
-
-    async def abort(self, request_id: str | Iterable[str]) -> None:
-        await self._all("abort", request_id)
 
     async def get_supported_tasks(self) -> Any:
         return await self.experts[0].engine.client.get_supported_tasks()

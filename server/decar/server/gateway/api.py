@@ -27,7 +27,7 @@ from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, w
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
 from decar.server.gateway.errors import error_response, http_error, unavailable
-from decar.server.gateway.gate import Gate, GateMiddleware
+from decar.server.gateway.gate import Gate, GateMiddleware, QueueMiddleware
 from decar.server.gateway.middleware import (
     ArrivalMiddleware,
     GuardMiddleware,
@@ -81,6 +81,7 @@ def extend(
         *(middleware for middleware in app.user_middleware if middleware not in cors),
         # Innermost, so that vLLM's authentication has let the request pass before its body is read.
         Middleware(DecarMiddleware, served=client),
+        Middleware(QueueMiddleware, queue=client.queue),
     ]
     app.middleware_stack = app.build_middleware_stack()  # vLLM's app has already built its own
 
@@ -141,6 +142,7 @@ async def ensemble(request: Request) -> JSONResponse:
             "defaults": {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
             | manifest.mixing.model_dump(),
             "slots": {"total": client.slots.total, "in_use": client.slots.in_use},
+            "queue": {"waiting": client.queue.waiting, "length": client.queue.length},
         }
     )
 

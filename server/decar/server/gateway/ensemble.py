@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import Ensemble, active_experts, moved_on, restricted
+from decar.server.gateway.aborts import Abort, Aborted, Aborts
 from decar.server.gateway.admission import Admission, check_drawable, refuse_failed
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.beams import Beam, beam_of
@@ -26,6 +27,7 @@ from decar.server.gateway.core_policy import CorePolicy
 from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
 from decar.server.gateway.leaders import Leaders
 from decar.server.gateway.prompt import PromptLogprobs, PromptScorer, tokens_of
+from decar.server.gateway.queue import Queue
 from decar.server.gateway.request import Call, ChoiceTrace, current_call, parse_call
 from decar.server.gateway.sampling import (
     merged,
@@ -54,6 +56,7 @@ class Asked:
     Attributes:
         first_choice: index of this prompt's first choice in the response.
         kwargs: what vLLM passes through to an engine as it is.
+        abort: of the prompt's request.
         slot: of a choice, once it has needed one; kept until it ends.
         speech: what has been said of a choice's answer, where an expert has been lost.
         beam: whose next token this is, in a beam search.
@@ -65,6 +68,7 @@ class Asked:
     params: SamplingParams
     request_id: str
     kwargs: dict[str, Any]
+    abort: Abort
     slot: int | None = None
     speech: Speech | None = None
     beam: Beam | None = None
@@ -75,8 +79,11 @@ class Asked:
         return () if self.speech is None else self.speech.tokens
 
 
-class _OtherEngines(Exception):
-    """What is known of a request before it is decoded may not be so any more: it is found anew."""
+def _choices_of(asked: Asked) -> Iterator[Asked]:
+    """Each choice of what is asked, as if it were all; made as it is needed, since there may be thousands."""
+    for i, params in enumerate(params_of_choices(asked.params)):
+        first_choice, request_id = asked.first_choice + i, f"{asked.request_id}-{i}"
+        yield replace(asked, params=params, first_choice=first_choice, request_id=request_id)
 
 
 class EnsembleClient(AllEngines):
@@ -90,6 +97,7 @@ class EnsembleClient(AllEngines):
         thread: this one.
         metrics: told what mixed each token.
         min_experts: how many have to live for the ensemble to be served.
+        max_queued: how many requests may wait; None: four for each slot.
     """
 
     def __init__(
@@ -102,9 +110,13 @@ class EnsembleClient(AllEngines):
         thread: GatewayThread,
         metrics: EnsembleMetrics,
         min_experts: int = 1,
+        max_queued: int | None = None,
     ):
         super().__init__(ensemble, engines, plane, min_experts)
-        self.slots = Slots(plane.spec.slots)
+        slots = plane.spec.slots
+        self.slots = Slots(slots)
+        self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
+        self._aborts = Aborts()
         self.leaders = Leaders(plane.spec.experts)
         self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
@@ -114,7 +126,7 @@ class EnsembleClient(AllEngines):
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
-        metrics.watch(self.experts)
+        metrics.watch(self.experts, self.queue)
 
     def give_engine(self, expert: int, engine: Engine) -> None:
         """An expert whose engine has died has a new one, which is still to be warmed up."""
@@ -172,10 +184,15 @@ class EnsembleClient(AllEngines):
             check_drawable(sampling_params)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
-        asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs)
+        abort = self._aborts.of(request_id, prompt, sampling_params)
+        asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs, abort)
         if call.beams:
             asked.beam = beam_of(call, prompt)
         return self._answer(asked)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests by the ids that users know: each answers with what it has, and finish reason "abort"."""
+        await self._aborts.do([request_id] if isinstance(request_id, str) else request_id)
 
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
         if asked.params.structured_outputs is not None:
@@ -183,42 +200,57 @@ class EnsembleClient(AllEngines):
         only = asked.call.only_expert
         if only is not None:
             self._of_living(asked.call, asked.call.log_weights)
-            prompt_logprobs, outputs = None, self._asked_alone(asked, only)
+            prompt_logprobs = None
+            each = iter([asked]) if asked.params.n == 1 else _choices_of(asked)
+            choices = (self._asked_alone(choice, only) for choice in each)
         else:
-            log_weights, prompt_logprobs = await self._weigh(asked)
+            try:
+                with asked.abort.waking():
+                    log_weights, prompt_logprobs = await self._weigh(asked)
+            except Aborted as aborted:
+                yield aborted.output(asked.params.n)
+                return
             scored = asked.call.scored and prompt_logprobs is None
-            choices = []
             draws = uniforms(asked.params) if asked.call.draw else [None] * asked.params.n
-            for i, (params, uniform) in enumerate(zip(params_of_choices(asked.params), draws, strict=True)):
-                choice = replace(
-                    asked,
-                    params=params,
-                    first_choice=asked.first_choice + i,
-                    request_id=f"{asked.request_id}-{i}",
-                )
-                choices.append(self._choice(choice, log_weights, uniform, scored))
-            outputs = choices[0] if len(choices) == 1 else merged(choices, asked.params)
+            choices = (
+                self._choice(choice, log_weights, uniform, scored)
+                for choice, uniform in zip(_choices_of(asked), draws, strict=True)
+            )
+        outputs = next(choices) if asked.params.n == 1 else merged(choices, asked.params, self.queue.total)
         try:
             async for output in outputs:
                 output.request_id = asked.request_id
                 if prompt_logprobs is not None:
                     output.prompt_logprobs = prompt_logprobs
                 yield output
+        except Aborted as aborted:
+            yield aborted.output()
         finally:
             await outputs.aclose()
 
     async def _asked_alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
-        """The one expert that the request may be answered by: plain vLLM."""
-        client = self.experts[expert].engine.client
-        outputs = client.generate(asked.prompt, asked.params, asked.request_id, **asked.kwargs)
-        try:
-            async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
-                async for output in said:
-                    yield output
-        except Exception:
-            if client.errored:
-                raise self._down([expert]) from None
-            raise
+        """One choice of the one expert that the request may be answered by: plain vLLM."""
+        async with self._place(asked):
+            client = self.experts[expert].engine.client
+            outputs = client.generate(asked.prompt, asked.params, asked.request_id, **asked.kwargs)
+            try:
+                with asked.abort.in_engines(lambda: client.abort(asked.request_id)):
+                    async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
+                        async for output in said:
+                            yield output
+            except Exception:
+                if client.errored:
+                    raise self._down([expert]) from None
+                raise
+
+    @contextlib.asynccontextmanager
+    async def _place(self, asked: Asked) -> AsyncIterator[None]:
+        """One of the places for what runs at once; waiting for it is not urgent."""
+        self.thread.arrived()
+        async with contextlib.AsyncExitStack() as kept:
+            with asked.abort.waking():
+                await kept.enter_async_context(self.queue.take())
+            yield
 
     # --- whoever dies -------------------------------------------------------------------------------------
 
@@ -230,17 +262,16 @@ class EnsembleClient(AllEngines):
         Args:
             scored: whether the prompt has still to move the ``log_weights`` [K].
         """
-        async with contextlib.AsyncExitStack() as kept:
+        async with self._place(asked), contextlib.AsyncExitStack() as kept:
             while True:
                 try:
                     async with contextlib.AsyncExitStack() as attempt:
-                        outputs = await self._attempt(asked, log_weights, uniform, scored, kept, attempt)
+                        with asked.abort.waking():
+                            outputs = await self._attempt(asked, log_weights, uniform, scored, kept, attempt)
                         attempt.push_async_callback(outputs.aclose)
                         async for output in outputs:
                             yield output
                     return
-                except _OtherEngines:
-                    continue
                 except ExpertLost as lost:
                     self._go_on_without(asked, lost.expert)
 
@@ -263,7 +294,6 @@ class EnsembleClient(AllEngines):
         Raises:
             ExpertLost: one of them is, here or in what is returned.
             ExpertDown: none of them may answer.
-            _OtherEngines: not all of them are those that it began with.
         """
         call, beam, budget = asked.call, asked.beam, asked.call.prune
         answered = 0 if beam is None else len(beam.spoken)  # tokens of the prompt that count as the answer's
@@ -401,9 +431,12 @@ class EnsembleClient(AllEngines):
         self._relay.follow(relayed, expert, queue.request_id)
         ended = False
 
+        def end() -> Awaitable[None]:
+            return self._cancel([(expert, queue)])
+
         async def heard() -> AsyncGenerator[RequestOutput, None]:
             nonlocal ended
-            with self.health.hearing(queue, lambda k: k == expert) as hearing:
+            with self.health.hearing(queue, lambda k: k == expert) as hearing, asked.abort.in_engines(end):
                 while not ended:
                     output = await hearing.next()
                     ended = output.finished
@@ -419,7 +452,7 @@ class EnsembleClient(AllEngines):
         finally:
             self._relay.forget(relayed)
             if not ended:
-                await asyncio.shield(self._cancel({expert: queue}.items()))
+                await asyncio.shield(end())
 
     async def _said_alone(
         self, asked: Asked, expert: int, outputs: AsyncGenerator[RequestOutput, None]
@@ -427,28 +460,21 @@ class EnsembleClient(AllEngines):
         """What ``expert`` says in ``outputs``, with a trace of it."""
         call, name = asked.call, self.experts[expert].name
         weights = [float(k == expert) for k in range(len(self.experts))]
-        traces = [
-            call.choices.setdefault(asked.first_choice + i, ChoiceTrace([name], name))
-            for i in range(asked.params.n)
-        ]
+        trace = call.choices.setdefault(asked.first_choice, ChoiceTrace([name], name))
         key = object()
         self.thread.hurry(key, True)
-        start = len(asked.spoken)
-        produced = [start] * asked.params.n
+        produced = start = len(asked.spoken)
         try:
             async for output in outputs:
                 refuse_failed(asked.params, output)
-                for completion in output.outputs:
-                    index = completion.index
-                    news = produced_by(completion, asked.params, produced[index]) - produced[index]
-                    produced[index] += news
-                    if call.trace:
-                        traces[index].weights += [weights] * news
-                        traces[index].leaders += [name] * news
+                before, produced = produced, produced_by(output.outputs[0], asked.params, produced)
+                if call.trace:
+                    trace.weights += [weights] * (produced - before)
+                    trace.leaders += [name] * (produced - before)
                 yield output
         finally:
             self.thread.hurry(key, False)
-            self._metrics.observe_alone(sum(produced) - start * asked.params.n)
+            self._metrics.observe_alone(produced - start)
             await outputs.aclose()
 
     # --- slot, leader, fan out, stream --------------------------------------------------------------------
@@ -474,20 +500,12 @@ class EnsembleClient(AllEngines):
 
         Raises:
             ExpertLost: one of them is.
-            _OtherEngines: while a slot was waited for, one of them has been ended or exchanged.
         """
         call, active, start = asked.call, active_experts(log_weights), len(asked.spoken)
         if asked.beam is not None and scored is not None:
             learn = asked.beam.learning(log_weights, budget, scored, learn)
-        self.thread.arrived()
         if asked.slot is None:
-            before = [self.experts[k].engine for k in active]
-            asked.slot = await kept.enter_async_context(self.slots.take())
-            if any(
-                self.experts[k].engine is not engine or not (self.experts[k].lives or k == call.warms)
-                for k, engine in zip(active, before, strict=True)
-            ):
-                raise _OtherEngines
+            asked.slot = kept.enter_context(self.slots.take())
         slot = asked.slot
         known = log_weights if scored is None else np.zeros(len(log_weights))
         leader = self.leaders.choose(known, active)
@@ -537,7 +555,10 @@ class EnsembleClient(AllEngines):
             self._core_policy.share_cores()
             await self._fan_out(asked, member, relayed, queues)
             queue = queues[leader]
-            with self.health.hearing(queue, lambda k: self._needs(member, relayed, k)) as hearing:
+            with (
+                self.health.hearing(queue, lambda k: self._needs(member, relayed, k)) as hearing,
+                asked.abort.in_engines(lambda: self._cancel(queues.items())),
+            ):
                 streams = asked.params.output_kind != RequestOutputKind.FINAL_ONLY
                 self.thread.hurry(slot, streams or member.may_release)
                 while not finished:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decar.server.gateway.errors import error_body, unavailable
+from decar.server.gateway.queue import Queue, QueueFull
 
+GENERATING = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/invocations"}
+)
+FULL = "so many requests wait already that this one would not be answered soon: ask again in a moment"
 STOPPING = "the server is shutting down: ask again in a moment, or another one"
 _ENDS_WITHIN_S = 5.0
 _STAYS_OPEN = frozenset({"/metrics"})
@@ -110,6 +116,27 @@ class GateMiddleware:
             await _refuse(scope, receive, send)
         elif streams:
             await send({"type": "http.response.body", "body": error_event(scope["path"], STOPPING, 503)})
+
+
+class QueueMiddleware:
+    """Has requests that generate wait in a `Queue`, or refuses them at once where it is full."""
+
+    def __init__(self, app: ASGIApp, queue: Queue):
+        self.app = app
+        self._queue = queue
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        if scope["path"].removeprefix(scope.get("root_path", "")) not in GENERATING:
+            return await self.app(scope, receive, send)
+        with contextlib.ExitStack() as left:
+            try:
+                left.enter_context(self._queue.admitted())
+            except QueueFull:
+                await unavailable(FULL, retry_after_s=1)(scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import socket
+import struct
 from http import HTTPStatus
 from typing import Literal
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from decar.server.gateway.errors import error_body
+
+logger = logging.getLogger("decar")
+
+LOOK_S = 1.0
+"""How often it is looked whether clients read."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -22,13 +30,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         max_head_bytes: of a request's first line and headers, where ``config`` does not say.
         max_headers: the same.
         timeout_s: for a head, from the connection's beginning or its own.
-        body_bytes_per_s: what a body has to bring on the average of every ``timeout_s``.
+        body_bytes_per_s: what a body has to bring on the average of every ``timeout_s``, and a client has to take of an
+            answer that it has not read.
+        max_unread_bytes: of a stream, beyond what the system keeps of it.
     """
 
     max_head_bytes = 2**16
     max_headers = 256
     timeout_s = 30.0
     body_bytes_per_s = 1024
+    max_unread_bytes = 4 * 2**20
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -40,10 +51,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._kept_bytes = 0  # of a head, or of the headers behind a body
         self._refused = False
         self._timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_watching()
+        self.resume_writing()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -129,6 +142,38 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the request's {self._reading} has not come in time")
 
+    # --- what the client does not read --------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        """uvicorn would have the app wait, with all that it holds. What it sends is kept instead, within bounds."""
+        self._look_later(0, taken_bytes(self.transport))
+
+    def resume_writing(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
+    def _look_at_unread(self, looks: int, taken: int) -> None:
+        """End a connection whose client leaves too much unread, or takes too little of it.
+
+        Args:
+            looks: how often it was looked since the client had ``taken`` so many bytes.
+        """
+        streams = self.cycle is not None and not self.cycle.response_complete
+        too_much = streams and self.transport.get_write_buffer_size() > self.max_unread_bytes
+        if looks * LOOK_S >= self.timeout_s:
+            before, taken, looks = taken, taken_bytes(self.transport), 0
+            too_much = too_much or taken - before < self.timeout_s * self.body_bytes_per_s
+        if too_much:
+            logger.warning("%s does not read its answer: the connection is closed", self.client)
+            self._unread_timer = None
+            self.transport.abort()
+        else:
+            self._look_later(looks, taken)
+
+    def _look_later(self, looks: int, taken: int) -> None:
+        self._unread_timer = self.loop.call_later(LOOK_S, self._look_at_unread, looks + 1, taken)
+
     @property
     def _answers(self) -> bool:
         """Whether a request that has come whole is still being answered."""
@@ -157,3 +202,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+
+
+def taken_bytes(transport: asyncio.Transport) -> int:
+    """How many bytes a connection's client has acknowledged: on Linux, and over TCP, as all are."""
+    info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED.size)
+    acked: int = _ACKED.unpack(info)[0]
+    return acked
+
+
+_ACKED = struct.Struct("=120xQ")  # `tcpi_bytes_acked` of Linux's `struct tcp_info`

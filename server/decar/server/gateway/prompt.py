@@ -24,6 +24,7 @@ from decar.router import active_experts, log_weights_after
 from decar.router.manifest import Rule
 from decar.server.gateway.engine import ExpertEngine, ExpertLost, PromptLogprobs
 from decar.server.gateway.images import is_text
+from decar.server.gateway.queue import Places
 from decar.server.gateway.scores import PrefixScores
 from decar.server.protocol.member import ROWS_KEY, PromptRows
 from decar.server.protocol.plane import DIRECTORY, create_segment, new_name, unlink
@@ -81,7 +82,7 @@ class PromptScorer:
         memory = os.statvfs(DIRECTORY)
         share = memory.f_bavail * memory.f_frsize // (2 * PROMPTS_AT_ONCE)
         self._window_bytes = min(WINDOW_BYTES, share)
-        self._places = asyncio.Semaphore(PROMPTS_AT_ONCE)
+        self._places = Places(PROMPTS_AT_ONCE)
 
     @contextlib.asynccontextmanager
     async def beginning(
@@ -138,7 +139,7 @@ class PromptScorer:
         found: PromptLogprobs = [None]
         log_weights = np.array(log_weights)
         width = max(self._window_bytes // (4 * self._vocab_size * len(experts)), 1)
-        async with self._places:
+        async with self._places.take():
             for start in range(0, len(ids) - 1, width):
                 end = min(start + width, len(ids) - 1)
                 # What comes after the window need not be computed; but a prompt with images stays as it is.
@@ -255,7 +256,7 @@ def _mixed(
         log_weights = after[-1]
     mixed = mix(log_probs, torch.from_numpy(weights), rule)  # [W, V]
     of_targets = mixed.gather(1, targets[:, None])
-    ranks = (mixed > of_targets).sum(dim=1).add(1)
+    ranks = (mixed >= of_targets).sum(dim=1)  # the last of those that tie, as vLLM counts
     best = mixed.topk(min(count, mixed.shape[1]), dim=1)
     tokens = torch.cat([targets[:, None], best.indices], dim=1)
     return (tokens, torch.cat([of_targets, best.values], dim=1), ranks), log_weights

@@ -72,10 +72,10 @@ class Call:
         draw: decode one expert alone, drawn by the weights.
         top_k, prune: which experts stay active.
         on_expert_loss: whether to go on without an expert that is down.
-        seats: the experts' places, if they are not in manifest order.
-        trained_routers: those of the ensemble that the request is for.
         beams: vLLM searches for beams, and asks for each one's next token as for a new prompt's.
         counts_shown: whether the client of a stream that is traced sees the usage in each chunk.
+        seats: the experts' places, if they are not in manifest order.
+        trained_routers: those of the ensemble that the request is for.
         warms: an expert that may take part though it is not up yet, since this warms it.
         degraded: names of experts that should have taken part and were down, in the order that this was found in.
         choices: by choice index, once routed.

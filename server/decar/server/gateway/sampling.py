@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from copy import copy
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from decar.server.gateway.aborts import Aborted
 from decar.server.gateway.engine import Speech
 from decar.server.protocol.member import REQUEST_KEY, SPOKEN_KEY, Member, Spoken
 
@@ -64,16 +65,14 @@ def uniforms(params: SamplingParams) -> list[float]:
     return numbers
 
 
-def params_of_choices(params: SamplingParams) -> list[SamplingParams]:
+def params_of_choices(params: SamplingParams) -> Iterator[SamplingParams]:
     """One set of sampling parameters per choice; as in vLLM, a seed differs by the choice's index."""
-    choices = []
     for i in range(params.n):
         choice = copy(params)
         choice.n = 1
         if params.seed is not None:
             choice.seed = params.seed + i
-        choices.append(choice)
-    return choices
+        yield choice
 
 
 def produced_by(completion: CompletionOutput, params: SamplingParams, before: int) -> int:
@@ -83,31 +82,33 @@ def produced_by(completion: CompletionOutput, params: SamplingParams, before: in
 
 
 async def merged(
-    choices: list[AsyncGenerator[RequestOutput, None]], params: SamplingParams
+    choices: Iterator[AsyncGenerator[RequestOutput, None]], params: SamplingParams, at_once: int
 ) -> AsyncGenerator[RequestOutput, None]:
-    """Run the choices of one request side by side; give their outputs as one request's."""
+    """Run the choices of one request side by side, so many at once; give their outputs as one request's."""
     final_only = params.output_kind == RequestOutputKind.FINAL_ONLY
-    outputs: asyncio.Queue[tuple[int, RequestOutput | BaseException | None]] = asyncio.Queue()
+    outputs: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue()
 
-    async def run(index: int, choice: AsyncGenerator[RequestOutput, None]) -> None:
-        try:
-            async for output in choice:
-                outputs.put_nowait((index, output))
-            outputs.put_nowait((index, None))
-        except Exception as error:
-            outputs.put_nowait((index, error))
-        finally:
-            await choice.aclose()
+    rest = enumerate(choices)
 
-    tasks = [asyncio.create_task(run(i, choice)) for i, choice in enumerate(choices)]
+    async def run() -> None:
+        for index, choice in rest:
+            try:
+                async for output in choice:
+                    outputs.put_nowait((index, output))
+            except Aborted as aborted:
+                outputs.put_nowait((index, aborted.output()))
+            except Exception as error:
+                outputs.put_nowait((index, error))
+            finally:
+                await choice.aclose()
+
+    tasks = [asyncio.create_task(run()) for _ in range(min(params.n, at_once))]
     finals: dict[int, CompletionOutput] = {}
-    unfinished = len(choices)
+    unfinished = params.n
     try:
         while unfinished:
             index, output = await outputs.get()
-            if output is None:
-                continue
-            if isinstance(output, BaseException):
+            if isinstance(output, Exception):
                 raise output
             for completion in output.outputs:
                 completion.index = index

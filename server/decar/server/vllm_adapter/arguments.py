@@ -17,7 +17,7 @@ RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
         *("mm_processor_cache_gb", "mm_processor_cache_type", "scheduler_cls", "scheduling_policy"),
         *("served_model_name", "worker_cls", "worker_extension_cls"),
     ),
-    "it is a flag of `decar serve`, and none of vLLM's --config": ("shutdown_timeout",),
+    "it is a flag of `decar serve`, and none of vLLM's --config": ("max_num_queued_reqs", "shutdown_timeout"),
     "one gateway serves HTTP on --port": (*("api_server_count", "grpc", "grpc_port", "headless", "uds"),),
     "each expert is one engine in one process": (
         *("data_parallel_size", "data_parallel_size_local", "data_parallel_rank", "data_parallel_start_rank"),

@@ -590,12 +590,15 @@ SEAMS: tuple[Seam, ...] = (
                 f"vllm.entrypoints.openai.{module}.serving",
                 "should_include_usage",
                 "stream_options, enable_force_include_usage",
-                called_in=f"{serving}.{generator}",
+                called_in=generator,
                 used_by="what a trace goes by",
+                since=since,
+                before=before,
             )
-            for module, serving, generator in (
-                ("chat_completion", "OpenAIServingChat", "chat_completion_stream_generator"),
-                ("completion", "OpenAIServingCompletion", "completion_stream_generator"),
+            for module, generator, since, before in (
+                ("chat_completion", "OpenAIServingChat.chat_completion_stream_generator", "", "0.33"),
+                ("chat_completion", "OpenAIServingChat.chat_completion_stream_generator_raw", "0.33", ""),
+                ("completion", "OpenAIServingCompletion.completion_stream_generator", "", ""),
             )
         ),
     ),

@@ -1,0 +1,198 @@
+"""Mixed traffic for half an hour, with clients that leave and engines that are killed: nothing grows or gets stuck.
+
+DECAR_SOAK_S=120 DECAR_SOAK_KILL_S=50 python -m pytest -m soak tests/e2e/test_soak.py -s
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import statistics
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.e2e.test_loss import BACK_WITHIN_S, is_up, pid_of
+from tests.helpers import EXACT, Server, wait_until
+from tests.reference import Reference
+
+LENGTH_S = float(os.environ.get("DECAR_SOAK_S", "1800"))
+KILL_EVERY_S = float(os.environ.get("DECAR_SOAK_KILL_S", "180"))
+pytestmark = [pytest.mark.engines, pytest.mark.soak, pytest.mark.timeout(LENGTH_S + 600)]
+
+CLIENTS = 24
+WINDOW_S = 2
+LOWEST = 0.4  # of the median throughput, in any window but around a kill
+GROWTH = 0.03  # of the gateway's memory, in the second half
+MEANS_SOMETHING_S = 1200  # before, caches fill
+AFTER_BACK_S = 4
+
+
+@dataclass
+class Soak:
+    """What was seen of the traffic, and when."""
+
+    tokens: Counter[int] = field(default_factory=Counter)  # by window
+    requests: int = 0
+    cancelled: int = 0
+    failed: list[str] = field(default_factory=list)
+    disturbed: list[tuple[float, float]] = field(default_factory=list)  # from a kill until its engine is back
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def now(self) -> float:
+        return time.monotonic() - self.started
+
+    def heard(self, tokens: int) -> None:
+        self.tokens[int(self.now // WINDOW_S)] += tokens
+
+    def undisturbed(self) -> list[int]:
+        """Tokens of each whole window in which no engine was missing; the first has clients that connect."""
+        windows = range(2, int(self.now // WINDOW_S) - 1)
+        return [
+            self.tokens[i]
+            for i in windows
+            if not any(a < (i + 1) * WINDOW_S and i * WINDOW_S < b for a, b in self.disturbed)
+        ]
+
+
+def some_request(rng: random.Random, trio: Reference) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of a completion, and its `decar` object."""
+    prompt = [rng.randrange(5, 95) for _ in range(rng.choice((3, 20, 120)))]
+    options: dict[str, Any] = rng.choice(
+        [
+            {"temperature": 0},
+            {"temperature": 1.0, "seed": rng.randrange(99)},
+            {"temperature": 1.0, "n": 3},
+            {"temperature": 0, "logprobs": 3},
+            {"temperature": 0, "stop": ["never said"]},
+            {"temperature": 0, "presence_penalty": 0.5},
+        ]
+    )
+    decar: dict[str, Any] = rng.choice(
+        [
+            *({"route": "posterior"}, {"route": "prior"}, {"rule": "logit"}, {"prune": 0.02}, {"top_k": 2}),
+            *({"scope": "output"}, {"trace": True}, {"weights": {"code": 2, "prose": 1}}),
+        ]
+    )
+    return {"prompt": prompt, "max_tokens": rng.randint(10, 60), **options}, decar
+
+
+async def client_of(soak: Soak, client: openai.AsyncOpenAI, trio: Reference, seed: int) -> None:
+    rng = random.Random(seed)
+    while soak.now < LENGTH_S:
+        options, decar = some_request(rng, trio)
+        kind = rng.random()
+        try:
+            if kind < 0.1:  # one expert, which may be the one that was killed
+                with suppress(openai.InternalServerError):
+                    answer = await client.completions.create(model=f"{trio.name}/code", **options)
+                    soak.heard(answer.usage.completion_tokens)
+            elif kind < 0.2:
+                answer = await client.completions.create(
+                    model=trio.name,
+                    **{**options, "n": 1, "extra_body": {"prompt_logprobs": 1, "ignore_eos": True}},
+                )
+                soak.heard(answer.usage.completion_tokens)
+            elif kind < 0.4:
+                extra = {"ignore_eos": True, "decar": decar}
+                answer = await client.completions.create(model=trio.name, extra_body=extra, **options)
+                soak.heard(answer.usage.completion_tokens)
+            else:
+                await read(soak, client, trio, options, decar, rng.randint(1, 9) if kind > 0.85 else None)
+        except openai.APIError as error:
+            soak.failed.append(f"{error!r}: {options} {decar}")
+        soak.requests += 1
+
+
+async def read(
+    soak: Soak,
+    client: openai.AsyncOpenAI,
+    trio: Reference,
+    options: dict[str, Any],
+    decar: dict[str, Any],
+    leaves_after: int | None,
+) -> None:
+    """A stream, to its end or until its client has had enough."""
+    extra = {"ignore_eos": True, "return_token_ids": True, "decar": decar}
+    stream = await client.completions.create(model=trio.name, stream=True, extra_body=extra, **options)
+    async with stream:
+        chunks = 0
+        async for chunk in stream:
+            chunks += 1
+            soak.heard(sum(len(choice.model_extra["token_ids"] or ()) for choice in chunk.choices))
+            if chunks == leaves_after:
+                soak.cancelled += 1
+                return
+
+
+async def kill_now_and_then(soak: Soak, server: Server, trio: Reference) -> None:
+    victims = [trio.experts[i % len(trio.experts)] for i in range(1000)]
+    for i, victim in enumerate(victims, 1):
+        await asyncio.sleep(max(i * KILL_EVERY_S - soak.now, 0))
+        if soak.now > LENGTH_S - BACK_WITHIN_S / 2:
+            return
+        at = soak.now
+        pid = await asyncio.to_thread(pid_of, server, victim)
+        os.kill(pid, signal.SIGKILL)
+
+        def back(victim: str = victim, pid: int = pid) -> bool:
+            return is_up(server, victim) and pid_of(server, victim) != pid
+
+        await asyncio.to_thread(wait_until, back, BACK_WITHIN_S, f"{victim} is back", 0.5)
+        soak.disturbed.append((at, soak.now + AFTER_BACK_S))
+
+
+async def sample_memory(soak: Soak, process: psutil.Process, samples: list[tuple[float, int]]) -> None:
+    while soak.now < LENGTH_S:
+        samples.append((soak.now, process.memory_info().rss))
+        await asyncio.sleep(1)
+
+
+async def test_mixed_traffic_with_cancels_and_kills(trio: Reference, tmp_path: Path) -> None:
+    server = Server.start(trio.directory, tmp_path / "server.log", EXACT)
+    try:
+        gateway = psutil.Process(server.process.pid)
+        segments, descriptors = server.shared_memory, gateway.num_fds()
+        samples: list[tuple[float, int]] = []
+        async with server.async_openai() as client:
+            soak = Soak()
+            killing = asyncio.create_task(kill_now_and_then(soak, server, trio))
+            memory = asyncio.create_task(sample_memory(soak, gateway, samples))
+            await asyncio.gather(*(client_of(soak, client, trio, seed) for seed in range(CLIENTS)))
+            await memory
+            length_s = soak.now
+            await killing
+        wait_until(server.is_idle, 30, "slots and KV are free again")
+        server.http.close()
+        del server.http
+        windows = soak.undisturbed()
+        half = [rss for at, rss in samples if at * 2 >= LENGTH_S]
+        tenth = max(len(half) // 10, 1)
+        growth = statistics.mean(half[-tenth:]) / statistics.mean(half[:tenth]) - 1
+        lowest, median = min(windows), statistics.median(windows)
+        print(
+            f"\n{length_s:.0f} s, {soak.requests} requests, {soak.cancelled} left, {len(soak.failed)} failed, "
+            f"{len(soak.disturbed)} kills; {median / WINDOW_S:.0f} tokens/s, lowest window {lowest / median:.0%}; "
+            f"memory {growth:+.1%} in the second half; descriptors {descriptors} -> {gateway.num_fds()}"
+        )
+        assert not soak.failed, soak.failed[:5]
+        assert soak.cancelled
+        assert len(soak.disturbed) >= int((LENGTH_S - BACK_WITHIN_S) / KILL_EVERY_S)
+        assert lowest > LOWEST * median
+        assert server.shared_memory <= segments
+        wait_until(lambda: gateway.num_fds() <= descriptors, 30, lambda: f"{gateway.num_fds()} descriptors")
+        if LENGTH_S >= MEANS_SOMETHING_S:
+            assert growth < GROWTH
+        assert server.stop() == 0, server.log_tail()
+    finally:
+        server.kill()
