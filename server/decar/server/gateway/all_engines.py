@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
@@ -33,7 +33,9 @@ class AllEngines(EngineClient):
             ExpertEngine(name, engine) for name, engine in zip(ensemble.expert_names, engines, strict=True)
         ]
         free = plane.spec.experts - len(engines)
-        self.experts += [ExpertEngine("", NoEngine(), up=False, seated=False) for _ in range(free)]
+        self.experts += [
+            ExpertEngine("", cast(Engine, NoEngine()), up=False, seated=False) for _ in range(free)
+        ]
         self.seats = Seats(tuple(ensemble.expert_names), tuple(range(len(engines))), plane.spec.experts)
         self.health = Health(self.experts, plane, min_experts)
         # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only. What renders prompts
