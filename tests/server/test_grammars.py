@@ -124,10 +124,21 @@ def test_what_only_outlines_compiles_is_compiled_where_it_is_named(duo: Referenc
     chooser_of(duo, "outlines").choose(params)
 
 
+PANICS = {"json": {"type": "object", "required": "😀" * 50, "properties": {}}}
+"""Where llguidance's Rust cuts a character in its message."""
+
+
 @pytest.mark.parametrize("backend", ["auto", "xgrammar", "guidance"])
 @pytest.mark.parametrize(
     "grammar",
-    [{"regex": "(a"}, {"json": {"$ref": "#/x"}}, {"grammar": "{"}, {"json": "["}, {"json": {"type": {}}}],
+    [
+        PANICS,
+        {"regex": "(a"},
+        {"json": {"$ref": "#/x"}},
+        {"grammar": "{"},
+        {"json": "["},
+        {"json": {"type": {}}},
+    ],
     ids=str,
 )
 def test_what_cannot_be_read_is_the_users_fault(

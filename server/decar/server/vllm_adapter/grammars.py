@@ -13,6 +13,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+PANIC = "PanicException"
+"""Of Rust libraries: no `Exception`, and in no module to import it from."""
+
 
 class GrammarChooser:
     """In the gateway: checks the grammars of ``llm``'s requests and chooses their backends, instead of ``llm``."""
@@ -36,7 +39,10 @@ class GrammarChooser:
             params._validate_structured_outputs(processor.model_config, self._config, tokenizer)
         except VLLMValidationError:
             raise
-        except Exception as error:  # vLLM looks at a schema in many places before it knows the types in it
+        except BaseException as error:
+            # vLLM looks at a schema in many places before it knows types, and a panic of Rust's is no `Exception`.
+            if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+                raise
             raise VLLMValidationError(
                 f"structured_outputs cannot be read ({type(error).__name__}: {error})",
                 parameter="structured_outputs",
