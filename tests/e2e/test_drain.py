@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.e2e.test_loss import pid_of
 from tests.helpers import EXACT, Server, assert_error, wait_until
 from tests.reference import Reference
 
@@ -145,6 +146,18 @@ async def test_a_second_signal_ends_at_once(duo: Reference, tmp_path: Path) -> N
             assert time.monotonic() - told < ENDS_WITHIN_S
             results = await asyncio.gather(*tasks, return_exceptions=True)
         assert any(isinstance(result, httpx.HTTPError) for result in results)
+
+
+def test_an_engine_that_is_being_started_holds_nothing_up(duo: Reference, tmp_path: Path) -> None:
+    with started(duo, tmp_path) as server:
+        before = {process.pid for process in server.processes()}
+        os.kill(pid_of(server, "code"), signal.SIGKILL)
+        wait_until(
+            lambda: {process.pid for process in server.processes()} - before, 30, "an engine is started", 0.01
+        )
+        told = time.monotonic()
+        assert server.stop() == 0, server.log_tail()
+        assert time.monotonic() - told < ENDS_WITHIN_S
 
 
 async def test_the_gateway_is_killed_while_it_scores(duo: Reference, tmp_path: Path) -> None:

@@ -288,3 +288,14 @@ async def test_experts_are_removed_and_added(server: Server, trio: Reference, di
     )
     await check(server, new, routed("posterior"), "velocity", 4)
     wait_until(server.is_idle, 30, "nothing is left of those requests")
+
+
+def test_a_server_that_is_told_to_stop_meanwhile_stops(
+    server: Server, trio: Reference, directory: Path
+) -> None:
+    """The last one: nothing is left of the engine that was about to start."""
+    first = json.loads((directory / "ensemble.json").read_text())["experts"][0]
+    make_expert("llama", 60, directory / first["path"], trio.tokenizer)
+    os.kill(server.process.pid, signal.SIGHUP)
+    wait_until(lambda: not is_up(server, first["name"]), 60, "it is being exchanged", 0.01)
+    assert server.stop() == 0, server.log_tail()

@@ -130,12 +130,27 @@ def test_every_field_of_every_type(duo_server: Server) -> None:
 
 
 def test_mutated_bodies(duo_server: Server) -> None:
-    assert_all_answered(duo_server, mutated("duo", 500, SEED))
+    assert_all_answered(duo_server, mutated("duo", 3_000, SEED))
+
+
+def with_grammars(requests: Iterable[Mutated]) -> Iterator[Mutated]:
+    words = (b"structured_outputs", b"json_schema", b"tools")
+    return (request for request in requests if any(word in request.body for word in words))
+
+
+def test_mutated_grammars(trio_server: Server) -> None:
+    """Where vLLM chooses what compiles them."""
+    assert_all_answered(trio_server, with_grammars(mutated("trio", 3_000, SEED + 1)))
 
 
 @pytest.mark.soak
 def test_many_mutated_bodies(duo_server: Server) -> None:
-    assert_all_answered(duo_server, mutated("duo", 3_000, SEED))
+    assert_all_answered(duo_server, mutated("duo", 30_000, SEED + 2))
+
+
+@pytest.mark.soak
+def test_many_mutated_grammars(trio_server: Server) -> None:
+    assert_all_answered(trio_server, with_grammars(mutated("trio", 30_000, SEED + 3)))
 
 
 USERS_OWN_FAULT: dict[str, tuple[str, Any]] = {

@@ -57,6 +57,27 @@ def _given(output: RequestOutput | Exception) -> RequestOutput:
     return output
 
 
+def _output(
+    request_id: str, given: Submitted, tokens: Sequence[int], finish_reason: str | None
+) -> RequestOutput:
+    completion = CompletionOutput(
+        index=0,
+        text="".join(map(str, tokens)),
+        token_ids=list(tokens),
+        cumulative_logprob=None,
+        logprobs=None,
+        finish_reason=finish_reason,
+    )
+    return RequestOutput(
+        request_id=request_id,
+        prompt=None,
+        prompt_token_ids=given.prompt["prompt_token_ids"],
+        prompt_logprobs=None,
+        outputs=[completion],
+        finished=finish_reason is not None,
+    )
+
+
 @dataclass
 class Submitted:
     """What an engine was given."""
@@ -134,6 +155,12 @@ class FakeEngine:
 
     async def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
+        given = self.requests.get(request_id)
+        if given is not None:
+            given.queue.put(_output(request_id, given, (), finish_reason="abort"))
+
+    async def abort(self, request_id: str) -> None:
+        await self.cancel(self._id(request_id))
 
     async def died(self) -> None:
         await self._dead.wait()
@@ -195,23 +222,7 @@ class FakeEngine:
                 block.log_weights[member.slot, position % self.plane.spec.ring] = np.asarray(
                     member.log_weights
                 )
-        completion = CompletionOutput(
-            index=0,
-            text="".join(map(str, tokens)),
-            token_ids=list(tokens),
-            cumulative_logprob=None,
-            logprobs=None,
-        )
-        given.queue.put(
-            RequestOutput(
-                request_id=request_id,
-                prompt=None,
-                prompt_token_ids=given.prompt["prompt_token_ids"],
-                prompt_logprobs=None,
-                outputs=[completion],
-                finished=finished,
-            )
-        )
+        given.queue.put(_output(request_id, given, tokens, "length" if finished else None))
 
 
 class FakeRelay:

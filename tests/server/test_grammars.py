@@ -115,10 +115,30 @@ def test_the_choice_depends_on_the_grammar_alone(duo: Reference) -> None:
         assert params.structured_outputs._backend == backend
 
 
+def test_what_only_outlines_compiles_is_compiled_where_it_is_named(duo: Reference) -> None:
+    """Whether it is done in time would depend on how busy an engine is."""
+    params = asking({"json": {"type": "object", "patternProperties": {"^a": {}, "^b": {}}}})
+    with pytest.raises(VLLMValidationError, match="outlines"):
+        chooser_of(duo).choose(params)
+    params = asking({"json": {"type": "object", "properties": {"a": {"type": "integer"}}}})
+    chooser_of(duo, "outlines").choose(params)
+
+
+PANICS = {"json": {"type": "object", "required": "😀" * 50, "properties": {}}}
+"""Where llguidance's Rust cuts a character in its message."""
+
+
 @pytest.mark.parametrize("backend", ["auto", "xgrammar", "guidance"])
 @pytest.mark.parametrize(
     "grammar",
-    [{"regex": "(a"}, {"json": {"$ref": "#/x"}}, {"grammar": "{"}, {"json": "["}, {"json": {"type": {}}}],
+    [
+        PANICS,
+        {"regex": "(a"},
+        {"json": {"$ref": "#/x"}},
+        {"grammar": "{"},
+        {"json": "["},
+        {"json": {"type": {}}},
+    ],
     ids=str,
 )
 def test_what_cannot_be_read_is_the_users_fault(

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.sampler import Sampler
 
-from decar.server.gateway.prompt import PromptScorer
+from decar.server.gateway.prompt import PromptScorer, _mixed
 from decar.server.protocol.member import PromptRows
 from decar.server.protocol.plane import DIRECTORY
 from decar.server.vllm_adapter.engine import describe_prompt
@@ -172,3 +173,19 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def test_ranks_are_counted_as_vllm_counts_them() -> None:
+    """Also where tokens are equally likely."""
+    logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [3.0, 3.0, 1.0, 0.0, 0.0]])
+    log_probs = logits.log_softmax(dim=1)
+    targets = torch.tensor([2, 4, 0])
+    # Two experts that agree: what they say is the mixture.
+    (tokens, logprobs, ranks), _ = _mixed(
+        [log_probs, log_probs], targets, np.log([0.5, 0.5]), "velocity", 3, None
+    )
+    with torch.compiler.set_stance("force_eager"):
+        expected = Sampler.gather_logprobs(log_probs, 3, targets)
+    assert tokens.tolist() == expected.logprob_token_ids.tolist()
+    assert ranks.tolist() == expected.selected_token_ranks.tolist() == [4, 5, 2]
+    torch.testing.assert_close(logprobs, expected.logprobs)

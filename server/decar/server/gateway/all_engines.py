@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
@@ -17,7 +17,7 @@ from decar.server.protocol.plane import Plane
 
 
 class AllEngines(EngineClient):
-    """K engines as vLLM's app wants one to be. A subclass generates.
+    """K engines as vLLM's app wants one to be. A subclass generates, and aborts.
 
     Args:
         ensemble: what is served.
@@ -33,7 +33,9 @@ class AllEngines(EngineClient):
             ExpertEngine(name, engine) for name, engine in zip(ensemble.expert_names, engines, strict=True)
         ]
         free = plane.spec.experts - len(engines)
-        self.experts += [ExpertEngine("", NoEngine(), up=False, seated=False) for _ in range(free)]
+        self.experts += [
+            ExpertEngine("", cast(Engine, NoEngine()), up=False, seated=False) for _ in range(free)
+        ]
         self.seats = Seats(tuple(ensemble.expert_names), tuple(range(len(engines))), plane.spec.experts)
         self.health = Health(self.experts, plane, min_experts)
         # Where vLLM's app asks about "the" engine, any one will do: they differ in weights only. What renders prompts
@@ -79,9 +81,6 @@ class AllEngines(EngineClient):
         for expert in self.experts:
             if expert.lives:
                 expert.engine.client.check_admission(n, request_id)
-
-    async def abort(self, request_id: str | Iterable[str]) -> None:
-        await self._all("abort", request_id)
 
     async def get_supported_tasks(self) -> Any:
         return await self.experts[0].engine.client.get_supported_tasks()

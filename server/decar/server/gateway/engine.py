@@ -124,26 +124,15 @@ class Engine(Protocol):
 
 
 class NoEngine:
-    """In a place that no expert has had yet: a dead one."""
+    """In a place that no expert has had yet: what is asked of an engine that is dead."""
 
     errored = True
-    pid = 0
 
     def __init__(self) -> None:
         self.client: Any = self
         self.cores: set[int] = set()
 
-    async def submit(
-        self, request_id: str, prompt: Any, params: SamplingParams, **kwargs: Any
-    ) -> OutputQueue:
-        raise self.dead_error()
-
-    async def cancel(self, request_id: str) -> None: ...
-
     async def died(self) -> None: ...
-
-    def dead_error(self) -> Exception:
-        return RuntimeError("there is no engine")
 
     def has_work(self) -> bool:
         return False
@@ -151,23 +140,6 @@ class NoEngine:
     def end(self) -> None: ...
 
     def shutdown(self, timeout: float | None = None) -> None: ...
-
-    def keep_images(self, key: str) -> None: ...
-
-    def choose_grammar(self, params: SamplingParams) -> None:
-        raise self.dead_error()
-
-    def describe(
-        self,
-        described: PromptLogprobs,
-        tokens: torch.Tensor,
-        logprobs: torch.Tensor,
-        ranks: torch.Tensor,
-    ) -> None:
-        raise self.dead_error()
-
-    def thread_pools(self) -> Sequence[ThreadPoolExecutor]:
-        return ()
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import Ensemble, active_experts, moved_on, restricted
+from decar.server.gateway.aborts import Abort, Aborted, Aborts
 from decar.server.gateway.admission import Admission, check_drawable, refuse_failed
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.beams import Beam, beam_of
@@ -55,6 +56,7 @@ class Asked:
     Attributes:
         first_choice: index of this prompt's first choice in the response.
         kwargs: what vLLM passes through to an engine as it is.
+        abort: of the prompt's request.
         slot: of a choice, once it has needed one; kept until it ends.
         speech: what has been said of a choice's answer, where an expert has been lost.
         beam: whose next token this is, in a beam search.
@@ -66,6 +68,7 @@ class Asked:
     params: SamplingParams
     request_id: str
     kwargs: dict[str, Any]
+    abort: Abort
     slot: int | None = None
     speech: Speech | None = None
     beam: Beam | None = None
@@ -113,6 +116,7 @@ class EnsembleClient(AllEngines):
         slots = plane.spec.slots
         self.slots = Slots(slots)
         self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
+        self._aborts = Aborts()
         self.leaders = Leaders(plane.spec.experts)
         self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
@@ -180,10 +184,15 @@ class EnsembleClient(AllEngines):
             check_drawable(sampling_params)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
-        asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs)
+        abort = self._aborts.of(request_id, prompt, sampling_params)
+        asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs, abort)
         if call.beams:
             asked.beam = beam_of(call, prompt)
         return self._answer(asked)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests by the ids that users know: each answers with what it has, and finish reason "abort"."""
+        await self._aborts.do([request_id] if isinstance(request_id, str) else request_id)
 
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
         if asked.params.structured_outputs is not None:
@@ -195,7 +204,12 @@ class EnsembleClient(AllEngines):
             each = iter([asked]) if asked.params.n == 1 else _choices_of(asked)
             choices = (self._asked_alone(choice, only) for choice in each)
         else:
-            log_weights, prompt_logprobs = await self._weigh(asked)
+            try:
+                with asked.abort.waking():
+                    log_weights, prompt_logprobs = await self._weigh(asked)
+            except Aborted as aborted:
+                yield aborted.output(asked.params.n)
+                return
             scored = asked.call.scored and prompt_logprobs is None
             draws = uniforms(asked.params) if asked.call.draw else [None] * asked.params.n
             choices = (
@@ -209,28 +223,33 @@ class EnsembleClient(AllEngines):
                 if prompt_logprobs is not None:
                     output.prompt_logprobs = prompt_logprobs
                 yield output
+        except Aborted as aborted:
+            yield aborted.output()
         finally:
             await outputs.aclose()
 
     async def _asked_alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
         """One choice of the one expert that the request may be answered by: plain vLLM."""
-        async with self._place():
+        async with self._place(asked):
             client = self.experts[expert].engine.client
             outputs = client.generate(asked.prompt, asked.params, asked.request_id, **asked.kwargs)
             try:
-                async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
-                    async for output in said:
-                        yield output
+                with asked.abort.in_engines(lambda: client.abort(asked.request_id)):
+                    async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
+                        async for output in said:
+                            yield output
             except Exception:
                 if client.errored:
                     raise self._down([expert]) from None
                 raise
 
     @contextlib.asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
+    async def _place(self, asked: Asked) -> AsyncIterator[None]:
         """One of the places for what runs at once; waiting for it is not urgent."""
         self.thread.arrived()
-        async with self.queue.take():
+        async with contextlib.AsyncExitStack() as kept:
+            with asked.abort.waking():
+                await kept.enter_async_context(self.queue.take())
             yield
 
     # --- whoever dies -------------------------------------------------------------------------------------
@@ -243,11 +262,12 @@ class EnsembleClient(AllEngines):
         Args:
             scored: whether the prompt has still to move the ``log_weights`` [K].
         """
-        async with self._place(), contextlib.AsyncExitStack() as kept:
+        async with self._place(asked), contextlib.AsyncExitStack() as kept:
             while True:
                 try:
                     async with contextlib.AsyncExitStack() as attempt:
-                        outputs = await self._attempt(asked, log_weights, uniform, scored, kept, attempt)
+                        with asked.abort.waking():
+                            outputs = await self._attempt(asked, log_weights, uniform, scored, kept, attempt)
                         attempt.push_async_callback(outputs.aclose)
                         async for output in outputs:
                             yield output
@@ -411,9 +431,12 @@ class EnsembleClient(AllEngines):
         self._relay.follow(relayed, expert, queue.request_id)
         ended = False
 
+        def end() -> Awaitable[None]:
+            return self._cancel([(expert, queue)])
+
         async def heard() -> AsyncGenerator[RequestOutput, None]:
             nonlocal ended
-            with self.health.hearing(queue, lambda k: k == expert) as hearing:
+            with self.health.hearing(queue, lambda k: k == expert) as hearing, asked.abort.in_engines(end):
                 while not ended:
                     output = await hearing.next()
                     ended = output.finished
@@ -429,7 +452,7 @@ class EnsembleClient(AllEngines):
         finally:
             self._relay.forget(relayed)
             if not ended:
-                await asyncio.shield(self._cancel({expert: queue}.items()))
+                await asyncio.shield(end())
 
     async def _said_alone(
         self, asked: Asked, expert: int, outputs: AsyncGenerator[RequestOutput, None]
@@ -532,7 +555,10 @@ class EnsembleClient(AllEngines):
             self._core_policy.share_cores()
             await self._fan_out(asked, member, relayed, queues)
             queue = queues[leader]
-            with self.health.hearing(queue, lambda k: self._needs(member, relayed, k)) as hearing:
+            with (
+                self.health.hearing(queue, lambda k: self._needs(member, relayed, k)) as hearing,
+                asked.abort.in_engines(lambda: self._cancel(queues.items())),
+            ):
                 streams = asked.params.output_kind != RequestOutputKind.FINAL_ONLY
                 self.thread.hurry(slot, streams or member.may_release)
                 while not finished:

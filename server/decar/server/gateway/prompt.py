@@ -256,7 +256,7 @@ def _mixed(
         log_weights = after[-1]
     mixed = mix(log_probs, torch.from_numpy(weights), rule)  # [W, V]
     of_targets = mixed.gather(1, targets[:, None])
-    ranks = (mixed > of_targets).sum(dim=1).add(1)
+    ranks = (mixed >= of_targets).sum(dim=1)  # the last of those that tie, as vLLM counts
     best = mixed.topk(min(count, mixed.shape[1]), dim=1)
     tokens = torch.cat([targets[:, None], best.indices], dim=1)
     return (tokens, torch.cat([of_targets, best.values], dim=1), ranks), log_weights

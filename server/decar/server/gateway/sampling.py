@@ -11,6 +11,7 @@ import numpy as np
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from decar.server.gateway.aborts import Aborted
 from decar.server.gateway.engine import Speech
 from decar.server.protocol.member import REQUEST_KEY, SPOKEN_KEY, Member, Spoken
 
@@ -94,6 +95,8 @@ async def merged(
             try:
                 async for output in choice:
                     outputs.put_nowait((index, output))
+            except Aborted as aborted:
+                outputs.put_nowait((index, aborted.output()))
             except Exception as error:
                 outputs.put_nowait((index, error))
             finally:

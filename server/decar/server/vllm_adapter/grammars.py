@@ -13,6 +13,9 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+PANIC = "PanicException"
+"""Of Rust libraries: no `Exception`, and in no module to import it from."""
+
 
 class GrammarChooser:
     """In the gateway: checks the grammars of ``llm``'s requests and chooses their backends, instead of ``llm``."""
@@ -36,11 +39,22 @@ class GrammarChooser:
             params._validate_structured_outputs(processor.model_config, self._config, tokenizer)
         except VLLMValidationError:
             raise
-        except Exception as error:  # vLLM looks at a schema in many places before it knows the types in it
+        except BaseException as error:
+            # vLLM looks at a schema in many places before it knows types, and a panic of Rust's is no `Exception`.
+            if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+                raise
             raise VLLMValidationError(
                 f"structured_outputs cannot be read ({type(error).__name__}: {error})",
                 parameter="structured_outputs",
             ) from None
+        chosen = params.structured_outputs
+        if chosen is not None and chosen._backend == "outlines" and self._config.backend == "auto":
+            # It takes seconds, or fails by how busy an engine is, and goes on in vain with ever more memory.
+            raise VLLMValidationError(
+                "only outlines can compile this schema (patternProperties, with something else that xgrammar lacks), "
+                "and it is used only where --structured-outputs-config names it",
+                parameter="structured_outputs",
+            )
 
 
 class Backends:
