@@ -222,6 +222,7 @@ async def _running_ensemble(
         keep_environment()
         supervisor = Supervisor(client, engines.starter.start, image, engine_timeout_s)
         supervisor.watch()
+        started.clear()  # they are the client's now, which lets go of those that die
         try:
             yield client, supervisor, engines
         finally:
