@@ -24,6 +24,10 @@ AT_ONCE = 2000
 REFUSED_WITHIN_S = 1.0  # the acceptance's bound, for 99 of 100
 UNREAD, PROMPTS_EACH = 16, 10
 SLOWER = 2  # the acceptance's bound
+timed = pytest.mark.parametrize(
+    "timed", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["untimed", "timed"]
+)
+"""Bounds on times hold on a machine that does nothing else: `make soak`."""
 SHORT = {"max_tokens": 16, "temperature": 1.0, "extra_body": {"ignore_eos": True}}
 
 
@@ -53,7 +57,10 @@ async def ask(port: int, request: bytes) -> Answered:
         return Answered(int(head[0].split()[1]), headers, took_s, await reader.read())
 
 
-async def test_2000_at_once_are_answered_or_refused_at_once(duo_server: Server, duo: Reference) -> None:
+@timed
+async def test_2000_at_once_are_answered_or_refused_at_once(
+    duo_server: Server, duo: Reference, timed: bool
+) -> None:
     wait_until(duo_server.is_idle, 10, "nothing runs")
     before = sum(duo_server.metric("decar:rejected_total"))
     models = [duo.name, f"{duo.name}/code", duo.name, f"{duo.name}/prose"]
@@ -69,7 +76,8 @@ async def test_2000_at_once_are_answered_or_refused_at_once(duo_server: Server, 
     assert len(answers) - len(refused) >= 5 * MAX_NUM_SEQS  # those that run, and four times as many wait
     assert all(int(answer.headers["retry-after"]) > 0 for answer in refused)
     assert json.loads(refused[0].body)["error"]["code"] == 503
-    assert statistics.quantiles([answer.took_s for answer in refused], n=100)[98] < REFUSED_WITHIN_S
+    if timed:
+        assert statistics.quantiles([answer.took_s for answer in refused], n=100)[98] < REFUSED_WITHIN_S
     assert sum(duo_server.metric("decar:rejected_total")) - before == len(refused)
     assert sum(duo_server.metric("decar:queued")) == 0
     wait_until(duo_server.is_idle, 10, "nothing runs after the last answer")
@@ -109,7 +117,8 @@ async def idle_time_s(client: openai.AsyncOpenAI, model: str) -> float:
     return statistics.median(times)
 
 
-async def test_who_does_not_read_holds_nothing(trio_server: Server, trio: Reference) -> None:
+@timed
+async def test_who_does_not_read_holds_nothing(trio_server: Server, trio: Reference, timed: bool) -> None:
     """Their answers are larger than what the system keeps for them."""
     body = {
         **{"model": trio.name, "prompt": [[5, i] for i in range(PROMPTS_EACH)], "stream": True},
@@ -133,4 +142,4 @@ async def test_who_does_not_read_holds_nothing(trio_server: Server, trio: Refere
         beside_s = await idle_time_s(client, trio.name)
         for sock in sockets:
             sock.close()
-    assert beside_s < SLOWER * alone_s
+    assert not timed or beside_s < SLOWER * alone_s
