@@ -28,6 +28,11 @@ MIDST = 8
 that reads many streams is behind it."""
 STUCK_AFTER_S = 8
 BACK_WITHIN_S = 120  # an engine starts within 60 s on an idle machine
+FLAGS = (
+    *EXACT,
+    *("--engine-timeout", str(STUCK_AFTER_S)),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
 PENALTIES = {"presence_penalty": 0.4, "frequency_penalty": -0.3}
 SCHEMA = {"type": "array", "items": {"enum": ["code", "prose", "maths"]}, "minItems": 40, "maxItems": 40}
 
@@ -36,12 +41,7 @@ SCHEMA = {"type": "array", "items": {"enum": ["code", "prose", "maths"]}, "minIt
 def server(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """K=3, to be broken again and again."""
     log = tmp_path_factory.mktemp("logs") / "loss.log"
-    flags = (
-        *EXACT,
-        *("--engine-timeout", str(STUCK_AFTER_S)),
-        *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
-    )
-    started = Server.start(trio.directory, log, flags)
+    started = Server.start(trio.directory, log, FLAGS)
     try:
         yield started
         assert started.stop() == 0, started.log_tail()
@@ -388,7 +388,7 @@ async def test_an_engine_is_killed_while_the_server_stops(
     """Its answers go on without it, and the server ends as ever."""
     prompts = [trio.encode(text) for text in prompt_texts(1)]
     log = tmp_path_factory.mktemp("logs") / "stops.log"
-    server = Server.start(trio.directory, log, EXACT)
+    server = Server.start(trio.directory, log, FLAGS)
     try:
         signals = [(server.process.pid, signal.SIGTERM), (pid_of(server, "code"), signal.SIGKILL)]
         for kind, _, heard in await all_kinds(server, trio, prompts, signals):
