@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decar.router import available_routers
 from decar.router.errors import DecarError, RequestError
+from decar.server.gateway.asgi import is_event_stream, path_of
 from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, with_length
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
@@ -188,7 +189,7 @@ class DecarMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path_of(scope)
         try:
             body = await read_body(receive, MAX_BODY_BYTES)
         except ClientDisconnect:
@@ -265,9 +266,9 @@ class _Annotated:
                 message = {**message, "body": event}
         elif message["type"] == "http.response.start":
             self._start = None
-            headers = dict(message["headers"]) if message["status"] == 200 else {}
-            self._stream = headers.get(b"content-type", b"").startswith(b"text/event-stream")
-            if headers and not self._stream:  # a stream's client reads the headers while the engines compute
+            answers = message["status"] == 200
+            self._stream = answers and is_event_stream(message)
+            if answers and not self._stream:  # a stream's client reads the headers while the engines compute
                 self._start = message
                 return
         elif message["type"] == "http.response.body" and self._start is not None:

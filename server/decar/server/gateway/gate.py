@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from decar.server.gateway.asgi import is_event_stream, path_of
 from decar.server.gateway.errors import error_body, unavailable
 from decar.server.gateway.queue import Queue, QueueFull
 
@@ -97,7 +98,7 @@ class GateMiddleware:
                 if gate.ended.is_set():
                     return  # nobody answers a client that has gone
                 begun = True
-                streams = _is_event_stream(message)
+                streams = is_event_stream(message)
                 if gate.closed:
                     message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             elif not begun:
@@ -128,7 +129,7 @@ class QueueMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        if scope["path"].removeprefix(scope.get("root_path", "")) not in GENERATING:
+        if path_of(scope) not in GENERATING:
             return await self.app(scope, receive, send)
         with contextlib.ExitStack() as left:
             try:
@@ -143,11 +144,6 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     response = unavailable(STOPPING)
     response.headers["connection"] = "close"
     await response(scope, receive, send)
-
-
-def _is_event_stream(message: Message) -> bool:
-    kind = dict(message.get("headers", ())).get(b"content-type", b"")
-    return bool(kind.startswith(b"text/event-stream"))
 
 
 def error_event(path: str, message: str, status: int) -> bytes:

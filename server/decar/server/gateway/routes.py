@@ -12,6 +12,7 @@ from typing import Any
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from decar.server.gateway.asgi import path_of
 from decar.server.gateway.errors import error_response
 from decar.server.gateway.middleware import is_admin
 
@@ -112,7 +113,7 @@ class OfferedMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path_of(scope)
         route = route_of(path)
         if route is None:
             reason = _REASONS.get(path, "/openapi.json has what it offers")

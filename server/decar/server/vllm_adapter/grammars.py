@@ -23,9 +23,8 @@ class GrammarChooser:
     def __init__(self, llm: AsyncLLM):
         self._processor = processor = llm.input_processor
         self._config = processor.structured_outputs_config
-        processor.structured_outputs_config = (
-            None  # what has been checked is not checked by every engine again
-        )
+        # What is checked here is not checked for every engine again.
+        processor.structured_outputs_config = None
 
     def choose(self, params: SamplingParams) -> None:
         """Note in ``params`` which backend compiles their grammar. It may take seconds.

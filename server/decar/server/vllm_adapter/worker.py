@@ -66,10 +66,9 @@ class LockstepWorker(_Worker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
+        # A whole group may be told to stop: the gateway ends engines.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(
-                number, signal.SIG_IGN
-            )  # a whole group may be told to stop: the gateway ends engines
+            signal.signal(number, signal.SIG_IGN)
         super().load_model(*args, **kwargs)
         self.step = self._step_of_runner()
         self._prompts = PromptReader(self.step, self.lockstep)
