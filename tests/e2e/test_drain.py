@@ -65,7 +65,7 @@ async def stream(client: httpx.AsyncClient, model: str, underway: asyncio.Semaph
                 return Ended(got.status_code, events)
             if line:
                 events.append(json.loads(line.removeprefix("data: ")))
-            if len(events) == 3:
+            if len(events) == 1:
                 underway.release()
     return Ended(got.status_code, events, done=False)
 
@@ -98,8 +98,11 @@ async def in_their_midst(client: httpx.AsyncClient, duo: Reference) -> list[asyn
 async def test_what_runs_is_finished_and_nothing_new_begins(duo: Reference, tmp_path: Path) -> None:
     """SIGTERM to all processes at once, as a service manager sends it."""
     with started(duo, tmp_path) as server:
+        engines = [expert["pid"] for expert in server.ensemble()["experts"]]
         async with client_of(server) as client:
             tasks = await in_their_midst(client, duo)
+            for pid in engines:  # until it has been asked for more, however fast they are
+                os.kill(pid, signal.SIGSTOP)
             os.killpg(server.process.pid, signal.SIGTERM)
             wait_until(lambda: server.health() == 503, 5, "/health says that the server stops")
             refused = await client.post("/v1/completions", json={**LONG, "model": duo.name})
@@ -107,6 +110,8 @@ async def test_what_runs_is_finished_and_nothing_new_begins(duo: Reference, tmp_
             assert int(refused.headers["retry-after"]) > 0
             assert refused.headers["connection"] == "close"
             assert not all(task.done() for task in tasks), "what was asked meanwhile was asked too late"
+            for pid in engines:
+                os.kill(pid, signal.SIGCONT)
             ended = await asyncio.gather(*tasks)
         assert [one.status for one in ended] == [200] * (STREAMS + WHOLE)
         assert {one.reason for one in ended} == {"length"}
