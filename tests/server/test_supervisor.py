@@ -25,6 +25,8 @@ class Watched:
         self.warmed: list[int] = []
         self.start_fails = 0
         self.warm_up_fails = 0
+        self.compiled = asyncio.Event()
+        self.compiled.set()
         self.ticks = asyncio.Semaphore(0)
         self.now = 1000.0
         monkeypatch.setattr(supervisor, "LOOK_S", 0.5)
@@ -55,6 +57,15 @@ class Watched:
         if self.warm_up_fails:
             self.warm_up_fails -= 1
             raise RuntimeError("it cannot compute")
+        if not self.compiled.is_set():
+            engine = self.server.engines[expert]
+            await engine.submit("warm-up", None, None)  # type: ignore[arg-type]
+            ended = asyncio.create_task(engine.died())
+            done, _ = await asyncio.wait(
+                (ended, asyncio.create_task(self.compiled.wait())), return_when=asyncio.FIRST_COMPLETED
+            )
+            if ended in done:
+                raise engine.dead_error()
         self.warmed.append(expert)
 
     async def settle(self) -> None:
@@ -109,6 +120,22 @@ async def test_an_engine_with_work_that_does_not_get_on_is_ended(watched: Watche
     await watched.looks(1)
     assert engine.errored
     assert not watched.server.engines[B].errored, "it has no work"
+
+
+@pytest.mark.parametrize(("looks", "back"), [(30, True), (31, False)])
+async def test_an_engine_that_compiles_in_its_warm_up_has_ten_times_as_long(
+    watched: Watched, looks: int, back: bool
+) -> None:
+    watched.compiled.clear()
+    watched.server.engines[A].die()
+    await watched.settle()
+    compiling = watched.server.engines[A]
+    await watched.looks(looks)
+    assert compiling.errored != back
+    watched.compiled.set()
+    await watched.settle()
+    assert (watched.client.experts[A].engine is compiling) == back
+    assert watched.client.experts[A].lives, "the next one is warm at once"
 
 
 @pytest.mark.parametrize("does", ["gets-on", "has-no-work"])

@@ -18,6 +18,8 @@ logger = logging.getLogger("decar")
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 """Between an engine's death and its next start. It doubles while they go on dying, and an engine that has lived for
 longer than the longest begins anew."""
+COMPILES_FOR = 10
+"""Times as long as users' requests may an engine's warm-up stand still: it is there to have compiled what they need."""
 LOOK_S = 1.0
 LOOK_FOR_END_S = 0.1
 
@@ -29,7 +31,8 @@ class Supervisor:
         start: gives an expert a new engine.
         image: a prompt with an image, which warms an engine; None where the experts take none.
         stuck_after_s: an engine with work that does not get on for so long is ended. Without an end, everybody who
-            waits for its rows would wait as well.
+            waits for its rows would wait as well. One that warms up, for which nobody waits, has `COMPILES_FOR` times
+            as long.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Supervisor:
         self._up_since = [time.monotonic()] * len(client.experts)
         self._one_at_a_time = [asyncio.Lock() for _ in client.experts]
         self._coming_back: set[int] = set()
+        self._warming_up: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(self) -> None:
@@ -114,6 +118,7 @@ class Supervisor:
         except Exception as error:
             raise StartError(str(error)) from error
         client.give_engine(expert, engine)
+        self._warming_up.add(expert)
         try:
             await warm_up(client, self._image, expert)
         except Exception as error:
@@ -121,6 +126,8 @@ class Supervisor:
             engine.end()
             await client.health.gone(expert)
             raise StartError(f"its new engine cannot be warmed up: {error!r}") from error
+        finally:
+            self._warming_up.discard(expert)
         client.rejoin(expert)
         self._up_since[expert] = time.monotonic()
 
@@ -162,7 +169,9 @@ class Supervisor:
                 if beats != now or expert.engine.client.errored or not expert.engine.has_work():
                     seen[k] = now, 0
                     continue
-                seen[k] = now, looks + 1
-                if looks + 1 == self._looks:
+                looks += 1
+                if looks >= self._looks * (COMPILES_FOR if k in self._warming_up else 1):
                     logger.error("the engine of expert %r does not get on: it is ended", expert.name)
                     expert.engine.end()
+                    looks = 0
+                seen[k] = now, looks
