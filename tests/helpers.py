@@ -102,11 +102,13 @@ class Server:
         flags: Sequence[str] = EXACT,
         environment: Mapping[str, str] | None = None,
     ) -> Server:
-        """Start a server, and return at once. ``environment`` is added to this process's own."""
+        """Start a server, and return at once. ``environment`` is added to this process's own, and ``log`` has what the
+        server prints, and vLLM's log."""
         port = free_port()
-        with log.open("wb") as stream:
+        log.unlink(missing_ok=True)
+        with log.open("ab") as stream:  # at whose end others write as well
             process = subprocess.Popen(
-                serve_command(directory, "--port", str(port), *flags),
+                serve_command(directory, "--port", str(port), "--log-file", str(log), *flags),
                 env={**serve_environment(), **(environment or {})},
                 stdout=stream,
                 stderr=subprocess.STDOUT,

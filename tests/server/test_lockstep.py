@@ -19,7 +19,8 @@ from decar.server.gateway.weights import WeightsReader
 from decar.server.protocol import plane as plane_module
 from decar.server.protocol.lockstep import HELD, Lockstep, Observer, Turns
 from decar.server.protocol.member import Member
-from decar.server.protocol.plane import DIRECTORY, Plane, remove_stale, stamp_of
+from decar.server.protocol.plane import Plane, stamp_of
+from decar.server.protocol.runtime import DIRECTORY, remove_stale
 from decar.server.protocol.transport import DeviceTransport, HostTransport
 
 VOCABULARY = 12

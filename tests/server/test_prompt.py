@@ -19,7 +19,7 @@ from vllm.v1.sample.sampler import Sampler
 
 from decar.server.gateway.prompt import PromptScorer, _mixed
 from decar.server.protocol.member import PromptRows
-from decar.server.protocol.plane import DIRECTORY
+from decar.server.protocol.runtime import DIRECTORY
 from decar.server.vllm_adapter.engine import describe_prompt
 
 PROMPT = {"prompt_token_ids": [5, 6, 7, 8]}

@@ -1,4 +1,4 @@
-"""`decar bench`: its commands."""
+"""Measure what serving an ensemble costs."""
 
 import os
 import sys

@@ -109,7 +109,9 @@ class Bench:
                 command += ["--served-model-name", name, "--max-logprobs", "-1"]
                 dealt = self.cores[i * share % len(self.cores) :][:share]
                 plain.append((launch(name, command, dealt), name))
-            ensemble = launch("ensemble", [*module, "decar.server", "serve", str(self.directory)], self.cores)
+            served = [*module, "decar.server", "serve", str(self.directory)]
+            served += ["--log-file", str(self.logs / "ensemble.log")]
+            ensemble = launch("ensemble", served, self.cores)
             yield [(started(), name) for started, name in plain], ensemble()
 
     def _all_flags(self) -> list[str]:

@@ -55,7 +55,7 @@ def launched(
     Args:
         command: what to run, without --host and --port.
         port: where it shall listen, on 127.0.0.1.
-        log: gets what it prints.
+        log: gets what it prints; it is written at its end, so that the server itself may write to it as well.
         cores: confines it to these; empty leaves it free.
 
     Yields:
@@ -66,8 +66,9 @@ def launched(
     if cores:
         command = ["taskset", "-c", ",".join(map(str, sorted(cores))), *command]
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    log.unlink(missing_ok=True)
     with (
-        log.open("wb") as output,
+        log.open("ab") as output,
         subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process,
         httpx.Client(timeout=5, verify=False) as client,  # no TLS on 127.0.0.1: certificates are slow to load
     ):

@@ -31,7 +31,7 @@ def demo_server(directory: Path, port: int, log: Path, console: Console) -> Iter
     if _answers(port):
         raise SystemExit(f"something already listens on port {port}: stop it, or use `make demo PORT=...`")
     console.print(f"$ decar serve {directory} --port {port}   (log: {log})")
-    command = [sys.executable, "-m", "decar.server", "serve", str(directory)]
+    command = [sys.executable, "-m", "decar.server", "serve", str(directory), "--log-file", str(log)]
     with contextlib.ExitStack() as stack:
         with console.status("starting the experts' engines"):
             try:

@@ -65,7 +65,14 @@ def explain(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
     route: Annotated[str, typer.Option(help="What the weights come from.")] = "posterior",
-    prune: Annotated[float, typer.Option(min=0.0, help="Drop experts of less weight than this.")] = 0.0,
+    prune: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Release experts on the way; under the posterior router the answer's distribution moves by at most "
+            "this much, in total variation.",
+        ),
+    ] = 0.0,
 ) -> None:
     """Show which expert spoke where: serve DIR (or use a running server), continue PROMPT, and draw the weights."""
     console = Console(highlight=False)
@@ -89,9 +96,9 @@ def explain(
 @contextlib.contextmanager
 def _served(directory: Path, console: Console) -> Iterator[str]:
     """Serve ``directory`` until the block ends; give the /v1 address."""
-    command = [sys.executable, "-m", "decar.server", "serve", str(directory)]
     with contextlib.ExitStack() as stack:
         log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="decar-explain-"))) / "server.log"
+        command = [sys.executable, "-m", "decar.server", "serve", str(directory), "--log-file", str(log)]
         try:
             with console.status(f"starting the experts of {directory}"):
                 server = stack.enter_context(serving(command, free_port(), log))

@@ -1,8 +1,7 @@
-"""The `decar` command. Knows its arguments; imports vLLM only when a server starts."""
+"""The `decar` command. Knows its arguments; imports what a command needs when it runs: help has to be there at once."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import sys
@@ -10,19 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import decar
-from decar.router import Ensemble
-from decar.router.errors import DecarError, StartError
-from decar.server.placement import gib, place, visible_gpus
+from decar.server.commands import Commands, ServeCommand
 
 app = typer.Typer(
+    cls=Commands,
     help="Serve independently trained experts as one language model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 Directory = Annotated[Path, typer.Argument(help="An ensemble directory, as `decar-train export` writes it.")]
@@ -43,7 +37,7 @@ def options(
     """Nothing to do: typer wants a function to hang the options on that come before a command."""
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(cls=ServeCommand, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
     directory: Directory,
     context: typer.Context,
@@ -71,7 +65,9 @@ def serve(
     max_num_queued_reqs: Annotated[
         int | None,
         typer.Option(
-            min=0, help="How many requests may wait before more get 503.  [default: 4 * --max-num-seqs]"
+            min=0,
+            help="How many requests may wait before more get 503.",
+            show_default="4 * --max-num-seqs",
         ),
     ] = None,
     admin_key: Annotated[
@@ -94,11 +90,25 @@ def serve(
             show_default="those there are",
         ),
     ] = None,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Add vLLM's log to this file.",
+            show_default="NAME-PORT.log in ~/.local/state/decar, anew at every start",
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", envvar="DECAR_VERBOSE", show_envvar=True, help="Show vLLM's log here, in no file."
+        ),
+    ] = False,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
-    Every further flag is vLLM's own: --host, --port, --api-key, --max-model-len, --dtype, ... An engine flag
-    goes to every expert's engine.
+    Every further flag is vLLM's own: --host, --port, --api-key, --max-model-len, ... --help=all lists them.
+
+    An engine flag goes to every expert's engine.
     """
     from decar.server.serve import raise_on_sigterm, serve
 
@@ -115,6 +125,9 @@ def serve(
         admin_key=admin_key,
         reload_timeout_s=reload_timeout,
         max_experts=max_experts,
+        log_file=log_file,
+        verbose=verbose,
+        own_flags=[name for option in context.command.params for name in option.opts],
     )
     sys.stdout.flush()
     sys.stderr.flush()
@@ -135,6 +148,8 @@ def reload(
     """
     import httpx
 
+    from decar.router.errors import StartError
+
     headers = {"authorization": f"Bearer {admin_key}"} if admin_key else {}
     try:
         answer = httpx.post(f"{url.rstrip('/')}/v1/ensemble/reload", headers=headers, timeout=None)
@@ -150,88 +165,49 @@ def reload(
 @app.command()
 def inspect(directory: Directory) -> None:
     """Show an ensemble's experts, sizes, priors, router and tokenizer, and every problem found."""
-    console = Console(highlight=False)
-    ensemble, problems = Ensemble.inspect(directory)
-    if ensemble is not None:
-        _describe(ensemble, console)
-    for problem in problems:
-        print(f"problem: {problem}", file=sys.stderr)
-    if problems:
+    from rich.console import Console
+
+    from decar.server.inspection import inspect
+
+    if inspect(directory, Console(highlight=False)):
         raise typer.Exit(1)
-    console.print("no problems found", style="green")
 
 
-def _describe(ensemble: Ensemble, console: Console) -> None:
-    manifest = ensemble.manifest
-    console.print(f"[bold]{ensemble.name}[/bold]: router {manifest.router.kind}, rule {manifest.mixing.rule}")
-    columns = ("expert", "architecture", "parameters", "size", "prior", "vocab", "positions")
-    table = Table(*columns, box=box.SIMPLE_HEAD)
-    total = sum(expert.prior for expert in manifest.experts)
-    fingerprints: dict[str, list[str]] = {}
-    for expert in ensemble.experts:
-        try:
-            parameters, fingerprint = f"{expert.num_parameters / 1e6:,.1f} M", expert.tokenizer_fingerprint
-            size = f"{expert.weight_bytes / 2**20:,.1f} MiB"
-        except (DecarError, OSError, ValueError):
-            parameters = fingerprint = size = "unreadable"
-        fingerprints.setdefault(fingerprint, []).append(expert.name)
-        table.add_row(
-            expert.name,
-            expert.architecture,
-            parameters,
-            size,
-            f"{expert.prior / total:.3f}",
-            f"{expert.vocab_size:,}",
-            f"{expert.max_positions:,}" if expert.max_positions else "?",
-        )
-    console.print(table)
-    _describe_places(ensemble, console)
-    for fingerprint, names in fingerprints.items():
-        console.print(f"tokenizer {fingerprint}: {', '.join(names)}")
+@app.command()
+def ps(
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=["VLLM_API_KEY", "OPENAI_API_KEY"], show_envvar=True, help="Of servers that have one."
+        ),
+    ] = None,
+) -> None:
+    """List the decar servers of this machine: address, process, experts up, slots in use, for how long."""
+    from rich.console import Console
 
+    from decar.server.ps import show
 
-def _describe_places(ensemble: Ensemble, console: Console) -> None:
-    """Where `decar serve` would put the engines on this machine, with its defaults."""
-    try:
-        gpus = visible_gpus()
-        places = place(ensemble, gpus)
-    except (DecarError, OSError) as error:
-        console.print(f"no place for its engines on this machine: {error}", style="yellow")
-        return
-    table = Table("expert", "runs on", "weights", "KV cache", "besides", "in all", box=box.SIMPLE_HEAD)
-    for placed in places:
-        table.add_row(
-            placed.expert,
-            "CPU" if placed.gpu is None else f"GPU {placed.gpu} ({gpus[placed.gpu].name})",
-            gib(placed.weight_bytes, 2),
-            "what is left" if placed.kv_bytes is None else gib(placed.kv_bytes, 2),
-            f"about {gib(placed.overhead_bytes, 2)}",
-            f"at least {gib(placed.needed_bytes, 2)}"
-            if placed.kv_bytes is None
-            else f"about {gib(placed.needed_bytes, 2)}",
-        )
-    console.print(table)
+    show(Console(highlight=False), api_key)
 
 
 def main() -> None:
     """Run the command; a `DecarError` is one line on stderr and exit code 1."""
-    logging.basicConfig(format="decar: %(message)s")
-    logging.getLogger("decar").setLevel(logging.INFO)
-    for command in importlib.metadata.entry_points(group="decar.commands"):
-        if sys.argv[1:2] not in ([], ["--help"], [command.name]):
-            continue  # what is not asked for may take seconds to import
-        loaded = command.load()
-        if isinstance(loaded, typer.Typer):
-            app.add_typer(loaded, name=command.name)
-        else:
-            app.command(name=command.name)(loaded)
+    logger, handler = logging.getLogger("decar"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("decar: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # what others log is not decar's
     try:
-        app()
-    except DecarError as error:
-        print(f"decar: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        app(prog_name="decar")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        from decar.router.errors import DecarError
+
+        if not isinstance(error, DecarError):
+            raise
+        print(f"decar: error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Starting and stopping: from an ensemble directory to a listening server, in order, and nothing else.
 
-Check the directory, take the port, clean up after a predecessor, make the plane, start K engines side by side, warm
-every path, and only then listen.
+Check the directory and the flags, take the port, and only then import vLLM; clean up after a predecessor, make the
+plane, start K engines side by side, warm every path, and only then listen.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,23 +26,19 @@ from decar.router import Ensemble, Reading
 from decar.router.errors import StartError
 from decar.router.manifest import MAX_EXPERTS
 from decar.server.placement import CPU_KV_BYTES, Place, check_memory, exchanged, place, visible_gpus
+from decar.server.port import base_url, bound_socket
 from decar.server.protocol.machine import check_memory_order
-from decar.server.protocol.plane import (
-    DIRECTORY,
-    Plane,
-    make_folder,
-    prompt_unit,
-    remove_all_of,
-    remove_stale,
-)
-from decar.server.vllm_adapter.versions import check_version
+from decar.server.protocol.runtime import DIRECTORY, Record, make_folder, remove_all_of, remove_stale
+from decar.server.terminal import Start, Terminal, default_log, terminal_of
+from decar.server.vllm_adapter.versions import check_version, installed_version
 
 if TYPE_CHECKING:
     from decar.server.gateway.ensemble import EnsembleClient
     from decar.server.gateway.seats import Seats
     from decar.server.gateway.supervisor import Supervisor
+    from decar.server.protocol.plane import Plane
     from decar.server.vllm_adapter.engine import EnginePlan
-    from decar.server.vllm_adapter.failures import Failures
+    from decar.server.vllm_adapter.failures import Failures, Progress
 
 logger = logging.getLogger("decar")
 
@@ -57,6 +55,9 @@ def serve(
     admin_key: str | None = None,
     reload_timeout_s: float = 30.0,
     max_experts: int | None = None,
+    log_file: Path | None = None,
+    verbose: bool = False,
+    own_flags: Iterable[str] = (),
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM, and the requests that run then to their end.
 
@@ -71,6 +72,9 @@ def serve(
         admin_key: shows paths and processes to whoever gives it, and reloads; None: nobody sees them.
         reload_timeout_s: how long running answers are waited for before an expert is exchanged.
         max_experts: how many there is room for, those included that a reload may add; None: for those that there are.
+        log_file: vLLM's log is added to it; None: to a file of its own, see `default_log`.
+        verbose: vLLM's log goes to standard output instead.
+        own_flags: of decar itself, which a user may have meant by one that is none.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -78,6 +82,8 @@ def serve(
     """
     check_memory_order()
     check_version(allow_untested_vllm)
+    if str(directory).startswith("-"):
+        raise StartError(f"the ensemble directory comes first, as in `decar serve DIR {directory} ...`")
     reading = Reading.of(directory)
     ensemble = reading.ensemble
     if not 1 <= min_experts <= len(ensemble.experts):
@@ -89,29 +95,87 @@ def serve(
             f"{MAX_EXPERTS} cannot be served together"
         )
 
-    from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment
-
-    prepare_environment()  # before anything imports vLLM
-
-    import uvloop
-
-    from decar.server.gateway.request import model_ids
-    from decar.server.vllm_adapter.app import bound_socket
-
-    args = parse_flags(flags, str(ensemble.directory), model_ids(ensemble))
+    given = _checked(flags, own_flags)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
-    with bound_socket(args) as sock:
+    with contextlib.ExitStack() as stack:
+        sock = None
+        if "config" not in given:  # a file with flags, which vLLM reads
+            sock = stack.enter_context(bound_socket(given.host, int(given.port)))
+        port = os.getpid() if sock is None else sock.getsockname()[1]
+        log = None if verbose else log_file or default_log(ensemble.name, port)
+        terminal = stack.enter_context(terminal_of(log, append=log_file is not None))
+        names, manifest = ", ".join(ensemble.expert_names), ensemble.manifest
+        terminal.say(
+            f"{ensemble.name}: experts {names}; router {manifest.router.kind}, rule {manifest.mixing.rule}"
+        )
+        if log is not None:
+            terminal.say(f"vLLM {installed_version()} writes its log to {log} (--verbose: here)")
+        terminal.say("importing vLLM")
+
+        from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment
+
+        prepare_environment()  # before anything imports vLLM
+
+        import uvloop
+
+        from decar.server.gateway.request import model_ids
+        from decar.server.vllm_adapter.app import allow_many_files
+
+        args = parse_flags(flags, str(ensemble.directory), model_ids(ensemble))
+        if sock is None:
+            sock = stack.enter_context(bound_socket(args.host, args.port))
+        allow_many_files()
         for name in remove_stale():
             logger.warning("removed %s of a server that is gone", DIRECTORY / name)
-        sockets = make_folder()
-        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(sockets))
+        folder = make_folder()
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(folder))
+        record = Record(
+            name=ensemble.name,
+            directory=str(ensemble.directory.resolve()),
+            url=base_url(sock, bool(args.ssl_certfile)),
+            pid=os.getpid(),
+            started=time.time(),
+            experts=len(ensemble.experts),
+            log=None if log is None else str(log.resolve()),
+        )
+        record.write(folder)
         try:
             running = _running_ensemble(
-                ensemble, args, placement, min_experts, engine_timeout_s, max_queued, max_experts
+                ensemble, args, placement, min_experts, engine_timeout_s, max_queued, max_experts, terminal
             )
-            uvloop.run(_serve(running, reading, args, sock, shutdown_timeout_s, admin_key, reload_timeout_s))
+
+            def listening() -> None:
+                replace(record, state="ready").write(folder)
+                terminal.announce(f"{ensemble.name} listens on {record.url}/v1")
+
+            uvloop.run(
+                _serve(
+                    running, reading, args, sock, listening, shutdown_timeout_s, admin_key, reload_timeout_s
+                )
+            )
         finally:
-            remove_all_of(sockets.name)
+            remove_all_of(folder.name)
+
+
+def _checked(flags: Sequence[str], own_flags: Iterable[str]) -> Namespace:
+    """What is set of vLLM's flags, as far as that can be told before vLLM is imported; host and port always.
+
+    Raises:
+        StartError: one of them is wrong.
+    """
+    from decar.server.vllm_adapter.arguments import DEFAULT_HOST, refuse_reserved_early
+    from decar.server.vllm_adapter.flags import check_flags, described_flags, known_flags
+
+    known = known_flags()
+    if known is None:
+        logger.info("asking vLLM %s for its flags, which every version is asked once", installed_version())
+        known = described_flags()
+    given = check_flags(flags, known, own_flags)
+    refuse_reserved_early(given, known)
+    defaults = {flag.dest: flag.default for flag in known}
+    given.host = getattr(given, "host", None) or DEFAULT_HOST
+    given.port = getattr(given, "port", defaults["port"])
+    return given
 
 
 async def _serve(
@@ -119,6 +183,7 @@ async def _serve(
     reading: Reading,
     args: Namespace,
     sock: socket.socket,
+    listening: Callable[[], None],
     shutdown_timeout_s: float,
     admin_key: str | None,
     reload_timeout_s: float,
@@ -156,9 +221,7 @@ async def _serve(
             supervisor.stop()
             await gate.drain(shutdown_timeout_s)
 
-        host, port = sock.getsockname()[:2]
-        print(f"decar: {client.ensemble.name} listens on http://{host}:{port}/v1", flush=True)
-        await listen(app, args, sock, BoundedHttpProtocol, until_drained())
+        await listen(app, args, sock, BoundedHttpProtocol, until_drained(), listening)
 
 
 def _end_now(name: str) -> NoReturn:
@@ -178,20 +241,20 @@ async def _running_ensemble(
     engine_timeout_s: float,
     max_queued: int | None,
     max_experts: int,
+    terminal: Terminal,
 ) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
     """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
     out."""
-    from decar.server.gateway.admission import check_tokenizer
     from decar.server.gateway.supervisor import Supervisor
-    from decar.server.gateway.warm_up import warm_up
-    from decar.server.vllm_adapter.app import image_prompt, keep_environment
+    from decar.server.protocol.plane import Plane, prompt_unit
+    from decar.server.vllm_adapter.app import keep_environment
     from decar.server.vllm_adapter.arguments import engine_config, row_dtype
-    from decar.server.vllm_adapter.failures import Failures
+    from decar.server.vllm_adapter.failures import Failures, Progress
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
     places = _placed(ensemble, configs, placement, max_experts)
-    failures = Failures()
+    failures, progress = Failures(), Progress()
     plane = Plane.create(
         experts=max_experts,
         slots=configs[0].scheduler_config.max_num_seqs,
@@ -205,20 +268,16 @@ async def _running_ensemble(
     plane.alive[len(experts) :] = 0
     started: list[Any] = []
     try:
-        engines = Engines(args, configs, places, plane, failures)
-        client = _client(ensemble, await engines.starter.start_all(started), plane, min_experts, max_queued)
-        client.health.watch()
-        if args.tokenizer is not None:
-            check_tokenizer(client.renderer.get_tokenizer(), ensemble.vocab_size)
-        image = image_prompt(client)
-        try:
-            await warm_up(client, image)
-        except Exception as error:
-            reason = failures.told(ensemble.expert_names) or _blamed(client, error)
-            raise StartError(
-                f"the warm-up failed: {reason} (the log above has the traceback); mend that expert, leave it out, or "
-                "serve the ensemble on another machine"
-            ) from error
+        engines = Engines(args, configs, places, plane, failures, progress)
+        with terminal.starting(ensemble.expert_names, progress.heard) as start:
+            try:
+                client, image = await _warm(
+                    ensemble, args, engines, plane, started, start, failures, min_experts, max_queued
+                )
+            except StartError:
+                terminal.show_end_of_log(failures.of(ensemble.expert_names))
+                raise
+        progress.close()
         keep_environment()
         supervisor = Supervisor(client, engines.starter.start, image, engine_timeout_s)
         supervisor.watch()
@@ -230,11 +289,55 @@ async def _running_ensemble(
             client.shutdown(timeout=0)
     finally:
         failures.close()
+        progress.close()
         for engine in started:
             engine.client.shutdown(timeout=0)
         for child in multiprocessing.active_children():
             child.kill()
         plane.unlink()
+
+
+async def _warm(
+    ensemble: Ensemble,
+    args: Namespace,
+    engines: Engines,
+    plane: Plane,
+    started: list[Any],
+    start: Start,
+    failures: Failures,
+    min_experts: int,
+    max_queued: int | None,
+) -> tuple[EnsembleClient, Any]:
+    """The gateway over engines that have just been started and warmed up, and the image that warms one.
+
+    Args:
+        started: gets those that came up, also on failure.
+
+    Raises:
+        StartError: an engine does not start, or cannot be warmed up.
+    """
+    from decar.server.gateway.admission import check_tokenizer
+    from decar.server.gateway.warm_up import warm_up
+    from decar.server.vllm_adapter.app import image_prompt
+
+    start.phase(f"starting {len(ensemble.experts)} engines", engines=True)
+    client = _client(
+        ensemble, await engines.starter.start_all(started, start.ready), plane, min_experts, max_queued
+    )
+    client.health.watch()
+    if args.tokenizer is not None:
+        check_tokenizer(client.renderer.get_tokenizer(), ensemble.vocab_size)
+    image = image_prompt(client)
+    start.phase("warming up")
+    try:
+        await warm_up(client, image)
+    except Exception as error:
+        reason = failures.told(ensemble.expert_names) or _blamed(client, error)
+        raise StartError(
+            f"the warm-up failed: {reason} (vLLM's log has the traceback); mend that expert, leave it out, or "
+            "serve the ensemble on another machine"
+        ) from error
+    return client, image
 
 
 class Engines:
@@ -252,12 +355,13 @@ class Engines:
         places: Sequence[Place],
         plane: Plane,
         failures: Failures,
+        progress: Progress,
     ):
         from decar.server.vllm_adapter.engine import Starter
 
         self._args, self._served, self._places, self._spec = args, configs[0], places, plane.spec
         plans = [*_plans(configs, places[: len(configs)]), *[None] * (len(places) - len(configs))]
-        self.starter = Starter(plans, plane.spec, failures, args.disable_log_stats)
+        self.starter = Starter(plans, plane.spec, failures, progress, args.disable_log_stats)
 
     def of(self, ensemble: Ensemble, seats: Seats) -> list[EnginePlan]:
         """Of ``ensemble``'s experts, each to take the place of whoever is at its seat.

@@ -27,7 +27,8 @@ from decar.server.gateway.images import is_text
 from decar.server.gateway.queue import Places
 from decar.server.gateway.scores import PrefixScores
 from decar.server.protocol.member import ROWS_KEY, PromptRows
-from decar.server.protocol.plane import DIRECTORY, create_segment, new_name, unlink
+from decar.server.protocol.plane import create_segment, unlink
+from decar.server.protocol.runtime import DIRECTORY, new_name
 
 WINDOW_BYTES = 64 * 2**20  # of all experts' rows of one prompt at a time, at most
 PROMPTS_AT_ONCE = 4  # whose rows are held

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from decar.router.manifest import Rule
-from decar.server.protocol.plane import PlaneSpec, remove_all_of
+from decar.server.protocol.plane import PlaneSpec
+from decar.server.protocol.runtime import remove_all_of
 
 REQUEST_KEY = "decar"
 """Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""

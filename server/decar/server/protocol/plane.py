@@ -17,21 +17,17 @@ import contextlib
 import math
 import mmap
 import os
-import secrets
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from decar.kernels.rows import MAX_EXPERTS
 from decar.router.errors import StartError
+from decar.server.protocol.runtime import DIRECTORY, new_name
 
-DIRECTORY = Path("/dev/shm")
-PREFIX = "decar-"
 NOTHING = 0
 COUNTERS = (
     "steps",
@@ -299,11 +295,6 @@ class Plane:
         unlink(self.spec.name)
 
 
-def new_name() -> str:
-    """A name for what this process makes, by which `remove_all_of` and `remove_stale` find it once that is gone."""
-    return f"{PREFIX}{_pid_namespace()}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
-
-
 def create_segment(name: str, size_bytes: int) -> mmap.mmap:
     """Make shared memory that its owner alone can read.
 
@@ -321,52 +312,6 @@ def create_segment(name: str, size_bytes: int) -> mmap.mmap:
 def unlink(name: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(DIRECTORY / name)
-
-
-def make_folder() -> Path:
-    """Make a folder that its owner alone can enter, for what else has to go when this process does."""
-    folder = DIRECTORY / new_name()
-    folder.mkdir(0o700)
-    return folder
-
-
-def remove_all_of(name: str) -> None:
-    """Remove all that the process has made which `new_name` made ``name`` for: segments, folders."""
-    for path in DIRECTORY.glob(f"{name.rpartition('-')[0]}-*"):
-        _remove(path)
-
-
-def remove_stale() -> list[str]:
-    """Remove what processes have made that are gone (killed with -9, say); return the names."""
-    stale = []
-    for path in DIRECTORY.glob(f"{PREFIX}{_pid_namespace()}-*-*-*"):
-        pid, started = path.name.removeprefix(PREFIX).split("-")[1:3]
-        if pid.isdigit() and _start_time(int(pid)) != started and _remove(path):
-            stale.append(path.name)
-    return stale
-
-
-def _remove(path: Path) -> bool:
-    """Whether there was something there that could be removed."""
-    try:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError:
-        return False
-    return True
-
-
-def _pid_namespace() -> int:
-    """Containers may share /dev/shm but not process ids: each looks after its own segments."""
-    return os.stat("/proc/self/ns/pid").st_ino
-
-
-def _start_time(pid: int) -> str:
-    """When process ``pid`` started, in clock ticks since boot; "" if there is none. Tells a reused pid apart."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return after_name[19]
 
 
 def _mib(size_bytes: int) -> str:

@@ -7,44 +7,19 @@ import contextlib
 import socket
 from argparse import Namespace
 from asyncio import Protocol
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
 import uvicorn
 from vllm.engine.protocol import EngineClient
 
-from decar.router.errors import StartError
 
-
-@contextlib.contextmanager
-def bound_socket(args: Namespace) -> Iterator[socket.socket]:
-    """Take the port before the engines start, so that a taken one is known at once.
-
-    Raises:
-        StartError: it is taken.
-    """
+def allow_many_files() -> None:
+    """As many connections as the system allows, in this process and in engines that it starts."""
     from vllm.utils.system_utils import set_ulimit
 
-    from decar.server.vllm_adapter.versions import create_server_socket
-
-    # Two sockets may be bound to one port as long as neither listens, and a server listens only once it is warm.
-    claim = socket.socket(socket.AF_UNIX)
-    try:
-        if args.port:
-            claim.bind(f"\0decar-{args.host}-{args.port}")
-        sock = create_server_socket((args.host, args.port), reuse_port=False)
-    except OSError as error:
-        claim.close()
-        raise StartError(
-            f"cannot listen on {args.host}:{args.port} ({error.strerror}); stop what uses it, or choose another --port"
-        ) from None
     set_ulimit()
-    try:
-        yield sock
-    finally:
-        sock.close()
-        claim.close()
 
 
 async def openai_app(client: EngineClient, args: Namespace, asks_for_counts: Callable[[bool], bool]) -> Any:
@@ -69,17 +44,29 @@ def name_models(app: Any, names: Sequence[str]) -> None:
 class _Server(uvicorn.Server):
     """Leaves signals to whoever runs it."""
 
+    listening: Callable[[], None]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening()
+
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         return contextlib.nullcontext()
 
 
 async def listen(
-    app: Any, args: Namespace, sock: socket.socket, protocol: type[Protocol], until: Coroutine[Any, Any, None]
+    app: Any,
+    args: Namespace,
+    sock: socket.socket,
+    protocol: type[Protocol],
+    until: Coroutine[Any, Any, None],
+    listening: Callable[[], None],
 ) -> None:
     """Serve ``app`` until ``until`` has returned, and every connection is closed.
 
     Args:
         protocol: speaks HTTP on each connection.
+        listening: is called when connections are taken.
     """
     from decar.server.vllm_adapter.versions import get_uvicorn_log_config
 
@@ -100,6 +87,7 @@ async def listen(
     config.h11_max_incomplete_event_size = args.h11_max_incomplete_event_size
     config.h11_max_header_count = args.h11_max_header_count  # type: ignore[attr-defined]
     server = app.state.server = _Server(config)  # where vLLM's error handlers look for it
+    server.listening = listening
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     told = asyncio.create_task(until)
     await asyncio.wait((serving, told), return_when=asyncio.FIRST_COMPLETED)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from decar.router import Ensemble
 from decar.router.errors import StartError
-from decar.server.protocol.plane import PlaneSpec
 
+if TYPE_CHECKING:
+    from decar.router import Ensemble
+    from decar.server.protocol.plane import PlaneSpec
+    from decar.server.vllm_adapter.flags import Flag
+
+DEFAULT_HOST = "127.0.0.1"
 RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
     "decar sets it for each expert": (
         *("additional_config", "async_scheduling", "device_ids", "distributed_executor_backend", "model"),
@@ -64,6 +68,21 @@ def prepare_environment() -> None:
     os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # its import leaves named semaphores in /dev/shm
 
 
+def make_parser() -> Any:
+    """vLLM's parser of server and engine flags; what is wrong with them is a `StartError`, and no page of usage."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from decar.server.vllm_adapter.versions import make_arg_parser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise StartError(message.removeprefix("argument "))
+
+    parser = make_arg_parser(Parser(prog="decar serve DIR", description="Serve an ensemble."))
+    parser.set_defaults(h11_max_incomplete_event_size=2**16)  # vLLM's 4 MiB are for one header of one client
+    return parser
+
+
 def parse_flags(flags: Sequence[str], model: str, names: Sequence[str]) -> Namespace:
     """vLLM's server and engine flags.
 
@@ -74,14 +93,14 @@ def parse_flags(flags: Sequence[str], model: str, names: Sequence[str]) -> Names
     Raises:
         StartError: a flag that an ensemble cannot have.
     """
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from decar.server.vllm_adapter.versions import validate_parsed_serve_args
 
-    from decar.server.vllm_adapter.versions import make_arg_parser, validate_parsed_serve_args
-
-    parser = make_arg_parser(FlexibleArgumentParser(prog="decar serve DIR", description="Serve an ensemble."))
-    parser.set_defaults(h11_max_incomplete_event_size=2**16)  # vLLM's 4 MiB are for one header of one client
+    parser = make_parser()
     defaults = parser.parse_args([])
-    args = parser.parse_args(list(flags))
+    try:
+        args = parser.parse_args(list(flags))
+    except (AssertionError, OSError, ValueError) as error:  # of what --config names
+        raise StartError(f"vLLM refuses these flags: {error}") from None
     refuse_reserved(args, defaults)
     if args.model_tag is not None:
         raise StartError(
@@ -93,9 +112,35 @@ def parse_flags(flags: Sequence[str], model: str, names: Sequence[str]) -> Names
         )
     args.model = model
     args.served_model_name = list(names)
-    args.host = args.host or "127.0.0.1"
-    validate_parsed_serve_args(args)
+    args.host = args.host or DEFAULT_HOST
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise StartError(f"vLLM refuses these flags: {error}") from None
     return args
+
+
+def offered_flags() -> list[Flag]:
+    """vLLM's that an ensemble can have."""
+    from decar.server.vllm_adapter.flags import described_flags
+
+    reserved = {name for names in RESERVED_FLAGS.values() for name in names}
+    return [flag for flag in described_flags() if flag.dest not in reserved]
+
+
+def refuse_reserved_early(given: Namespace, flags: Sequence[Flag]) -> None:
+    """
+    Args:
+        given: what `check_flags` found.
+
+    Raises:
+        StartError: as `refuse_reserved`.
+    """
+    defaults = {flag.dest: flag.default for flag in flags}
+    for reason, names in RESERVED_FLAGS.items():
+        for name in names:
+            if name in given and name in defaults and str(getattr(given, name)) != defaults[name]:
+                raise _reserved(name, reason)
 
 
 def refuse_reserved(args: Namespace, defaults: Namespace) -> None:
@@ -106,7 +151,11 @@ def refuse_reserved(args: Namespace, defaults: Namespace) -> None:
     for reason, flags in RESERVED_FLAGS.items():
         for flag in flags:
             if getattr(args, flag, None) != getattr(defaults, flag, None):
-                raise StartError(f"--{flag.replace('_', '-')} cannot be passed: {reason}; leave it out")
+                raise _reserved(flag, reason)
+
+
+def _reserved(flag: str, reason: str) -> StartError:
+    return StartError(f"--{flag.replace('_', '-')} cannot be passed: {reason}; leave it out")
 
 
 def engine_config(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes: int) -> Any:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import logging
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +28,10 @@ from vllm.v1.outputs import LogprobsTensors
 
 from decar.router.errors import StartError
 from decar.server.protocol.plane import PlaneSpec
-from decar.server.vllm_adapter.failures import Failures, ReportingConfig, reason_of
+from decar.server.vllm_adapter.failures import Failures, Progress, ReportingConfig, reason_of
 from decar.server.vllm_adapter.grammars import GrammarChooser
 from decar.server.vllm_adapter.limits import keep_to_limits
-from decar.server.vllm_adapter.metrics import SharedMetrics
-
-logger = logging.getLogger("decar")
+from decar.server.vllm_adapter.metrics import SharedMetrics, named_log, without_nameless_log
 
 
 def describe_prompt(
@@ -147,13 +143,20 @@ class Starter:
         plans: by place, None where there is no expert; an expert that is exchanged has another one from then on.
         spec: of the plane that they share.
         failures: hears why an engine does not start.
+        progress: hears what engines say while they start.
     """
 
     def __init__(
-        self, plans: list[EnginePlan | None], spec: PlaneSpec, failures: Failures, disable_log_stats: bool
+        self,
+        plans: list[EnginePlan | None],
+        spec: PlaneSpec,
+        failures: Failures,
+        progress: Progress,
+        disable_log_stats: bool,
     ):
         self.plans = plans
-        self._spec, self._failures, self._disable_log_stats = spec, failures, disable_log_stats
+        self._spec, self._disable_log_stats = spec, disable_log_stats
+        self._failures, self._progress = failures, progress
         self._metrics = SharedMetrics(len(plans))
         self._experts = [expert for expert, plan in enumerate(plans) if plan is not None]
         self._cores = _dealt_cores(len(self._experts))  # those that come later share them
@@ -170,29 +173,29 @@ class Starter:
         except Exception as error:
             names = [plan.name if plan else "" for plan in self.plans]
             reason = self._failures.told(names) or f"expert {names[expert]!r}: {reason_of(error)}"
-            raise StartError(
-                f"an engine did not start: {reason} (the log above has the traceback)"
-            ) from error
+            raise StartError(f"an engine did not start: {reason} (vLLM's log has the traceback)") from error
 
-    async def start_all(self, started: list[LLMEngine]) -> list[LLMEngine]:
-        """All experts' engines, side by side; ``started`` has those that came up, also on failure.
+    async def start_all(self, started: list[LLMEngine], ready: Callable[[int], None]) -> list[LLMEngine]:
+        """All experts' engines, side by side.
+
+        Args:
+            started: gets those that come up, also on failure.
+            ready: is told of each.
 
         Raises:
             StartError: names the experts whose engines did not start, and why.
         """
-        started_at = time.monotonic()
-        logger.info("starting %d engines", len(self._experts))
 
         async def start(expert: int) -> LLMEngine:
             engine = await self.start(expert)
             started.append(engine)
+            ready(expert)
             return engine
 
         results = await asyncio.gather(*map(start, self._experts), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-        logger.info("engines ready after %.0f s", time.monotonic() - started_at)
         return results  # type: ignore[return-value]  # no errors are among them
 
     def _started(self, expert: int) -> LLMEngine:
@@ -205,13 +208,18 @@ class Starter:
             cpus=self._cores[expert % len(self._cores)],
             devices=plan.devices,
             gateway_pid=os.getpid(),
+            name=plan.name,
             failures=self._failures.address,
+            progress=self._progress.address,
         )
+        loggers = [self._metrics.factory_for(expert), named_log(plan.name)]
         llm = AsyncLLM.from_vllm_config(
             config,
-            stat_loggers=None if self._disable_log_stats else [self._metrics.factory_for(expert)],
+            stat_loggers=None if self._disable_log_stats else loggers,
             disable_log_stats=self._disable_log_stats,
         )
+        if llm.logger_manager is not None:
+            without_nameless_log(llm.logger_manager)
         return LLMEngine(llm)
 
 

@@ -1,4 +1,5 @@
-"""Why an engine failed, in one line: its process tells the gateway of the first error that it logs with a traceback.
+"""What an engine's process tells the gateway: what it logs while it starts, and why it failed, in one line, which is
+the first error that it logs with a traceback.
 
 vLLM's own exceptions in the gateway say only that an engine failed, and refer to hundreds of lines above. Knows that
 vLLM logs what ends an engine; knows no engines.
@@ -12,7 +13,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,36 @@ from decar.server.protocol.member import LockstepConfig
 _LONGEST = 400  # characters of a reason
 
 
-class Failures:
-    """The gateway's end: hears what engines' processes report. Close it after use."""
+class _Letters:
+    """The gateway's end: datagrams from engines' processes. Close it after use."""
 
     def __init__(self) -> None:
         # Of an abstract name, it leaves nothing behind, however the gateway ends.
-        self.address = f"\0decar-failures-{os.getpid()}-{secrets.token_hex(8)}"
+        self.address = f"\0decar-{type(self).__name__.lower()}-{os.getpid()}-{secrets.token_hex(8)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.address)
         self._socket.setblocking(False)
+
+    def heard(self) -> Iterator[tuple[int, str]]:
+        """What has come since this was called last: (expert, text)."""
+        with contextlib.suppress(OSError):  # there is nothing more, or it is closed
+            while True:
+                expert, text = json.loads(self._socket.recv(65_536))
+                yield expert, text
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Progress(_Letters):
+    """Hears every line that engines log. When it is closed, they talk to nobody."""
+
+
+class Failures(_Letters):
+    """Hears why engines have failed."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._reasons: dict[int, str] = {}
 
     def told(self, names: Sequence[str]) -> str | None:
@@ -42,26 +64,34 @@ class Failures:
         self._hear()
         self._reasons.pop(expert, None)
 
-    def _hear(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                expert, reason = json.loads(self._socket.recv(65_536))
-                self._reasons.setdefault(expert, reason)  # what comes later follows from it
+    def of(self, names: Sequence[str]) -> list[str]:
+        """Those of ``names`` whose engines have failed so far."""
+        self._hear()
+        return [names[k] for k in sorted(self._reasons)]
 
-    def close(self) -> None:
-        self._socket.close()
+    def _hear(self) -> None:
+        for expert, reason in self.heard():
+            self._reasons.setdefault(expert, reason)  # what comes later follows from it
 
 
 @dataclass(frozen=True)
 class ReportingConfig(LockstepConfig):
-    """A `LockstepConfig` whose engine reports to ``failures``, the address of `Failures`."""
+    """A `LockstepConfig` whose engine reports to the gateway.
 
+    Attributes:
+        name: of its expert, which its log has.
+        failures, progress: addresses of `Failures` and `Progress`.
+    """
+
+    name: str
     failures: str
+    progress: str
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if os.getpid() != self.gateway_pid:
             _report_errors(self.expert, self.failures)
+            _report_progress(self.expert, self.progress)
 
 
 def _report_errors(expert: int, address: str) -> None:
@@ -71,12 +101,28 @@ def _report_errors(expert: int, address: str) -> None:
     def make_and_report(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
         if record.levelno >= logging.ERROR and record.exc_info and record.exc_info[1] is not None:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)
-                sock.sendto(json.dumps([expert, reason_of(record.exc_info[1])]).encode(), address)
+            _send(address, expert, reason_of(record.exc_info[1]))
         return record
 
     logging.setLogRecordFactory(make_and_report)
+
+
+def _report_progress(expert: int, address: str) -> None:
+    make = logging.getLogRecordFactory()
+
+    def make_and_report(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        with contextlib.suppress(Exception):  # whatever is wrong with a message is its logger's to tell
+            _send(address, expert, " ".join(record.getMessage().split())[:_LONGEST])
+        return record
+
+    logging.setLogRecordFactory(make_and_report)
+
+
+def _send(address: str, expert: int, text: str) -> None:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.sendto(json.dumps([expert, text]).encode(), address)
 
 
 def reason_of(error: BaseException) -> str:

@@ -1,11 +1,11 @@
-"""vLLM's own Prometheus metrics, for K engines in one process. Knows vLLM's stat loggers."""
+"""vLLM's own Prometheus metrics and statistics, for K engines in one process. Knows vLLM's stat loggers."""
 
 from __future__ import annotations
 
 import threading
 from typing import Any
 
-from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.loggers import LoggingStatLogger, PerEngineStatLoggerAdapter, PrometheusStatLogger
 
 
 class SharedMetrics:
@@ -50,3 +50,24 @@ class SharedMetrics:
                 self._logger.record_sleep_state(*args, **kwargs)
 
         return ExpertMetrics
+
+
+def named_log(name: str) -> type[LoggingStatLogger]:
+    """A stat logger class whose lines in the log have an expert's name: vLLM would call every engine "Engine 000"."""
+
+    class NamedLog(LoggingStatLogger):
+        @property
+        def log_prefix(self) -> str:
+            return f"{name}: "
+
+    return NamedLog
+
+
+def without_nameless_log(manager: Any) -> None:
+    """Take the logger that vLLM adds by itself out of an engine's `StatLoggerManager`."""
+    manager.stat_loggers = [
+        logger
+        for logger in manager.stat_loggers
+        if not isinstance(logger, PerEngineStatLoggerAdapter)
+        or any(type(each) is not LoggingStatLogger for each in logger.per_engine_stat_loggers.values())
+    ]

@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from decar.server.protocol.lockstep import Lockstep
 from decar.server.protocol.member import Member, PromptRows
-from decar.server.protocol.plane import DIRECTORY
+from decar.server.protocol.runtime import DIRECTORY
 from decar.server.vllm_adapter.step import Step
 
 _POSITIONS_AT_ONCE = 256  # of a prompt, whose logits are in memory

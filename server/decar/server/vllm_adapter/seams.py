@@ -533,6 +533,10 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.metrics.loggers", "PrometheusStatLogger", "record_sleep_state log_engine_initialized"),
         calls("vllm.v1.metrics.loggers", "PrometheusStatLogger.record", "*, engine_idx, **kwargs"),
         reads("vllm.v1.metrics.loggers", "PrometheusStatLogger", "record_admission_rejection", since="0.32"),
+        reads("vllm.v1.metrics.loggers", "LoggingStatLogger", "log_prefix"),
+        reads("vllm.v1.metrics.loggers", "PerEngineStatLoggerAdapter", "per_engine_stat_loggers"),
+        reads("vllm.v1.metrics.loggers", "StatLoggerManager", "stat_loggers"),
+        reads("vllm.v1.engine.async_llm", "AsyncLLM", "logger_manager"),
     ),
     *used_by(
         "app",
@@ -541,7 +545,6 @@ SEAMS: tuple[Seam, ...] = (
             for name, parameters in (
                 ("build_app", "args, supported_tasks, model_config"),
                 ("init_app_state", "async engine_client, state, args, supported_tasks"),
-                ("create_server_socket", "addr, *, reuse_port"),
                 ("get_uvicorn_log_config", "args"),
                 ("make_arg_parser", "parser"),
                 ("validate_parsed_serve_args", "args"),
@@ -555,6 +558,8 @@ SEAMS: tuple[Seam, ...] = (
         calls("vllm.config", "ModelConfig.get_head_size"),
         calls("vllm.config", "ModelConfig.get_vocab_size"),
         calls("vllm.utils.system_utils", "set_ulimit"),
+        calls("vllm.utils.system_utils", "decorate_logs", "process_name"),
+        calls("vllm.utils.system_utils", "set_process_title", "name"),
         calls("vllm.envs", "enable_envs_cache"),
         reads(
             "vllm.envs",

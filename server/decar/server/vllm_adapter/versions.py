@@ -29,10 +29,6 @@ MOVED: dict[str, tuple[tuple[str, str], ...]] = {
         ("0.29", "vllm.entrypoints.launchers.api_server.app_state"),
         ("0", "vllm.entrypoints.openai.api_server"),
     ),
-    "create_server_socket": (
-        ("0.29", "vllm.entrypoints.launchers.launcher"),
-        ("0", "vllm.entrypoints.openai.api_server"),
-    ),
     "get_uvicorn_log_config": (
         ("0.29", "vllm.entrypoints.launchers.utils.server_utils"),
         ("0", "vllm.entrypoints.serve.utils.server_utils"),
@@ -113,6 +109,18 @@ def accept_tokens(manager: Any, request: Any, tokens: list[int]) -> bool:
     return not later or bool(
         request.structured_output_request.grammar.accept_tokens(request.request_id, later)
     )
+
+
+def name_process(name: str) -> None:
+    """Have the lines that an engine's process logs from now on begin with ``name``, and the process be called so.
+
+    Before 0.32 a line is marked as it is written, and would get a second mark.
+    """
+    from vllm.utils.system_utils import decorate_logs, set_process_title
+
+    if _installed() >= (0, 32):
+        decorate_logs(name)
+    set_process_title(name)
 
 
 def takes_images(model_config: Any) -> bool:

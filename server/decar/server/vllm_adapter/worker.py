@@ -22,12 +22,14 @@ from vllm.platforms import current_platform
 
 from decar.server.protocol.cores import take_long_slices
 from decar.server.protocol.lockstep import HELD, Lockstep
-from decar.server.protocol.member import LockstepConfig, Member, PromptRows, spoken_tokens
+from decar.server.protocol.member import Member, PromptRows, spoken_tokens
 from decar.server.protocol.plane import Plane
 from decar.server.protocol.transport import transport_of
 from decar.server.vllm_adapter.cuda_memory import CudaMemory
+from decar.server.vllm_adapter.failures import ReportingConfig
 from decar.server.vllm_adapter.prompts import PromptReader
 from decar.server.vllm_adapter.step import Step
+from decar.server.vllm_adapter.versions import name_process
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -42,7 +44,8 @@ class LockstepWorker(_Worker):
     """A vLLM worker whose requests may be shared with other engines."""
 
     def init_device(self) -> None:
-        config: LockstepConfig = self.vllm_config.additional_config
+        config: ReportingConfig = self.vllm_config.additional_config
+        name_process(config.name)
         if config.cpus:
             torch.set_num_threads(len(config.cpus))  # before the base class disables it
             os.sched_setaffinity(0, config.cpus)

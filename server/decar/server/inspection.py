@@ -1,0 +1,78 @@
+"""What `decar inspect` shows of an ensemble directory. Knows its files, and where engines would run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from decar.router import Ensemble
+from decar.router.errors import DecarError
+from decar.server.placement import gib, place, visible_gpus
+
+
+def inspect(directory: Path, console: Console) -> int:
+    """Show the ensemble in ``directory`` on ``console``, and its problems on standard error; returns how many."""
+    ensemble, problems = Ensemble.inspect(directory)
+    if ensemble is not None:
+        _describe(ensemble, console)
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if not problems:
+        console.print("no problems found", style="green")
+    return len(problems)
+
+
+def _describe(ensemble: Ensemble, console: Console) -> None:
+    manifest = ensemble.manifest
+    console.print(f"[bold]{ensemble.name}[/bold]: router {manifest.router.kind}, rule {manifest.mixing.rule}")
+    columns = ("expert", "architecture", "parameters", "size", "prior", "vocab", "positions")
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    total = sum(expert.prior for expert in manifest.experts)
+    fingerprints: dict[str, list[str]] = {}
+    for expert in ensemble.experts:
+        try:
+            parameters, fingerprint = f"{expert.num_parameters / 1e6:,.1f} M", expert.tokenizer_fingerprint
+            size = f"{expert.weight_bytes / 2**20:,.1f} MiB"
+        except (DecarError, OSError, ValueError):
+            parameters = fingerprint = size = "unreadable"
+        fingerprints.setdefault(fingerprint, []).append(expert.name)
+        table.add_row(
+            expert.name,
+            expert.architecture,
+            parameters,
+            size,
+            f"{expert.prior / total:.3f}",
+            f"{expert.vocab_size:,}",
+            f"{expert.max_positions:,}" if expert.max_positions else "?",
+        )
+    console.print(table)
+    _describe_places(ensemble, console)
+    for fingerprint, names in fingerprints.items():
+        console.print(f"tokenizer {fingerprint}: {', '.join(names)}")
+
+
+def _describe_places(ensemble: Ensemble, console: Console) -> None:
+    """Where `decar serve` would put the engines on this machine, with its defaults."""
+    try:
+        gpus = visible_gpus()
+        places = place(ensemble, gpus)
+    except (DecarError, OSError) as error:
+        console.print(f"no place for its engines on this machine: {error}", style="yellow")
+        return
+    table = Table("expert", "runs on", "weights", "KV cache", "besides", "in all", box=box.SIMPLE_HEAD)
+    for placed in places:
+        table.add_row(
+            placed.expert,
+            "CPU" if placed.gpu is None else f"GPU {placed.gpu} ({gpus[placed.gpu].name})",
+            gib(placed.weight_bytes, 2),
+            "what is left" if placed.kv_bytes is None else gib(placed.kv_bytes, 2),
+            f"about {gib(placed.overhead_bytes, 2)}",
+            f"at least {gib(placed.needed_bytes, 2)}"
+            if placed.kv_bytes is None
+            else f"about {gib(placed.needed_bytes, 2)}",
+        )
+    console.print(table)
