@@ -6,7 +6,7 @@ PORT ?= 8000
 VLLM ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test soak lint seams bench clean
+.PHONY: setup demo test test-clients soak lint seams bench clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
@@ -18,6 +18,9 @@ demo: setup  ## train two experts, serve them as one model, and chat
 
 test: setup  ## unit tests and end-to-end tests on real engines
 	$(BIN)/python -m pytest
+
+test-clients: setup  ## others' clients against a running ensemble, each in its own environment; writes docs/clients.md
+	$(BIN)/python -m tests.compat
 
 soak: setup  ## what takes too long for every change: thousands of requests, faults under load
 	$(BIN)/python -m pytest -m soak
@@ -34,4 +37,4 @@ bench: setup  ## what an ensemble costs beside one expert: a two-minute measurem
 	$(BIN)/decar bench serve --quick --output runs/bench
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-clients runs

@@ -242,6 +242,16 @@ class Server:
             if sample.name == name
         ]
 
+    def metric_of(self, name: str, **labels: str) -> float:
+        """The sum of the samples of metric ``name`` that have these labels."""
+        text = self.http.get("/metrics").text
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
     def is_idle(self) -> bool:
         """No request runs or waits anywhere, no slot and no KV block is taken."""
         gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from copy import copy
 
@@ -75,6 +76,48 @@ def test_what_an_ensemble_can_have_is_parsed() -> None:
 def test_other_refusals(flags: list[str], says: str) -> None:
     with pytest.raises(StartError, match=says):
         parse_flags(flags, "directory", ["demo"])
+
+
+ORIGINS = '["https://a.page", "http://localhost:3000", "http://[::1]:80", "chrome-extension://abc"]'
+
+
+@pytest.mark.parametrize("origins", [None, '["*"]', ORIGINS, "[]"])
+def test_pages_of_other_origins_may_ask_where_they_are_named(origins: str | None) -> None:
+    flags = [] if origins is None else ["--allowed-origins", origins]
+    args = parse_flags(flags, "directory", ["demo"])
+    assert args.allowed_origins == ([] if origins is None else json.loads(origins))
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://a.page/",
+        "https://a.page/path",
+        "a.page",
+        "HTTPS://a.page",
+        "null",
+        "",
+        "https://*.page",
+        "https://a b",
+    ],
+)
+def test_what_no_browser_calls_itself_is_refused(origin: str) -> None:
+    with pytest.raises(StartError, match="no browser calls itself"):
+        parse_flags(["--allowed-origins", json.dumps([origin])], "directory", ["demo"])
+
+
+@pytest.mark.parametrize("origins", ['"https://a.page"', "3", "{}", "null", "[3]"])
+def test_origins_are_a_list(origins: str) -> None:
+    """Of a text, every part would be an origin that may ask."""
+    with pytest.raises(StartError, match="JSON list"):
+        parse_flags(["--allowed-origins", origins], "directory", ["demo"])
+
+
+def test_not_every_page_acts_for_whoever_looks_at_it() -> None:
+    named = ["--allow-credentials", "--allowed-origins"]
+    assert parse_flags([*named, '["https://a.page"]'], "directory", ["demo"]).allow_credentials
+    with pytest.raises(StartError, match="name the origins"):
+        parse_flags([*named, '["*"]'], "directory", ["demo"])
 
 
 def test_the_admins_key_is_one_of_the_keys_where_there_are_any() -> None:

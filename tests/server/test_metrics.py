@@ -43,7 +43,7 @@ def test_engines_counters_are_labelled_by_expert(
         SimpleNamespace(name="code", up=True, seated=True),
         SimpleNamespace(name="prose", up=False, seated=True),
     ]
-    metrics.watch(experts, SimpleNamespace(waiting=3, rejected=5))
+    metrics.watch(experts, SimpleNamespace(waiting=3, rejected=5), "demo")
     metrics.failed_over(1)
     metrics.failed_over(1)
     metrics.restarted(0)
@@ -61,6 +61,40 @@ def test_engines_counters_are_labelled_by_expert(
     assert by_expert("decar:restarts_total") == [1, 0]
     assert registry.get_sample_value("decar:queued") == 3
     assert registry.get_sample_value("decar:rejected_total") == 5
+
+
+def test_an_info_metric_says_whose_engine_each_is(
+    metrics: EnsembleMetrics, registry: CollectorRegistry
+) -> None:
+    """The label `engine` of vLLM's metrics is the place, which after a reload need not be the manifest's."""
+    experts = [
+        SimpleNamespace(name="", up=False, seated=False),
+        SimpleNamespace(name="prose", up=True, seated=True),
+        SimpleNamespace(name="code", up=False, seated=True),
+    ]
+    metrics.watch(experts, None, "demo")
+    [family] = [family for family in registry.collect() if family.name == "decar:engine"]
+    assert [(sample.name, sample.labels, sample.value) for sample in family.samples] == [
+        ("decar:engine_info", {"engine": "1", "expert": "prose", "model": "demo/prose"}, 1),
+        ("decar:engine_info", {"engine": "2", "expert": "code", "model": "demo/code"}, 1),
+    ]
+
+
+def test_what_is_asked_is_counted_by_model_id(metrics: EnsembleMetrics, registry: CollectorRegistry) -> None:
+    metrics.asked("demo", requests=1, prompt_tokens=7)
+    metrics.asked("demo/code", requests=1, prompt_tokens=2)
+    metrics.asked("demo", generated=3)
+    metrics.asked("demo", requests=1, prompt_tokens=1)
+    metrics.asked(None, requests=1, prompt_tokens=9, generated=9)  # a warm-up
+
+    def of(model: str) -> list[float | None]:
+        names = ("requests", "prompt_tokens", "generated_tokens")
+        return [registry.get_sample_value(f"decar:{name}_total", {"model": model}) for name in names]
+
+    assert of("demo") == [2, 8, 3]
+    assert of("demo/code") == [1, 2, 0]
+    [family] = [family for family in registry.collect() if family.name == "decar:requests"]
+    assert {sample.labels["model"] for sample in family.samples} == {"demo", "demo/code"}
 
 
 def test_weights_become_histograms_per_token(metrics: EnsembleMetrics, registry: CollectorRegistry) -> None:

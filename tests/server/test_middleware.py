@@ -164,6 +164,14 @@ async def test_a_browser_asks_without_a_key_whether_it_may_ask() -> None:
                 assert response.status_code == 401
 
 
+async def test_a_page_of_another_origin_may_read_when_to_ask_again() -> None:
+    """Of a refusal as well, which has the header."""
+    async with client_of(app_of("user")) as client:
+        for path, headers in (("/health", BEARER), ("/metrics", {})):
+            response = await client.get(path, headers={**headers, **ORIGIN})
+            assert response.headers["access-control-expose-headers"] == "Retry-After, X-Request-Id"
+
+
 @pytest.mark.parametrize("keys", [(), ("user",)])
 async def test_only_the_admin_sees_paths_and_processes(keys: tuple[str, ...]) -> None:
     async with client_of(app_of(*keys, admin="admin")) as client:

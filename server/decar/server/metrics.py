@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from decar.server.protocol.plane import Plane
@@ -23,6 +29,12 @@ COUNTED = {
     "handed_over": (("handed_over",), "Requests whose lead this expert passed on."),
 }
 """Name of a metric -> the plane's counters it adds up, and its description."""
+ASKED = {
+    "requests": "Requests that were given to experts.",
+    "prompt_tokens": "Tokens of their prompts.",
+    "generated_tokens": "Tokens that were generated for them.",
+}
+"""Name of a metric by model id, and its description."""
 ENTROPY_BOUNDS = (0.001, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0, 1.5, 2.0)
 """In nats. One expert alone has 0, two equal ones ln 2 = 0.69."""
 
@@ -72,14 +84,29 @@ class EnsembleMetrics(Collector):
         )
         self._experts: Sequence[Any] = ()
         self._queue: Any = None
+        self._name = ""
+        self._asked: dict[str, dict[str, int]] = {}  # by model id, which the gateway bounds
         self._failovers = np.zeros(places, np.int64)
         self._restarts = np.zeros(places, np.int64)
         registry.register(self)
 
-    def watch(self, experts: Sequence[Any], queue: Any) -> None:
+    def watch(self, experts: Sequence[Any], queue: Any, name: str) -> None:
         """Report of these, by place: those that are ``seated`` by ``name`` (the label ``expert``), and whether each is
-        ``up``; and how many wait in ``queue`` or have found it full."""
-        self._experts, self._queue = experts, queue
+        ``up``; and how many wait in ``queue`` or have found it full.
+
+        Args:
+            name: of the ensemble.
+        """
+        self._experts, self._queue, self._name = experts, queue, name
+
+    def asked(self, model: str | None, requests: int = 0, prompt_tokens: int = 0, generated: int = 0) -> None:
+        """Count what was asked of the model of this id; None: it was not a user who asked."""
+        if model is None:
+            return
+        counted = self._asked.setdefault(model, dict.fromkeys(ASKED, 0))
+        counted["requests"] += requests
+        counted["prompt_tokens"] += prompt_tokens
+        counted["generated_tokens"] += generated
 
     def failed_over(self, expert: int) -> None:
         """A request has lost this expert."""
@@ -139,6 +166,22 @@ class EnsembleMetrics(Collector):
             )
         yield self._active.family()
         yield self._entropy.family()
+        for name, documentation in ASKED.items():
+            by_model = CounterMetricFamily(f"decar:{name}", documentation, labels=["model"])
+            for model, counts_of in self._asked.items():
+                by_model.add_metric([model], counts_of[name])
+            yield by_model
+        yield self._engines()
+
+    def _engines(self) -> Metric:
+        """Whose engine it is that vLLM's metrics have as ``engine``."""
+        info = InfoMetricFamily(
+            "decar:engine", "The expert of each engine.", labels=["engine", "expert", "model"]
+        )
+        for engine, expert in enumerate(self._experts):
+            if expert.seated:
+                info.add_metric([str(engine), expert.name, f"{self._name}/{expert.name}"], {})
+        return info
 
     def _by_expert(self, family: type[Any], name: str, documentation: str, values: Sequence[float]) -> Metric:
         """``values`` [C] of places, as a family of metrics of the experts there."""

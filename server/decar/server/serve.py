@@ -189,17 +189,18 @@ async def _serve(
     reload_timeout_s: float,
 ) -> None:
     from decar.server.gateway.api import extend
+    from decar.server.gateway.errors import anthropic_error_event
     from decar.server.gateway.gate import Gate
     from decar.server.gateway.http_server import BoundedHttpProtocol
     from decar.server.gateway.reload import Reloader
-    from decar.server.gateway.request import asks_for_counts, model_ids
+    from decar.server.gateway.request import asks_for_counts, model_asked_for, model_ids
     from decar.server.gateway.signals import told_to_stop
     from decar.server.vllm_adapter.app import api_keys, listen, name_models, openai_app
 
     async with running as (client, supervisor, engines):
         gate = Gate()
         keys = api_keys(args, admin_key)
-        app = await openai_app(client, args, asks_for_counts)
+        app = await openai_app(client, args, asks_for_counts, model_asked_for, anthropic_error_event)
         reloader = Reloader(
             client,
             supervisor,

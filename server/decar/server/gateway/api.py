@@ -1,7 +1,6 @@
 """What decar adds to vLLM's OpenAI app: the `decar` object, model ids, /v1/ensemble. Knows HTTP, no engines.
 
 An ASGI middleware takes `decar` out of a request before vLLM sees it, and puts it into the response after.
-Without a trace the object is spliced in front of the first brace, so that nothing is parsed on the way out.
 """
 
 from __future__ import annotations
@@ -19,16 +18,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from decar.router import available_routers
 from decar.router.errors import DecarError, RequestError
-from decar.server.gateway.asgi import is_event_stream, path_of
+from decar.server.gateway.annotate import FAILED, RESPONSES, Annotated
+from decar.server.gateway.anthropic import AnthropicErrors
+from decar.server.gateway.asgi import path_of
 from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, with_length
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
 from decar.server.gateway.errors import error_response, http_error, unavailable
-from decar.server.gateway.gate import Gate, GateMiddleware, QueueMiddleware
+from decar.server.gateway.gate import GENERATING, Gate, GateMiddleware, QueueMiddleware
 from decar.server.gateway.middleware import (
     ArrivalMiddleware,
     GuardMiddleware,
@@ -39,11 +40,26 @@ from decar.server.gateway.middleware import (
 from decar.server.gateway.reload import Reloader, ReloadRunning
 from decar.server.gateway.request import Call, current_call
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
+from decar.server.gateway.schemas import (
+    Defaults,
+    EnsembleState,
+    ExpertState,
+    ModelShown,
+    ModelsShown,
+    Reloaded,
+    Slots,
+    Waiting,
+    describing_decar,
+    error_responses,
+)
 
 logger = logging.getLogger("decar")
 _BOOL = pydantic.TypeAdapter(bool)
 
-ANNOTATED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
+BEAM_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/invocations"})
+"""Where vLLM searches for beams if it is asked to."""
+EXPOSED_HEADERS = ("Retry-After", "X-Request-Id")
+"""What a page of another origin may read of an answer, beside what browsers let everybody read."""
 MAX_BODY_BYTES = 32 * 2**20
 
 
@@ -69,11 +85,14 @@ def extend(
     app.state.ensemble_client = client
     app.state.ensemble_reloader = reloader
     app.add_exception_handler(HTTPException, http_error)  # vLLM's own leaves out what Starlette raises
-    app.openapi = describing_offered(app.openapi)  # type: ignore[method-assign]
+    app.openapi = describing_decar(describing_offered(app.openapi))  # type: ignore[method-assign]
     # CORS's headers go on every answer, errors and refused keys included, and a browser asks without a key.
     cors = [middleware for middleware in app.user_middleware if middleware.cls is CORSMiddleware]
+    for each in cors:
+        each.kwargs["expose_headers"] = EXPOSED_HEADERS
     app.user_middleware[:] = [
         *cors,
+        Middleware(AnthropicErrors),
         Middleware(GateMiddleware, gate=gate),
         Middleware(GuardMiddleware, handler=app.exception_handlers.get(Exception)),
         Middleware(ArrivalMiddleware, thread=client.thread),
@@ -90,13 +109,16 @@ def extend(
 routes = APIRouter()
 
 
-@routes.get("/v1/models")
+@routes.get("/v1/models", responses={200: {"model": ModelsShown}})
 async def models(request: Request) -> JSONResponse:
     """The ensemble, and each expert alone."""
     return JSONResponse({"object": "list", "data": await _model_cards(request)})
 
 
-@routes.get("/v1/models/{model_id:path}")
+@routes.get(
+    "/v1/models/{model_id:path}",
+    responses={200: {"model": ModelShown}, **error_responses(status_404="There is no such model")},
+)
 async def model(model_id: str, request: Request) -> JSONResponse:
     """One model, as `client.models.retrieve` asks."""
     for card in await _model_cards(request):
@@ -112,8 +134,8 @@ async def _model_cards(request: Request) -> list[dict[str, Any]]:
     return cards if is_admin(request.scope) else [{**card, "root": card["id"]} for card in cards]
 
 
-@routes.get("/v1/ensemble")
-async def ensemble(request: Request) -> JSONResponse:
+@routes.get("/v1/ensemble", response_model_exclude_unset=True)
+async def ensemble(request: Request) -> EnsembleState:
     """The manifest, each expert's health, slots in use, what engines counted, and defaults; for the admin also where
     experts lie and run."""
     client: EnsembleClient = request.app.state.ensemble_client
@@ -123,32 +145,41 @@ async def ensemble(request: Request) -> JSONResponse:
         manifest.experts, client.ensemble.experts, client.seats.of, strict=True
     ):
         expert = client.experts[seat]
-        shown = {
-            "name": expert.name,
-            "model": f"{client.ensemble.name}/{expert.name}",
-            "prior": entry.prior,
-            "up": expert.up,
-            "leads": leads[seat],
-            "lockstep": client.plane.blocks[seat].counted(),
-        }
+        shown = ExpertState(
+            name=expert.name,
+            model=f"{client.ensemble.name}/{expert.name}",
+            prior=entry.prior,
+            up=expert.up,
+            leads=leads[seat],
+            lockstep=client.plane.blocks[seat].counted(),
+        )
         if is_admin(request.scope):
-            shown.update(pid=expert.engine.pid, path=str(checkpoint.path))
+            shown.pid, shown.path = expert.engine.pid, str(checkpoint.path)
         experts.append(shown)
-    return JSONResponse(
-        {
-            "object": "ensemble",
-            "name": client.ensemble.name,
-            "experts": experts,
-            "routes": list(available_routers(client.ensemble)),
-            "defaults": {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
-            | manifest.mixing.model_dump(),
-            "slots": {"total": client.slots.total, "in_use": client.slots.in_use},
-            "queue": {"waiting": client.queue.waiting, "length": client.queue.length},
-        }
+    defaults = {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
+    return EnsembleState(
+        object="ensemble",
+        name=client.ensemble.name,
+        experts=experts,
+        routes=list(available_routers(client.ensemble)),
+        defaults=Defaults(**defaults | manifest.mixing.model_dump()),
+        slots=Slots(total=client.slots.total, in_use=client.slots.in_use),
+        queue=Waiting(waiting=client.queue.waiting, length=client.queue.length),
     )
 
 
-@routes.post("/v1/ensemble/reload")
+@routes.post(
+    "/v1/ensemble/reload",
+    responses={
+        200: {"model": Reloaded},
+        **error_responses(
+            status_400="What there is now cannot be served, and nothing is changed",
+            status_403="It is for the admin",
+            status_409="Another reload runs",
+            status_500="It has ended early",
+        ),
+    },
+)
 async def reload(request: Request) -> JSONResponse:
     """Read the ensemble's directory anew, and exchange what has changed; answers when that is done."""
     client: EnsembleClient = request.app.state.ensemble_client
@@ -162,15 +193,13 @@ async def reload(request: Request) -> JSONResponse:
         return error_response(f"nothing is changed: {error}", 400, None)
     if reloaded.failed is not None:
         return error_response(str(reloaded), 500, None, "InternalServerError")
-    return JSONResponse(
-        {
-            "object": "ensemble.reload",
-            "exchanged": reloaded.exchanged,
-            "added": reloaded.added,
-            "removed": reloaded.removed,
-            "message": str(reloaded),
-        }
+    answer = Reloaded(
+        exchanged=list(reloaded.exchanged),
+        added=list(reloaded.added),
+        removed=list(reloaded.removed),
+        message=str(reloaded),
     )
+    return JSONResponse(answer.model_dump())
 
 
 class Served(Protocol):
@@ -212,19 +241,35 @@ class DecarMiddleware:
         call = None
         if isinstance(fields, dict):
             try:
-                call = self.served.call_of(_text(fields.get("model")), fields.pop("decar", None))
+                call = self._call_of(path, fields, fields.pop("decar", None))
             except RequestError as error:
                 return await error_response(str(error), 400, error.param)(scope, receive, send)
-            call.beams = path in ANNOTATED_PATHS and _is_true(fields.get("use_beam_search"))
-            if call.beams and (call.trace or call.draw):
-                field = "decar.trace" if call.trace else "decar.sampling"
-                message = f"{field} cannot follow a beam search: leave one of them out"
-                return await error_response(message, 400, field)(scope, receive, send)
             current_call.set(call)
             body = json.dumps(fields).encode()
-            if path in ANNOTATED_PATHS:
-                send = _Annotated(call, send)
+            if path in GENERATING:
+                send = Annotated(path, call, send)
         await self._answer(call, with_length(scope, len(body)), replay(body, receive), send)
+
+    def _call_of(self, path: str, fields: dict[str, Any], options: Any) -> Call:
+        """
+        Raises:
+            RequestError: says which field is wrong, or has nothing that it could say to this path, and how to mend it.
+        """
+        if options is not None and path not in GENERATING:
+            raise RequestError(
+                f"{path} generates nothing that decar could be about: leave decar out", "decar"
+            )
+        call = self.served.call_of(_text(fields.get("model")), options)
+        call.beams = path in BEAM_PATHS and _is_true(fields.get("use_beam_search"))
+        if call.beams and (call.trace or call.draw):
+            field = "decar.trace" if call.trace else "decar.sampling"
+            raise RequestError(f"{field} cannot follow a beam search: leave one of them out", field)
+        if call.trace and path == RESPONSES and _is_true(fields.get("background")):
+            raise RequestError(
+                "decar.trace comes with an answer, and background has it fetched later: leave one of them out",
+                "decar.trace",
+            )
+        return call
 
     async def _answer(self, call: Call | None, scope: Scope, receive: Receive, send: Send) -> None:
         """Have the app answer; what it trips over before it has anything generated is the request's fault.
@@ -236,99 +281,18 @@ class DecarMiddleware:
         except (OSError, MemoryError):
             raise
         except ExpertDown as down:
-            if has_begun(scope):
-                raise  # a stream ends with an event
-            await unavailable(str(down))(scope, receive, send)
+            if not has_begun(scope):
+                await unavailable(str(down))(scope, receive, send)
+            elif not (isinstance(send, Annotated) and await send.ended_with(str(down), 503)):
+                raise
         except Exception as error:
+            if has_begun(scope) and isinstance(send, Annotated):
+                await send.ended_with(FAILED, 500)
             if has_begun(scope) or (call is not None and call.prompts):
                 raise
             reason = f"{type(error).__name__}: {error}"
             logger.warning("%s is refused: vLLM cannot read it (%s)", scope["path"], reason)
             await error_response(f"the request cannot be read ({reason})", 400, None)(scope, receive, send)
-
-
-class _Annotated:
-    """A `send` that adds `decar` to a successful response: JSON or server-sent events."""
-
-    def __init__(self, call: Call, send: Send):
-        self._call = call
-        self._send = send
-        self._start: Message | None = None  # of a JSON body, held back until its length is known
-        self._stream = False
-        self._summary_sent = False
-        self._degraded = 0  # experts whose loss the client knows of
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.body" and self._stream:
-            body = message.get("body", b"")
-            event = self._event(body)
-            if event is not body:
-                message = {**message, "body": event}
-        elif message["type"] == "http.response.start":
-            self._start = None
-            answers = message["status"] == 200
-            self._stream = answers and is_event_stream(message)
-            if answers and not self._stream:  # a stream's client reads the headers while the engines compute
-                self._start = message
-                return
-        elif message["type"] == "http.response.body" and self._start is not None:
-            start, self._start = self._start, None
-            body = self._object(message.get("body", b""))
-            message = {**message, "body": body}
-            start["headers"] = [
-                (name, str(len(body)).encode() if name == b"content-length" else value)
-                for name, value in start["headers"]
-            ]
-            await self._send(start)
-        await self._send(message)
-
-    def _object(self, body: bytes) -> bytes:
-        if not body.startswith(b"{"):
-            return body
-        if not self._call.trace:
-            return self._spliced(body)
-        return json.dumps(self._traced(json.loads(body), None, once=True)).encode()
-
-    def _event(self, body: bytes) -> bytes:
-        if not body.startswith(b"data: {") or body.startswith(b'data: {"error"'):
-            return body
-        known = self._summary_sent and self._degraded == len(self._call.degraded)
-        self._summary_sent, self._degraded = True, len(self._call.degraded)
-        if self._call.trace:
-            data = json.loads(body.removeprefix(b"data: "))
-            data = self._traced(data, self._counted(data), once=not known)
-            return b"data: " + json.dumps(data).encode() + b"\n\n"
-        return body if known else b"data: " + self._spliced(body.removeprefix(b"data: "))
-
-    def _spliced(self, body: bytes) -> bytes:
-        return b'{"decar":' + json.dumps(self._call.summary()).encode() + b"," + body[1:]
-
-    def _counted(self, data: dict[str, Any]) -> int:
-        """How many tokens a chunk's choice has by now; vLLM says so for us, unless the client wants to know too."""
-        usage = data.get("usage") or {}
-        if data.get("choices") and not self._call.counts_shown:
-            data.pop("usage", None)
-        return int(usage.get("completion_tokens", 0))
-
-    def _traced(self, data: dict[str, Any], count: int | None, once: bool) -> dict[str, Any]:
-        """``data`` with the weights of tokens that no earlier chunk has carried.
-
-        Args:
-            count: tokens that the choice of a chunk has by now; None: all.
-        """
-        for choice in data.get("choices") or []:
-            trace = self._call.choices.get(choice.get("index"))
-            delta = choice.get("delta") or {}
-            announces = "role" in delta and not delta.get("content") and not choice.get("finish_reason")
-            if trace is not None and not announces:  # a stream's first chunk names the role, and has no token
-                new = slice(trace.sent, count)
-                choice["decar"] = {
-                    "weights": self._call.by_expert(trace.weights[new]),
-                    "leaders": trace.leaders[new],
-                    "active": self._call.in_order(trace.experts),
-                }
-                trace.sent = max(trace.sent, count or 0)
-        return {**data, "decar": self._call.summary()} if once else data
 
 
 def _is_true(value: Any) -> bool:

@@ -126,7 +126,7 @@ class EnsembleClient(AllEngines):
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
-        metrics.watch(self.experts, self.queue)
+        metrics.watch(self.experts, self.queue, ensemble.name)
 
     def give_engine(self, expert: int, engine: Engine) -> None:
         """An expert whose engine has died has a new one, which is still to be warmed up."""
@@ -182,6 +182,9 @@ class EnsembleClient(AllEngines):
         call = current_call.get() or self.call_of(None, None)
         if call.draw:
             check_drawable(sampling_params)
+        if not (call.beams and call.prompts):  # whose every step is a prompt
+            tokens = len(tokens_of(prompt))
+            self._metrics.asked(call.model, requests=int(call.prompts == 0), prompt_tokens=tokens)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
         abort = self._aborts.of(request_id, prompt, sampling_params)
@@ -475,6 +478,7 @@ class EnsembleClient(AllEngines):
         finally:
             self.thread.hurry(key, False)
             self._metrics.observe_alone(produced - start)
+            self._metrics.asked(call.model, generated=produced - start)
             await outputs.aclose()
 
     # --- slot, leader, fan out, stream --------------------------------------------------------------------
@@ -582,6 +586,7 @@ class EnsembleClient(AllEngines):
             ended = leader if finished and not member.led_before else None
             await asyncio.shield(self._cancel(k for k in queues.items() if k[0] != ended))
             self._metrics.observe(reader.between(start, read))
+            self._metrics.asked(call.model, generated=read - start)
 
     def _needs(self, member: Member, relayed: Any, expert: int) -> bool:
         """Whether a request is lost without ``expert``: it takes part, or has not said yet what it decided."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decar.server.gateway.asgi import is_event_stream, path_of
-from decar.server.gateway.errors import error_body, unavailable
+from decar.server.gateway.errors import error_event, unavailable
 from decar.server.gateway.queue import Queue, QueueFull
 
 GENERATING = frozenset(
@@ -116,7 +114,7 @@ class GateMiddleware:
         if not begun:
             await _refuse(scope, receive, send)
         elif streams:
-            await send({"type": "http.response.body", "body": error_event(scope["path"], STOPPING, 503)})
+            await send({"type": "http.response.body", "body": error_event(path_of(scope), STOPPING, 503)})
 
 
 class QueueMiddleware:
@@ -144,16 +142,3 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     response = unavailable(STOPPING)
     response.headers["connection"] = "close"
     await response(scope, receive, send)
-
-
-def error_event(path: str, message: str, status: int) -> bytes:
-    """The end of a stream that fails, in the form of the API that ``path`` belongs to."""
-    error: dict[str, Any]
-    if path.endswith("/v1/messages"):
-        error = {"type": "error", "error": {"type": "overloaded_error", "message": message}}
-        return f"event: error\ndata: {json.dumps(error)}\n\n".encode()
-    if path.endswith("/v1/responses"):
-        error = {"type": "error", "code": str(status), "message": message, "param": None}
-        return f"event: error\ndata: {json.dumps(error)}\n\n".encode()
-    error = error_body(message, status, None, "ServiceUnavailableError")
-    return f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n".encode()

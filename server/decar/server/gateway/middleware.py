@@ -100,6 +100,7 @@ class KeyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
+        scope = _with_bearer(scope)
         scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
         given = _digest(token if scheme.lower() == "bearer" else "")
         # All are compared, and digests of one length: how long it takes says nothing of any.
@@ -108,8 +109,20 @@ class KeyMiddleware:
         scope.setdefault("state", {})["decar_admin"] = admin
         if any(known) or admin or not self._digests or scope["path"] == "/health":
             return await self.app(scope, receive, send)
-        message = "give a valid API key: Authorization: Bearer KEY"
+        message = "give a valid API key: Authorization: Bearer KEY, or x-api-key: KEY"
         await error_response(message, 401, None, "AuthenticationError")(scope, receive, send)
+
+
+def _with_bearer(scope: Scope) -> Scope:
+    """``scope`` of a request whose key is where OpenAI's clients give it; Anthropic's have a header of their own.
+
+    vLLM's app, which asks for the key once more, looks there alone.
+    """
+    headers = Headers(scope=scope)
+    if "authorization" in headers or "x-api-key" not in headers:
+        return scope
+    bearer = (b"authorization", f"Bearer {headers['x-api-key']}".encode("latin-1"))
+    return {**scope, "headers": [*scope["headers"], bearer]}
 
 
 def _digest(token: str) -> bytes:

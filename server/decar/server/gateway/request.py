@@ -30,18 +30,29 @@ OnExpertLoss = Literal["renormalise", "fail"]
 class DecarOptions(BaseModel):
     """The request's `decar` object. All fields are optional; null is the same as absent."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     route: RouterKind | None = None
+    """Where weights come from: the text so far (posterior), each expert's share of the data (prior), or a trained
+    router."""
     scope: Scope | None = None
+    """What the posterior goes by: prompt and output (full), or the output alone."""
     start: Start | None = None
+    """With scope "output": what says the weights before the first token."""
     weights: dict[str, Annotated[float, Strict()]] | None = None
+    """Fixed weights by expert, instead of a route."""
     rule: Rule | None = None
+    """Arithmetic mixture (velocity), or normalised geometric mean (logit)."""
     sampling: Sampling | None = None
+    """Sample the mixture, or draw one expert by the weights, which answers alone."""
     top_k: Annotated[int, Strict(), Field(ge=1)] | None = None
+    """Only so many of the heaviest experts after the prompt."""
     prune: Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False)] | None = None
+    """How far the answer's distribution may move, in total variation, for experts to be released on the way."""
     on_expert_loss: OnExpertLoss | None = None
+    """Whether the others go on when an expert is lost, or the answer fails."""
     trace: StrictBool | None = None
+    """Return the weights that mixed each token, and who led."""
 
     @property
     def routing(self) -> list[str]:
@@ -72,6 +83,7 @@ class Call:
         draw: decode one expert alone, drawn by the weights.
         top_k, prune: which experts stay active.
         on_expert_loss: whether to go on without an expert that is down.
+        model: the id that was asked for; None: the gateway's own.
         beams: vLLM searches for beams, and asks for each one's next token as for a new prompt's.
         counts_shown: whether the client of a stream that is traced sees the usage in each chunk.
         seats: the experts' places, if they are not in manifest order.
@@ -83,6 +95,7 @@ class Call:
 
     log_weights: np.ndarray
     rule: Rule = "velocity"
+    model: str | None = None
     posterior: bool = False
     scored: bool = False
     router: Trained | None = None
@@ -110,10 +123,28 @@ class Call:
 
     def summary(self) -> dict[str, Any]:
         """The `decar` object of a response."""
-        traces = [self.choices[index] for index in sorted(self.choices)]
+        traces = self._in_turn()
         experts = dict.fromkeys(name for trace in traces for name in trace.experts)
         leader = traces[0].leader if traces else None
         return {"experts": self.in_order(experts), "leader": leader, "degraded": list(self.degraded)}
+
+    def whole(self) -> dict[str, Any]:
+        """The `decar` object of a response that has no choices: with the trace, if one is asked for.
+
+        What is generated for it in several turns, between which tools are called, is one answer.
+        """
+        if not self.trace:
+            return self.summary()
+        traces = self._in_turn()
+        return {
+            **self.summary(),
+            "weights": self.by_expert([row for trace in traces for row in trace.weights]),
+            "leaders": [name for trace in traces for name in trace.leaders],
+            "active": self.in_order(dict.fromkeys(name for trace in traces for name in trace.experts)),
+        }
+
+    def _in_turn(self) -> list[ChoiceTrace]:
+        return [self.choices[index] for index in sorted(self.choices)]
 
     @property
     def only_expert(self) -> int | None:
@@ -123,6 +154,12 @@ class Call:
 
 
 current_call: ContextVar[Call | None] = ContextVar("decar_call", default=None)
+
+
+def model_asked_for() -> str | None:
+    """The model id that the current request is for; None outside of one."""
+    call = current_call.get()
+    return None if call is None else call.model
 
 
 def asks_for_counts(shown: bool) -> bool:
@@ -146,6 +183,7 @@ def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
     """
     parsed = _validated(options)
     trace = bool(parsed.trace)
+    asked = model or ensemble.name
     alone = expert_of(ensemble, model)
     if alone is not None:
         if parsed.routing:
@@ -155,11 +193,12 @@ def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
                 "decar",
             )
         log_weights = log_prior([float(name == alone) for name in ensemble.expert_names])
-        return Call(log_weights, trace=trace)  # which nobody else can answer
+        return Call(log_weights, model=asked, trace=trace)  # which nobody else can answer
     mixing, router = ensemble.manifest.mixing, ensemble.manifest.router
     call = Call(
         log_prior([expert.prior for expert in ensemble.experts]),
         parsed.rule or mixing.rule,
+        model=asked,
         draw=parsed.sampling == "draw",
         top_k=parsed.top_k or mixing.top_k,
         prune=mixing.prune if parsed.prune is None else parsed.prune,

@@ -22,9 +22,21 @@ def allow_many_files() -> None:
     set_ulimit()
 
 
-async def openai_app(client: EngineClient, args: Namespace, asks_for_counts: Callable[[bool], bool]) -> Any:
-    """vLLM's FastAPI app, which asks ``client`` for answers; ``asks_for_counts`` as `count_tokens` takes it."""
+async def openai_app(
+    client: EngineClient,
+    args: Namespace,
+    asks_for_counts: Callable[[bool], bool],
+    model_asked_for: Callable[[], str | None],
+    error_event: Callable[[str, int], str],
+) -> Any:
+    """vLLM's FastAPI app, which asks ``client`` for answers.
+
+    Args:
+        asks_for_counts, model_asked_for, error_event: as `count_tokens`, `name_model_asked_for` and `tell_errors` take
+            them.
+    """
     from decar.server.vllm_adapter import media  # noqa: F401 - vLLM finds it by name
+    from decar.server.vllm_adapter.answers import name_model_asked_for, tell_errors
     from decar.server.vllm_adapter.token_counts import count_tokens
     from decar.server.vllm_adapter.versions import build_app, init_app_state
 
@@ -32,6 +44,8 @@ async def openai_app(client: EngineClient, args: Namespace, asks_for_counts: Cal
     app = build_app(args, tasks, client.model_config)
     await init_app_state(client, app.state, args, tasks)
     count_tokens(asks_for_counts)
+    name_model_asked_for(app, model_asked_for)
+    tell_errors(app, error_event)
     return app
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -54,6 +55,8 @@ RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
 }
 """vLLM flags that decar sets itself, or that an engine in lockstep cannot follow, by the reason."""
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]+)?")
+
 
 def prepare_environment() -> None:
     """vLLM settings that decar relies on. Where the user set one of them, it stays."""
@@ -80,6 +83,7 @@ def make_parser() -> Any:
 
     parser = make_arg_parser(Parser(prog="decar serve DIR", description="Serve an ensemble."))
     parser.set_defaults(h11_max_incomplete_event_size=2**16)  # vLLM's 4 MiB are for one header of one client
+    parser.set_defaults(allowed_origins=[])  # vLLM 0.26 let pages of all origins read answers
     return parser
 
 
@@ -110,6 +114,7 @@ def parse_flags(flags: Sequence[str], model: str, names: Sequence[str]) -> Names
         raise StartError(
             f"--logprobs-mode {args.logprobs_mode} cannot be passed: experts are weighed by their log-probabilities"
         )
+    check_origins(args.allowed_origins, args.allow_credentials)
     args.model = model
     args.served_model_name = list(names)
     args.host = args.host or DEFAULT_HOST
@@ -141,6 +146,28 @@ def refuse_reserved_early(given: Namespace, flags: Sequence[Flag]) -> None:
         for name in names:
             if name in given and name in defaults and str(getattr(given, name)) != defaults[name]:
                 raise _reserved(name, reason)
+
+
+def check_origins(origins: Any, credentials: bool) -> None:
+    """What --allowed-origins has to be for a browser's origins to be found in it.
+
+    Raises:
+        StartError: it is not, or lets every page there is act for whoever looks at it.
+    """
+    example = """--allowed-origins '["https://app.example.org"]'"""
+    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+        raise StartError(f"--allowed-origins is a JSON list of texts: {example}")
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise StartError(
+                f"--allowed-origins has {origin!r}, which no browser calls itself: give scheme, host and port alone, "
+                f"in small letters, as in {example}"
+            )
+    if credentials and "*" in origins:
+        raise StartError(
+            """--allow-credentials with --allowed-origins '["*"]' would let every page act for whoever looks at it: """
+            "name the origins, or leave --allow-credentials out (decar has no cookies)"
+        )
 
 
 def refuse_reserved(args: Namespace, defaults: Namespace) -> None:

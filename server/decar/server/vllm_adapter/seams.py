@@ -608,6 +608,24 @@ SEAMS: tuple[Seam, ...] = (
         ),
     ),
     *used_by(
+        "answers",
+        replaces("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name", "lora_request="),
+        *(
+            replaces(
+                "vllm.entrypoints.anthropic.serving",
+                "AnthropicServingMessages.message_stream_converter",
+                "async generator",
+                called_in=f"AnthropicServingMessages.{caller}",
+                since=since,
+                before=before,
+            )
+            for caller, since, before in (
+                ("create_messages", "", "0.33"),
+                ("chat_completion_stream_generator", "0.33", ""),
+            )
+        ),
+    ),
+    *used_by(
         "cuda_memory",
         calls(_CUDA, "CudaRTLibrary.cudaMalloc", "size"),
         calls(_CUDA, "CudaRTLibrary.cudaMemset", "devPtr, value, count"),

@@ -1,0 +1,149 @@
+"""Others' clients, unmodified, against a running ensemble: `make test-clients`.
+
+    python -m tests.compat                    all of them, and the table in docs/clients.md
+    python -m tests.compat llm outlines       those whose names have one of these in them; no table
+
+Each client's check runs in a process and an environment of its own, and has a time in which to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from decar.server.vllm_adapter.versions import installed_version
+from tests.helpers import Server
+
+from . import ensemble
+from .clients import CLIENTS, ENVIRONMENTS, Client
+from .environments import NotInstalled, installed, version_of
+from .table import Row, table_of, write
+
+ROOT = Path(__file__).parents[2]
+CHECKS = Path(__file__).parent / "checks"
+KEY = "the-clients-own"
+FLAGS = (
+    *("--dtype", "float32", "--max-model-len", str(ensemble.POSITIONS), "--enforce-eager"),
+    *("--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", "32", "--api-key", KEY),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    # Clients ask as their users do, who say neither: what they get is the same every time, and ends.
+    *("--override-generation-config", '{"temperature": 0, "max_new_tokens": 64}'),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
+
+
+def checked(client: Client, folder: Path, server: Server, directory: Path, log: Path) -> Row:
+    """Install a client in ``folder``, and run its check against ``server``."""
+    environment = ENVIRONMENTS[client.environment]
+    try:
+        program = installed(folder, environment)
+    except NotInstalled as error:
+        return Row(client.name, "", "not installed", str(error))
+    version = version_of(client, environment, folder, program)
+    check = CHECKS / client.check
+    command = [str(program), str(check)]
+    if client.check == "langchain_check.py":
+        command = [
+            str(program),
+            "-m",
+            "pytest",
+            "-rxXf",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(CHECKS),
+        ]
+        command += ["--confcutdir", str(CHECKS), "-c", os.devnull, str(check)]
+    with tempfile.TemporaryDirectory() as work:
+        variables = {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name not in ("OPENAI_API_KEY", "PYTHONPATH")
+            },
+            **{"DECAR_URL": server.url, "DECAR_KEY": KEY, "DECAR_MODEL": ensemble.NAME, "DECAR_WORK": work},
+            **{"DECAR_TOKENIZER": str(directory / "experts" / ensemble.EXPERTS[0]), "HF_HUB_OFFLINE": "1"},
+            "PYTHONPATH": os.pathsep.join([str(CHECKS), *([str(ROOT)] if environment.kind == "own" else [])]),
+        }
+        if environment.kind == "npm":  # modules are looked for where the script lies
+            check = folder / client.check
+            check.write_text((CHECKS / client.check).read_text())
+            command = [str(program), str(check)]
+        with log.open("w") as stream:
+            try:
+                done = subprocess.run(
+                    command,
+                    env=variables,
+                    cwd=work,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    timeout=client.timeout_s,
+                )
+            except subprocess.TimeoutExpired:
+                return Row(client.name, version, "timed out", f"after {client.timeout_s:.0f} s")
+    return row_of(client, version, done.returncode, log.read_text(errors="replace"))
+
+
+def row_of(client: Client, version: str, code: int, output: str) -> Row:
+    """What a check that has printed ``output`` and ended with ``code`` came to."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    remarks = [line.removeprefix("remark: ") for line in lines if line.startswith("remark: ")]
+    notes: tuple[str, ...] = ()
+    if client.check == "langchain_check.py":
+        remarks = [re.sub(r"=+| in [\d.]+s.*|, \d+ warnings?", "", lines[-1]).strip()] if lines else []
+        notes = tuple(
+            re.sub(r"^(XFAIL|XPASS|FAILED) \S*::", "", line)
+            for line in lines
+            if re.match("XFAIL|XPASS|FAILED", line)
+        )
+    if code:
+        return Row(client.name, version, "fails", (remarks or lines[-1:] or [f"exit code {code}"])[-1], notes)
+    return Row(client.name, version, "works", (remarks or ["nothing"])[-1], notes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.compat", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="parts of clients' names; none: all, and the table")
+    parser.add_argument("--environments", type=Path, default=ROOT / ".venv-clients")
+    parser.add_argument("--logs", type=Path, default=ROOT / "runs" / "clients")
+    options = parser.parse_args()
+    chosen = [
+        client
+        for client in CLIENTS
+        if not options.names or any(name in client.name for name in options.names)
+    ]
+    if not chosen:
+        parser.error(f"no client is called so: {', '.join(client.name for client in CLIENTS)}")
+    options.logs.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = ensemble.make(Path(temporary) / "ensemble")
+        server = Server.start(directory, options.logs / "server.log", FLAGS)
+        try:
+            for client in chosen:
+                log = options.logs / f"{client.check.partition('.')[0]}.log"
+                row = checked(client, options.environments / client.environment, server, directory, log)
+                print(f"{row.client} {row.version}: {row.result} ({row.remark})", flush=True)
+                for note in row.notes:
+                    print(f"  {note}")
+                rows.append(row)
+            ended = server.stop()
+        finally:
+            server.kill()
+    if ended or not server.log:
+        print(f"the server ended with {ended}: {server.log}")
+    if not options.names:
+        versions = f"decar {importlib.metadata.version('decar')} on vLLM {installed_version()}"
+        write(ROOT / "docs" / "clients.md", table_of(rows, f"{versions}, Python {sys.version.split()[0]}"))
+    return int(ended != 0 or any(row.result == "fails" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
