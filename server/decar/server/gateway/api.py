@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pydantic
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
+from opentelemetry.trace import Tracer
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -38,7 +39,9 @@ from decar.server.gateway.middleware import (
 )
 from decar.server.gateway.reload import Reloader, ReloadRunning
 from decar.server.gateway.request import Call, current_call
+from decar.server.gateway.request_id import RequestIdMiddleware, add_request_ids
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
+from decar.server.gateway.tracing import TracingMiddleware, current_trace
 
 logger = logging.getLogger("decar")
 _BOOL = pydantic.TypeAdapter(bool)
@@ -54,6 +57,7 @@ def extend(
     reloader: Reloader,
     keys: Sequence[str],
     admin_key: str | None = None,
+    tracer: Tracer | None = None,
 ) -> None:
     """Add decar's routes and middleware to vLLM's ``app``.
 
@@ -61,6 +65,7 @@ def extend(
         gate: lets requests in.
         keys: all but /health needs one of them, or the admin's; none: nobody is asked.
         admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
+        tracer: makes a span of each request that generates; None: nobody wants them.
     """
     theirs = list(app.router.routes)
     app.include_router(routes)
@@ -72,7 +77,10 @@ def extend(
     app.openapi = describing_offered(app.openapi)  # type: ignore[method-assign]
     # CORS's headers go on every answer, errors and refused keys included, and a browser asks without a key.
     cors = [middleware for middleware in app.user_middleware if middleware.cls is CORSMiddleware]
+    add_request_ids(logger)
     app.user_middleware[:] = [
+        Middleware(RequestIdMiddleware),
+        *([Middleware(TracingMiddleware, tracer=tracer)] if tracer is not None else []),
         *cors,
         Middleware(GateMiddleware, gate=gate),
         Middleware(GuardMiddleware, handler=app.exception_handlers.get(Exception)),
@@ -221,6 +229,9 @@ class DecarMiddleware:
                 message = f"{field} cannot follow a beam search: leave one of them out"
                 return await error_response(message, 400, field)(scope, receive, send)
             current_call.set(call)
+            trace = current_trace.get()
+            if trace is not None:
+                trace.asked(call, _text(fields.get("model")))
             body = json.dumps(fields).encode()
             if path in ANNOTATED_PATHS:
                 send = _Annotated(call, send)
