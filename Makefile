@@ -6,7 +6,7 @@ PORT ?= 8000
 VLLM ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test soak lint seams bench clean
+.PHONY: setup demo test soak lint seams bench check-deploy clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
@@ -32,6 +32,10 @@ seams: setup  ## names that decar relies on, in the installed vLLM's source or i
 
 bench: setup  ## what an ensemble costs beside one expert: a two-minute measurement
 	$(BIN)/decar bench serve --quick --output runs/bench
+
+check-deploy:  ## alerts in deploy/prometheus, by promtool (Debian, Ubuntu: apt install prometheus)
+	promtool check rules deploy/prometheus/alerts.yaml
+	promtool test rules deploy/prometheus/alerts.test.yaml
 
 clean:
 	rm -rf $(VENV) runs
