@@ -10,7 +10,7 @@ RUN python3 -m venv /opt/decar
 ENV PATH=/opt/decar/bin:$PATH
 
 COPY . /src
-RUN pip install --no-cache-dir "/src[cuda]" && rm -rf /src
+RUN pip install --no-cache-dir --constraint /src/constraints.txt "/src[cuda]" && rm -rf /src
 
 RUN useradd --create-home decar
 USER decar

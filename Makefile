@@ -4,13 +4,14 @@ VENV ?= .venv
 PYTHON ?= python3
 PORT ?= 8000
 VLLM ?=
+RENEW ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-clients soak lint seams bench clean
+.PHONY: setup demo test test-clients soak lint seams bench check-deploy lock clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
-$(VENV)/.ready: pyproject.toml tools/setup.sh tools/repair_torchvision.sh tools/torchvision_without_operators.py
+$(VENV)/.ready: pyproject.toml constraints.txt tools/setup.sh tools/repair_torchvision.sh tools/torchvision_without_operators.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
 
 demo: setup  ## train two experts, serve them as one model, and chat
@@ -35,6 +36,13 @@ seams: setup  ## names that decar relies on, in the installed vLLM's source or i
 
 bench: setup  ## what an ensemble costs beside one expert: a two-minute measurement
 	$(BIN)/decar bench serve --quick --output runs/bench
+
+check-deploy:  ## alerts in deploy/prometheus, by promtool (Debian, Ubuntu: apt install prometheus)
+	promtool check rules deploy/prometheus/alerts.yaml
+	promtool test rules deploy/prometheus/alerts.test.yaml
+
+lock: setup  ## renew constraints.txt, which setup and the image install under; RENEW=1: with the newest of everything
+	VENV=$(VENV) RENEW=$(RENEW) bash tools/lock.sh
 
 clean:
 	rm -rf $(VENV) .venv-clients runs

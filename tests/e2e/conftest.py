@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from decar.server.vllm_adapter.versions import installed_version, numbers_of
+from tests.e2e.collector import Collector, running_collector
 from tests.helpers import EXACT, Server
 from tests.reference import Reference
 
@@ -55,13 +56,24 @@ def duo_server(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="session")
-def trio_server(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """K=3: one of another architecture, one with a padded vocabulary. vLLM chooses what compiles a grammar."""
+def collector() -> Iterator[Collector]:
+    with running_collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def trio_server(
+    trio: Reference, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """K=3: one of another architecture, one with a padded vocabulary. vLLM chooses what compiles a grammar, and spans
+    of all that is asked go to the ``collector``."""
     aborts = (
         ("--enable-scale-out",) if numbers_of(installed_version() or "") >= (0, 32) else ()
     )  # 0.26 has no route that aborts
     flags = (*EXACT, *aborts, "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    with running(trio, tmp_path_factory.mktemp("logs") / "trio.log", flags) as server:
+    flags = (*flags, "--otlp-traces-endpoint", collector.endpoint)
+    soon = {"OTEL_BSP_SCHEDULE_DELAY": "100"}  # ms until spans are sent
+    with running(trio, tmp_path_factory.mktemp("logs") / "trio.log", flags, soon) as server:
         yield server
 
 

@@ -3,9 +3,11 @@
 import math
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.test_exact import complete_all
 from tests.helpers import Server, wait_until
+from tests.queries import alerts, dashboard_queries, names_in
 from tests.reference import Reference, prompt_texts
 
 pytestmark = pytest.mark.engines
@@ -44,6 +46,21 @@ def test_counters_are_those_of_the_ensemble_and_vllms_are_still_there(duo_server
         assert duo_server.metric(f"decar:{name}_total") == [counters[name] for counters in lockstep]
     assert duo_server.metric("decar:expert_up") == [1, 1]
     assert len(duo_server.metric("vllm:generation_tokens_total")) == 2
+
+
+def test_dashboard_and_alerts_ask_for_what_there_is(duo_server: Server) -> None:
+    asked = {
+        name
+        for query in [*dashboard_queries(), *(alert["expr"] for alert in alerts())]
+        for name in names_in(query)
+    }
+    answered = {
+        sample.name
+        for family in text_string_to_metric_families(duo_server.http.get("/metrics").text)
+        for sample in family.samples
+    }
+    assert len(asked) >= 30
+    assert not asked - answered
 
 
 async def test_statistics_that_travel_now_and_then_lose_nothing(duo_server: Server, duo: Reference) -> None:

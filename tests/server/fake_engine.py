@@ -86,6 +86,7 @@ class Submitted:
     params: SamplingParams
     arrival_time: float | None
     queue: FakeQueue
+    trace_headers: dict[str, str] | None = None
     said: list[int] = field(default_factory=list)
 
     @property
@@ -128,6 +129,7 @@ class FakeEngine:
         params: SamplingParams,
         *,
         arrival_time: float | None = None,
+        trace_headers: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> FakeQueue:
         await self.busy.wait()
@@ -138,7 +140,7 @@ class FakeEngine:
         queue = FakeQueue(self._id(request_id))
         while queue.request_id in self.requests:  # the same request once more
             queue.request_id += "'"
-        self.requests[queue.request_id] = Submitted(prompt, params, arrival_time, queue)
+        self.requests[queue.request_id] = Submitted(prompt, params, arrival_time, queue, trace_headers)
         return queue
 
     async def generate(

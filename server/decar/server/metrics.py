@@ -116,11 +116,14 @@ class EnsembleMetrics(Collector):
         """This expert has a new engine."""
         self._restarts[expert] += 1
 
-    def observe(self, weights: np.ndarray) -> None:
-        """Take in the weights [T, K] that mixed a request's tokens; 0 for an expert that was not active."""
+    def observe(self, weights: np.ndarray) -> float:
+        """Take in the weights [T, K] that mixed a request's tokens; 0 for an expert that was not active. Gives the sum
+        of their entropies."""
         logs = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
         self._active.add((weights > 0).sum(axis=1))
-        self._entropy.add(np.maximum(-(weights * logs).sum(axis=1), 0.0))  # rounding may leave -1e-17
+        entropy = np.maximum(-(weights * logs).sum(axis=1), 0.0)  # rounding may leave -1e-17
+        self._entropy.add(entropy)
+        return float(entropy.sum())
 
     def observe_alone(self, tokens: int) -> None:
         """The same of a request that one expert answers."""

@@ -196,6 +196,7 @@ async def _serve(
     from decar.server.gateway.request import asks_for_counts, model_asked_for, model_ids
     from decar.server.gateway.signals import told_to_stop
     from decar.server.vllm_adapter.app import api_keys, listen, name_models, openai_app
+    from decar.server.vllm_adapter.tracing import tracer_of
 
     async with running as (client, supervisor, engines):
         gate = Gate()
@@ -213,7 +214,7 @@ async def _serve(
         )
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, reloader.reload_soon)
-        extend(app, client, gate, reloader, keys, admin_key)
+        extend(app, client, gate, reloader, keys, admin_key, tracer_of(args))
 
         async def until_drained() -> None:
             await told_to_stop(partial(_end_now, client.plane.spec.name))

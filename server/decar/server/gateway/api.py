@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import pydantic
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse
+from opentelemetry.trace import Tracer
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -39,6 +40,7 @@ from decar.server.gateway.middleware import (
 )
 from decar.server.gateway.reload import Reloader, ReloadRunning
 from decar.server.gateway.request import Call, current_call
+from decar.server.gateway.request_id import RequestIdMiddleware, add_request_ids
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
 from decar.server.gateway.schemas import (
     Defaults,
@@ -52,6 +54,7 @@ from decar.server.gateway.schemas import (
     describing_decar,
     error_responses,
 )
+from decar.server.gateway.tracing import TracingMiddleware, current_trace
 
 logger = logging.getLogger("decar")
 _BOOL = pydantic.TypeAdapter(bool)
@@ -70,6 +73,7 @@ def extend(
     reloader: Reloader,
     keys: Sequence[str],
     admin_key: str | None = None,
+    tracer: Tracer | None = None,
 ) -> None:
     """Add decar's routes and middleware to vLLM's ``app``.
 
@@ -77,6 +81,7 @@ def extend(
         gate: lets requests in.
         keys: all but /health needs one of them, or the admin's; none: nobody is asked.
         admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
+        tracer: makes a span of each request that generates; None: nobody wants them.
     """
     theirs = list(app.router.routes)
     app.include_router(routes)
@@ -90,7 +95,10 @@ def extend(
     cors = [middleware for middleware in app.user_middleware if middleware.cls is CORSMiddleware]
     for each in cors:
         each.kwargs["expose_headers"] = EXPOSED_HEADERS
+    add_request_ids(logger)
     app.user_middleware[:] = [
+        Middleware(RequestIdMiddleware),
+        *([Middleware(TracingMiddleware, tracer=tracer)] if tracer is not None else []),
         *cors,
         Middleware(AnthropicErrors),
         Middleware(GateMiddleware, gate=gate),
@@ -245,6 +253,9 @@ class DecarMiddleware:
             except RequestError as error:
                 return await error_response(str(error), 400, error.param)(scope, receive, send)
             current_call.set(call)
+            trace = current_trace.get()
+            if trace is not None:
+                trace.asked(call, _text(fields.get("model")))
             body = json.dumps(fields).encode()
             if path in GENERATING:
                 send = Annotated(path, call, send)

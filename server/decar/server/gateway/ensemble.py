@@ -40,6 +40,7 @@ from decar.server.gateway.sampling import (
 )
 from decar.server.gateway.seats import Seats
 from decar.server.gateway.slots import Slots
+from decar.server.gateway.tracing import RequestTrace, current_trace
 from decar.server.gateway.trained_routers import TrainedRouters
 from decar.server.gateway.weights import WeightsReader
 from decar.server.metrics import EnsembleMetrics
@@ -60,6 +61,7 @@ class Asked:
         slot: of a choice, once it has needed one; kept until it ends.
         speech: what has been said of a choice's answer, where an expert has been lost.
         beam: whose next token this is, in a beam search.
+        trace: told of what happens to the HTTP request; None where nobody wants to know.
     """
 
     call: Call
@@ -72,6 +74,7 @@ class Asked:
     slot: int | None = None
     speech: Speech | None = None
     beam: Beam | None = None
+    trace: RequestTrace | None = None
 
     @property
     def spoken(self) -> Sequence[int]:
@@ -189,6 +192,10 @@ class EnsembleClient(AllEngines):
         call.prompts += 1
         abort = self._aborts.of(request_id, prompt, sampling_params)
         asked = Asked(call, first_choice, prompt, sampling_params, request_id, kwargs, abort)
+        asked.trace = current_trace.get()
+        if asked.trace is not None:
+            asked.trace.generates(tokens_of(prompt), sampling_params)
+            kwargs["trace_headers"] = asked.trace.headers
         if call.beams:
             asked.beam = beam_of(call, prompt)
         return self._answer(asked)
@@ -225,9 +232,15 @@ class EnsembleClient(AllEngines):
                 output.request_id = asked.request_id
                 if prompt_logprobs is not None:
                     output.prompt_logprobs = prompt_logprobs
+                if asked.trace is not None:
+                    asked.trace.heard(output)
                 yield output
         except Aborted as aborted:
             yield aborted.output()
+        except Exception as error:
+            if asked.trace is not None:
+                asked.trace.failed(error)
+            raise
         finally:
             await outputs.aclose()
 
@@ -235,7 +248,8 @@ class EnsembleClient(AllEngines):
         """One choice of the one expert that the request may be answered by: plain vLLM."""
         async with self._place(asked):
             client = self.experts[expert].engine.client
-            outputs = client.generate(asked.prompt, asked.params, asked.request_id, **asked.kwargs)
+            kwargs = self._joined(asked, expert)
+            outputs = client.generate(asked.prompt, asked.params, asked.request_id, **kwargs)
             try:
                 with asked.abort.in_engines(lambda: client.abort(asked.request_id)):
                     async with contextlib.aclosing(self._said_alone(asked, expert, outputs)) as said:
@@ -322,6 +336,8 @@ class EnsembleClient(AllEngines):
         """
         call = asked.call
         self._metrics.failed_over(expert)
+        if asked.trace is not None:
+            asked.trace.loses(self.experts[expert].name)
         if call.on_expert_loss == "fail":
             raise self._down([expert])
         if asked.speech is not None and asked.params.prompt_logprobs is not None:
@@ -479,6 +495,8 @@ class EnsembleClient(AllEngines):
             self.thread.hurry(key, False)
             self._metrics.observe_alone(produced - start)
             self._metrics.asked(call.model, generated=produced - start)
+            if asked.trace is not None:
+                asked.trace.spoke(name, produced - start)
             await outputs.aclose()
 
     # --- slot, leader, fan out, stream --------------------------------------------------------------------
@@ -582,11 +600,17 @@ class EnsembleClient(AllEngines):
             self.thread.hurry(slot, False)
             self._core_policy.share_cores()
             self._relay.forget(relayed)
+            # Before what may be cancelled: a request's last choice often is.
+            weights = reader.between(start, read)
+            entropy_nats = self._metrics.observe(weights)
+            self._metrics.asked(call.model, generated=read - start)
+            if asked.trace is not None:
+                leaders = [leader, *(k for _, k in member.led_before), member.leader]
+                names = [expert.name for expert in self.experts]
+                asked.trace.mixed(names, weights, leaders, entropy_nats)
             # Its own engine has ended it, unless another has led before, which may not know yet.
             ended = leader if finished and not member.led_before else None
             await asyncio.shield(self._cancel(k for k in queues.items() if k[0] != ended))
-            self._metrics.observe(reader.between(start, read))
-            self._metrics.asked(call.model, generated=read - start)
 
     def _needs(self, member: Member, relayed: Any, expert: int) -> bool:
         """Whether a request is lost without ``expert``: it takes part, or has not said yet what it decided."""
@@ -612,11 +636,18 @@ class EnsembleClient(AllEngines):
         """
         engine = self.experts[expert].engine
         try:
-            return await engine.submit(asked.request_id, asked.prompt, params, **more, **asked.kwargs)
+            kwargs = self._joined(asked, expert)
+            return await engine.submit(asked.request_id, asked.prompt, params, **more, **kwargs)
         except Exception:
             if engine.client.errored:
                 raise ExpertLost(expert) from None
             raise
+
+    def _joined(self, asked: Asked, expert: int) -> dict[str, Any]:
+        """What vLLM passes through, for an engine that is about to be given a part."""
+        if asked.trace is None:
+            return asked.kwargs
+        return {**asked.kwargs, "trace_headers": asked.trace.joins(self.experts[expert].name)}
 
     def _next_arrival(self) -> float:
         """Arrival times are unique and the same for every engine: the order of age that holds yield by."""

@@ -13,6 +13,7 @@ from typing import Literal
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from decar.server.gateway.errors import error_body
+from decar.server.gateway.request_id import logged_for
 
 logger = logging.getLogger("decar")
 
@@ -165,7 +166,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             before, taken, looks = taken, taken_bytes(self.transport), 0
             too_much = too_much or taken - before < self.timeout_s * self.body_bytes_per_s
         if too_much:
-            logger.warning("%s does not read its answer: the connection is closed", self.client)
+            with logged_for(self.cycle):
+                logger.warning("%s does not read its answer: the connection is closed", self.client)
             self._unread_timer = None
             self.transport.abort()
         else:

@@ -68,6 +68,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")  # an allowed host may name one that is not
     os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(2**25))  # 100 MB once decoded, from a file of some kB
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OTEL_SERVICE_NAME", "decar")  # whose spans they are, with --otlp-traces-endpoint
     os.environ.setdefault("JOBLIB_MULTIPROCESSING", "0")  # its import leaves named semaphores in /dev/shm
 
 

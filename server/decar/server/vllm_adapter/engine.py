@@ -32,6 +32,9 @@ from decar.server.vllm_adapter.failures import Failures, Progress, ReportingConf
 from decar.server.vllm_adapter.grammars import GrammarChooser
 from decar.server.vllm_adapter.limits import keep_to_limits
 from decar.server.vllm_adapter.metrics import SharedMetrics, named_log, without_nameless_log
+from decar.server.vllm_adapter.tracing import keep_tracing
+
+logger = logging.getLogger("decar")
 
 
 def describe_prompt(
@@ -59,6 +62,7 @@ class LLMEngine:
 
     def __init__(self, llm: AsyncLLM):
         keep_to_limits(llm)
+        keep_tracing(llm.output_processor)
         self.llm = llm
         self.client: EngineClient = llm
         self._keeps_images = False

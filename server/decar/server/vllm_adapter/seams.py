@@ -362,6 +362,22 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.engine.exceptions", "", "EngineDeadError"),
     ),
     *used_by(
+        "tracing",
+        replaces(
+            _PROCESSOR,
+            "OutputProcessor.do_tracing",
+            "engine_core_output, req_state, iteration_stats",
+            called_in="OutputProcessor.process_outputs",
+        ),
+        reads(_PROCESSOR, "RequestState", "stats"),
+        calls(
+            "vllm.tracing",
+            "init_tracer",
+            "instrumenting_module_name, otlp_traces_endpoint",
+            used_by="what AsyncLLM sets up for decar's spans too",
+        ),
+    ),
+    *used_by(
         "grammars",
         reads(
             "vllm.v1.engine.input_processor",
