@@ -277,7 +277,7 @@ def read_experts(
     if not problems:
         problems += _tokenizer_problems(experts)
     if not problems:
-        problems += _image_problems(experts)
+        problems += image_problems(experts)
     return tuple(experts), problems
 
 
@@ -466,7 +466,7 @@ def _tokenizer_problems(experts: list[ExpertCheckpoint]) -> list[str]:
     return problems
 
 
-def _image_problems(experts: list[ExpertCheckpoint]) -> list[str]:
+def image_problems(experts: list[ExpertCheckpoint]) -> list[str]:
     """What would have an image stand in different places of a prompt, one expert to another."""
     problems = [
         f"expert {expert.name!r} reads images, but {expert.path / PROCESSOR_FILES[0]} is missing; export it again"
