@@ -14,7 +14,7 @@ from typing import Any
 
 from decar.router.errors import DecarError, EnsembleError, did_you_mean
 from decar.router.inside import check_file_name
-from decar.router.manifest import MANIFEST_NAME
+from decar.router.manifest import MANIFEST_NAME, ExpertCheckpoint, config_problem
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -208,7 +208,13 @@ def _check_config(checkpoint: Checkpoint) -> None:
             f"{whose} is quantized ({method or 'by quantization_config'}), which ensembles are not made of; "
             "give the checkpoint in bfloat16, float16 or float32 that it was made from"
         )
-    architecture = str((config.get("architectures") or ["unknown"])[0])
+    expert = ExpertCheckpoint(checkpoint.name, checkpoint.folder, 1.0, config)
+    problem = config_problem(expert)
+    if problem:
+        raise EnsembleError(
+            f"{whose}: its config.json {problem}; give a language model as transformers saves it"
+        )
+    architecture = expert.architecture
     if config.get("is_encoder_decoder"):
         raise EnsembleError(
             f"{whose} is {architecture}, an encoder with a decoder; give a decoder alone (…ForCausalLM)"

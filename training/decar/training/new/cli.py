@@ -8,18 +8,18 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from decar.router.errors import DecarError, EnsembleError
+from decar.router.errors import DecarError, EnsembleError, did_you_mean
 
 if TYPE_CHECKING:
     from decar.router.files import TrainedRouter
     from decar.training.new.checkpoints import Checkpoint
 
-Kind = Literal["posterior", "prior", "classifier", "centroid"]
+KINDS = ("posterior", "prior", "classifier", "centroid")
 _NEEDS_DATA = ("classifier", "centroid")
 
 
@@ -49,7 +49,8 @@ def new(
         typer.Option(metavar="FILE", help="Estimate the shares from texts: .txt, .md, .jsonl or .parquet."),
     ] = None,
     router: Annotated[
-        Kind, typer.Option(help="Where weights come from when a request does not say.")
+        str,
+        typer.Option(metavar="|".join(KINDS), help="Where weights come from when a request does not say."),
     ] = "posterior",
     data: Annotated[
         list[str] | None,
@@ -83,7 +84,7 @@ def _new(
     experts: Sequence[str],
     prior: Sequence[str],
     sample: Path | None,
-    kind: Kind,
+    kind: str,
     data: Sequence[str],
     hard_links: bool,
     force: bool,
@@ -95,10 +96,12 @@ def _new(
 
     # What takes a moment comes first: nobody waits for a download to read of a wrong option.
     target = target_of(name)
-    given = checkpoints_of(experts)
+    given = checkpoints_of(experts, {"--prior": prior, "--data": data})
     names = list(given)
     if prior and sample is not None:
         raise EnsembleError("--prior and --sample both say the priors; leave one out")
+    if kind not in KINDS:
+        raise EnsembleError(f"--router {kind}: choose {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     if kind in _NEEDS_DATA and not data:
         example = ",".join(f"{expert}={expert}.jsonl" for expert in names)
         raise EnsembleError(f"--router {kind} learns from texts of each expert; add --data {example}")
@@ -124,7 +127,13 @@ def _new(
         note = "" if len(names) == 1 else "equal, as neither --prior nor --sample says otherwise"
     with _progress("copying", as_bytes=True) as progress:
         ensemble = write_ensemble(
-            target, checkpoints, priors, RouterEntry(kind=kind), fitted, hard_links, progress
+            target,
+            checkpoints,
+            priors,
+            RouterEntry.model_validate({"kind": kind}),
+            fitted,
+            hard_links,
+            progress,
         )
     shares = ", ".join(f"{expert.name} {expert.prior:.3f}" for expert in ensemble.experts)
     _say(f"priors: {shares}" + (f" ({note})" if note else ""))
@@ -238,7 +247,8 @@ def _progress(what: str, as_bytes: bool = False) -> Iterator[Callable[[int, int]
 
     done = DownloadColumn(binary_units=True) if as_bytes else MofNCompleteColumn()
     columns = (TextColumn(what), BarColumn(), done, TimeRemainingColumn())
-    with Progress(*columns, console=_console(), transient=True) as bar:
+    console = _console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -310,16 +310,17 @@ def _special_token(checkpoint: Checkpoint, kind: str) -> str | None:
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         token = checkpoint.read_json(file).get(kind)
         if token:
-            return str(token["content"] if isinstance(token, dict) else token)
+            return str(token.get("content") if isinstance(token, dict) else token)
     return None
 
 
 def _end_ids(checkpoint: Checkpoint) -> list[int]:
-    text = checkpoint.config.get("text_config") or {}
+    text = checkpoint.config.get("text_config")
     for settings in (checkpoint.read_json("generation_config.json"), checkpoint.config, text):
-        ids = settings.get("eos_token_id")
-        if ids is not None:
-            return sorted(ids) if isinstance(ids, list) else [ids]
+        ids = settings.get("eos_token_id") if isinstance(settings, dict) else None
+        found = [token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int)]
+        if found:
+            return sorted(found)
     return []
 
 

@@ -37,8 +37,13 @@ def target_of(name: str) -> Path:
     return target
 
 
-def checkpoints_of(words: Sequence[str]) -> dict[str, str]:
+def checkpoints_of(
+    words: Sequence[str], options: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, str]:
     """Where each expert comes from, in the order given.
+
+    Args:
+        options: what else is given by expert, as it was given: a word may have been meant for one of them.
 
     Raises:
         EnsembleError: a word that is no ``NAME=CHECKPOINT``, a name that cannot be a model id, one that comes twice,
@@ -56,9 +61,12 @@ def checkpoints_of(words: Sequence[str]) -> dict[str, str]:
                 f"{word!r} names no checkpoint; write {name}=FOLDER or {name}=ORG/MODEL of the Hub"
             )
         if name in found:
+            joined = next(
+                (f"{option} {','.join(said)}" for option, said in (options or {}).items() if said), ""
+            )
+            hint = f"; values of an option are joined by commas: {joined},{word}" if joined else ""
             raise EnsembleError(
-                f"two experts are named {name!r} ({found[name]} and {value}); give each its own name. "
-                "Values of --prior and --data are joined by commas: --prior code=0.6,prose=0.4"
+                f"two experts are named {name!r} ({found[name]} and {value}); give each its own name{hint}"
             )
         found[name] = value
     if not found:
