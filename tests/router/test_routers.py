@@ -149,7 +149,8 @@ def test_what_is_available(directory: Path) -> None:
     assert available_routers(ensemble) == ("posterior", "prior")
     assert load_router(ensemble, "prior").num_experts == 3
     with pytest.raises(
-        EnsembleError, match=r"router\.json is missing; `decar-train router CONFIG\.yaml` makes it"
+        EnsembleError,
+        match=r"router\.json is missing; `decar-train router CONFIG\.yaml`, or `decar new` with --data, makes it",
     ):
         load_router(ensemble, "centroid")
 
@@ -174,7 +175,9 @@ def test_missing_files_matter_where_the_manifest_needs_them(
     _, problems = Ensemble.inspect(directory)
     assert len(problems) == needed
     if needed:
-        assert problems[0].endswith("router.json is missing; `decar-train router CONFIG.yaml` makes it")
+        assert problems[0].endswith(
+            "router.json is missing; `decar-train router CONFIG.yaml`, or `decar new` with --data, makes it"
+        )
 
 
 def edit_json(directory: Path, **changes: Any) -> None:

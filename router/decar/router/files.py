@@ -35,7 +35,7 @@ IMAGE_FOLDER = "image"
 EMBEDDING_FOLDER = "embedding"
 JSON_NAME = "router.json"
 ARRAYS_NAME = "router.safetensors"
-_FIX = "`decar-train router CONFIG.yaml` makes it"
+_FIX = "`decar-train router CONFIG.yaml`, or `decar new` with --data, makes it"
 
 Metric = Literal["cosine", "euclidean"]
 Prompt = TypeVar("Prompt")

@@ -277,7 +277,7 @@ def read_experts(
     if not problems:
         problems += _tokenizer_problems(experts)
     if not problems:
-        problems += _image_problems(experts)
+        problems += image_problems(experts)
     return tuple(experts), problems
 
 
@@ -285,12 +285,12 @@ def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not directory.is_dir():
         raise EnsembleError(
-            f"{directory} is not a directory; give the path of an ensemble made by `decar-train export`"
+            f"{directory} is not a directory; give the path of an ensemble made by `decar-train export` or `decar new`"
         )
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
-        raise EnsembleError(f"{path} is missing; `decar-train export` writes it") from None
+        raise EnsembleError(f"{path} is missing; `decar-train export` or `decar new` writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EnsembleError(f"{path} is not valid JSON ({error})") from None
     except OSError as error:
@@ -375,13 +375,26 @@ def _read_expert(directory: Path, entry: ExpertEntry) -> ExpertCheckpoint:
             f"expert {entry.name!r}: {config_path} cannot be read ({error.strerror})"
         ) from None
     expert = ExpertCheckpoint(entry.name, path, entry.prior, config)
+    problem = config_problem(expert)
+    if problem:
+        raise EnsembleError(f"expert {entry.name!r}: {config_path} {problem}")
+    return expert
+
+
+def config_problem(expert: ExpertCheckpoint) -> str | None:
+    """Why an expert's ``config.json`` cannot be that of a language model, as words that go on after its name."""
+    wrong = (AttributeError, LookupError, TypeError, ValueError)
     try:
         usable = expert.vocab_size > 0
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except wrong:
         usable = False
     if not usable:
-        raise EnsembleError(f"expert {entry.name!r}: {config_path} names no vocab_size") from None
-    return expert
+        return "names no vocab_size"
+    try:
+        _ = expert.max_positions, expert.architecture
+    except wrong:
+        return "has architectures or max_position_embeddings that are not as transformers writes them"
+    return None
 
 
 def _weight_problems(expert: ExpertCheckpoint) -> list[str]:
@@ -466,7 +479,7 @@ def _tokenizer_problems(experts: list[ExpertCheckpoint]) -> list[str]:
     return problems
 
 
-def _image_problems(experts: list[ExpertCheckpoint]) -> list[str]:
+def image_problems(experts: list[ExpertCheckpoint]) -> list[str]:
     """What would have an image stand in different places of a prompt, one expert to another."""
     problems = [
         f"expert {expert.name!r} reads images, but {expert.path / PROCESSOR_FILES[0]} is missing; export it again"
@@ -531,9 +544,10 @@ def _read_tokenizer(path: Path) -> dict[str, Any]:
     try:
         data: dict[str, Any] = json.loads(file.read_text())
         _vocabulary(data)
+        _added_tokens(data)
     except FileNotFoundError:
         raise EnsembleError(f"{file} is missing; save the tokenizer as a fast one (tokenizer.json)") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise EnsembleError(f"{file} cannot be read ({error})") from None
     return data
 
@@ -545,10 +559,13 @@ def _vocabulary(data: dict[str, Any]) -> dict[str, int]:
     return {str(entry[0]): index for index, entry in enumerate(vocab)}  # Unigram: [piece, score] pairs
 
 
+def _added_tokens(data: dict[str, Any]) -> list[tuple[int, str]]:
+    return sorted((int(token["id"]), str(token["content"])) for token in data.get("added_tokens") or [])
+
+
 def _tokenizer_ids(path: Path) -> set[int]:
     data = _read_tokenizer(path)
-    added = {int(token["id"]) for token in data.get("added_tokens") or []}
-    return set(_vocabulary(data).values()) | added
+    return set(_vocabulary(data).values()) | {token for token, _ in _added_tokens(data)}
 
 
 def tokenizer_fingerprint(path: Path) -> str:
@@ -561,7 +578,7 @@ def tokenizer_fingerprint(path: Path) -> str:
     identity = {
         "vocab": sorted(_vocabulary(data).items()),
         "merges": data["model"].get("merges"),
-        "added": sorted((token["id"], token["content"]) for token in data.get("added_tokens") or []),
+        "added": _added_tokens(data),
         "pipeline": {key: data.get(key) for key in ("normalizer", "pre_tokenizer")},
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

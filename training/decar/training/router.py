@@ -25,6 +25,7 @@ from decar.router.files import (
     IMAGE_FOLDER,
     Centroids,
     Classifier,
+    Metric,
     TrainedRouter,
     write_router,
 )
@@ -32,7 +33,7 @@ from decar.router.images import ImageEmbeddingFeatures, decode_image
 from decar.router.manifest import RouterEntry
 from decar.router.posterior import Float64s, log_normalise, log_prior
 from decar.router.routers import centroid_scores, classifier_scores
-from decar.training.config import TrainConfig
+from decar.training.config import RouterConfig, TrainConfig
 from decar.training.corpus import IMAGES_FIELD, read_columns, read_row_groups
 from decar.training.features import embedding_files, fit_features, fit_pixels
 from decar.training.partition import (
@@ -173,27 +174,8 @@ def train_router(config: TrainConfig, stage: Stage) -> RouterReport:
         TrainingError: the shards hold no words, or an embedding model cannot be read.
     """
     settings = config.router
-    texts, labels, held_out_texts = _texts(config)
-    features: Features[str]
-    if settings.embedding is not None:
-        features = EmbeddingFeatures(settings.embedding)
-    else:
-        features = fit_features(texts, settings.num_features, settings.num_components, config.seed)
-    train = draw_prefixes(texts, labels, settings.prefixes_per_document, config.seed)
-    held_out = held_out_prefixes(held_out_texts)
-    known = Known(features(held_out.texts), held_out.labels, held_out.documents)
-    prefixes = Known(features(train.texts), train.labels, train.documents)
-    fitted = _fit(config, features, prefixes, Known(features(texts), labels, np.arange(len(texts))), known)
-    images, image_report = _fit_images(config)
-    report = RouterReport(
-        experts=config.expert_names,
-        train_prefixes=len(train.texts),
-        routers={
-            kind: _quality(log_weights, held_out, fitted.temperature(kind))
-            for kind, log_weights in fitted.held_out.items()
-        },
-        images=image_report,
-    )
+    fitted, report = fit_to_texts(config.expert_names, settings, config.seed, *_texts(config))
+    images, report.images = _fit_images(config)
     with stage.writing() as directory:
         _write(fitted.router, directory, settings.embedding, "router.embedding")
         if images is not None:
@@ -206,6 +188,43 @@ def train_router(config: TrainConfig, stage: Stage) -> RouterReport:
     return report
 
 
+def fit_to_texts(
+    names: Sequence[str],
+    settings: RouterConfig,
+    seed: int,
+    texts: list[str],
+    labels: Labels,
+    held_out_texts: list[list[str]],
+) -> tuple[Fitted[str], RouterReport]:
+    """Classifier and centroids of ``texts``, of experts ``labels`` [N], and how well they do on each expert's held-out
+    texts.
+
+    Raises:
+        TrainingError: there are no words.
+        EnsembleError: an embedding model cannot be read.
+    """
+    features: Features[str]
+    if settings.embedding is not None:
+        features = EmbeddingFeatures(settings.embedding)
+    else:
+        features = fit_features(texts, settings.num_features, settings.num_components, seed)
+    train = draw_prefixes(texts, labels, settings.prefixes_per_document, seed)
+    held_out = held_out_prefixes(held_out_texts)
+    known = Known(features(held_out.texts), held_out.labels, held_out.documents)
+    prefixes = Known(features(train.texts), train.labels, train.documents)
+    whole = Known(features(texts), labels, np.arange(len(texts)))
+    fitted = _fit(names, settings.centroid_metric, features, prefixes, whole, known)
+    report = RouterReport(
+        experts=list(names),
+        train_prefixes=len(train.texts),
+        routers={
+            kind: _quality(log_weights, held_out, fitted.temperature(kind))
+            for kind, log_weights in fitted.held_out.items()
+        },
+    )
+    return fitted, report
+
+
 def _write(router: TrainedRouter[Any], folder: Path, embedding: Path | None, setting: str) -> None:
     if embedding is not None:
         (folder / EMBEDDING_FOLDER).mkdir()
@@ -215,10 +234,15 @@ def _write(router: TrainedRouter[Any], folder: Path, embedding: Path | None, set
 
 
 def _fit(
-    config: TrainConfig, features: Features[Prompt], prompts: Known, whole: Known, held_out: Known
+    names: Sequence[str],
+    metric: Metric,
+    features: Features[Prompt],
+    prompts: Known,
+    whole: Known,
+    held_out: Known,
 ) -> Fitted[Prompt]:
     """A classifier of ``prompts`` and the centroids of ``whole`` documents, calibrated and tried on ``held_out``."""
-    settings, num_experts = config.router, len(config.experts)
+    num_experts = len(names)
     weight, bias = fit_classifier(prompts.rows, prompts.labels, num_experts)
     means = np.stack([whole.rows[whole.labels == k].mean(axis=0) for k in range(num_experts)])
     means = means.astype(np.float32)
@@ -226,12 +250,12 @@ def _fit(
     shares = log_prior(np.bincount(whole.labels, minlength=num_experts).tolist())
     flat = np.zeros(num_experts)
     by_classifier = classifier_scores(held_out.rows, Classifier(weight, bias, 1.0))
-    by_centroid = centroid_scores(held_out.rows, Centroids(means, settings.centroid_metric, 1.0))
+    by_centroid = centroid_scores(held_out.rows, Centroids(means, metric, 1.0))
     router = TrainedRouter(
-        tuple(config.expert_names),
+        tuple(names),
         features,
         Classifier(weight, bias, fit_temperature(by_classifier, held_out.labels, shares)),
-        Centroids(means, settings.centroid_metric, fit_temperature(by_centroid, held_out.labels, flat)),
+        Centroids(means, metric, fit_temperature(by_centroid, held_out.labels, flat)),
     )
     return Fitted(
         router,
@@ -288,7 +312,7 @@ def _fit_images(config: TrainConfig) -> tuple[Fitted[Sequence[Image]] | None, Im
         images = ([decode_image(image) for image in group] for group in islice(groups, None, None, step))
         features = fit_pixels(images, settings.image_side, settings.num_components, config.seed)
     train, held_out = (_image_features(config, split, features) for split in SPLITS)
-    fitted = _fit(config, features, train, train, held_out)
+    fitted = _fit(names, settings.centroid_metric, features, train, train, held_out)
     report = ImageReport(
         train_documents=len(train.rows),
         routers={

@@ -34,6 +34,10 @@ _ROWS_AT_ONCE = 256
 _READ_BUFFER_BYTES = 1 << 20
 
 
+class NoDocuments(TrainingError):
+    """The data can be read, and hold no text."""
+
+
 @dataclass(frozen=True)
 class Document:
     """``text``, the data ``source`` it comes from, the number of the input text it is a piece of, and that input's
@@ -122,7 +126,7 @@ def read_documents(
         skipped = (
             f"; {bad.counts.total()} bad lines were skipped, the first: {bad.first}" if bad.first else ""
         )
-        raise TrainingError(f"the data holds no documents; check data.files and documents.min_chars{skipped}")
+        raise NoDocuments(f"the data holds no documents; check data.files and documents.min_chars{skipped}")
 
 
 def cut(lines: Iterable[str], max_chars: int) -> Iterator[str]:

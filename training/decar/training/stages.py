@@ -57,8 +57,11 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 @contextmanager
-def replaced_directory(directory: Path) -> Iterator[Path]:
+def replaced_directory(directory: Path, elsewhere: str = "set work_dir to another disk") -> Iterator[Path]:
     """A temporary sibling to fill; it takes the place of ``directory`` on success and vanishes on failure.
+
+    Args:
+        elsewhere: how the user has it written to another disk.
 
     Raises:
         TrainingError: the disk, or the user's share of it, is full.
@@ -79,8 +82,8 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise TrainingError(
-            f"no space is left for {directory}; free some or set work_dir to another disk. "
-            "Nothing of this stage was kept, and the same command starts it again"
+            f"no space is left for {directory}; free some or {elsewhere}. "
+            "Nothing of it was kept, and the same command starts it again"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

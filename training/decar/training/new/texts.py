@@ -1,0 +1,66 @@
+"""Texts from the files that `decar new` is given. Knows kinds of files, never experts."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from decar.router.errors import EnsembleError, TrainingError
+from decar.training.config import DataConfig, DocumentConfig
+from decar.training.sources import BadLines, NoDocuments, read_documents
+
+WHOLE_FILES = (".txt", ".md")
+"""Files of one text, which is cut into pieces; of others, each row is one."""
+_A_WHOLE_ROW = 2**31
+_SETTING = re.compile(
+    r" \((?:data|partition)\.\w+\)"
+)  # of decar-train's configuration, which nobody has here
+
+
+class _BadLines(BadLines):
+    def found(self, file: Path, where: str, problem: str) -> None:
+        raise EnsembleError(f"{file}, {where}: {_SETTING.sub('', problem)}; mend it")
+
+
+def sample_texts(option: str, file: Path, size: int, piece_chars: int, cut_rows: bool) -> list[str]:
+    """At most ``size`` texts of ``file``, drawn evenly, in the order of the file. The same call draws the same.
+
+    Args:
+        option: that names the file, for errors.
+        piece_chars: what .txt and .md are cut to, at line ends where possible.
+        cut_rows: whether rows of .jsonl and .parquet are cut as well.
+
+    Raises:
+        EnsembleError: the file is missing, cannot be read, or holds no text; naming the line where there is one.
+    """
+    if not file.is_file():
+        raise EnsembleError(f"{option}: {file} is no file; give one of .txt, .md, .jsonl or .parquet")
+    max_chars = piece_chars if cut_rows or file.suffix in WHOLE_FILES else _A_WHOLE_ROW
+    try:
+        return _drawn(_texts(file, max_chars), size)
+    except NoDocuments:
+        raise EnsembleError(f"{option}: {file} holds no text; give one that does") from None
+    except TrainingError as error:
+        raise EnsembleError(f"{option}: {_SETTING.sub('', str(error))}") from None
+
+
+def _texts(file: Path, max_chars: int) -> Iterator[str]:
+    data = DataConfig(files=[glob.escape(str(file))])
+    cutting = DocumentConfig(max_chars=max_chars, min_chars=1)
+    for document in read_documents(data, cutting, seed=0, bad=_BadLines(skip=False)):
+        yield document.text
+
+
+def _drawn(texts: Iterator[str], size: int) -> list[str]:
+    """Vitter's algorithm R ("Random sampling with a reservoir", 1985): memory holds the sample alone."""
+    rng = np.random.default_rng(0)
+    sample: dict[int, tuple[int, str]] = {}
+    for number, text in enumerate(texts):
+        place = number if number < size else int(rng.integers(number + 1))
+        if place < size:
+            sample[place] = number, text
+    return [text for _, text in sorted(sample.values())]
