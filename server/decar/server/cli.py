@@ -94,6 +94,7 @@ def serve(
             show_default="those there are",
         ),
     ] = None,
+    no_ui: Annotated[bool, typer.Option("--no-ui", help="Offer no page (the playground) at /.")] = False,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
@@ -115,6 +116,7 @@ def serve(
         admin_key=admin_key,
         reload_timeout_s=reload_timeout,
         max_experts=max_experts,
+        ui=not no_ui,
     )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -57,6 +57,7 @@ def serve(
     admin_key: str | None = None,
     reload_timeout_s: float = 30.0,
     max_experts: int | None = None,
+    ui: bool = True,
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM, and the requests that run then to their end.
 
@@ -71,6 +72,7 @@ def serve(
         admin_key: shows paths and processes to whoever gives it, and reloads; None: nobody sees them.
         reload_timeout_s: how long running answers are waited for before an expert is exchanged.
         max_experts: how many there is room for, those included that a reload may add; None: for those that there are.
+        ui: offer the page at /.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -109,7 +111,7 @@ def serve(
             running = _running_ensemble(
                 ensemble, args, placement, min_experts, engine_timeout_s, max_queued, max_experts
             )
-            uvloop.run(_serve(running, reading, args, sock, shutdown_timeout_s, admin_key, reload_timeout_s))
+            uvloop.run(_serve(running, reading, args, sock, shutdown_timeout_s, admin_key, reload_timeout_s, ui))
         finally:
             remove_all_of(sockets.name)
 
@@ -122,6 +124,7 @@ async def _serve(
     shutdown_timeout_s: float,
     admin_key: str | None,
     reload_timeout_s: float,
+    ui: bool,
 ) -> None:
     from decar.server.gateway.api import extend
     from decar.server.gateway.gate import Gate
@@ -147,7 +150,7 @@ async def _serve(
         )
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, reloader.reload_soon)
-        extend(app, client, gate, reloader, keys, admin_key)
+        extend(app, client, gate, reloader, keys, admin_key, ui)
 
         async def until_drained() -> None:
             await told_to_stop(partial(_end_now, client.plane.spec.name))
