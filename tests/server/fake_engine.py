@@ -268,7 +268,11 @@ def fake_ensemble(*priors: float) -> Ensemble:
     )
     experts: Any = tuple(
         SimpleNamespace(
-            name=entry.name, prior=entry.prior, vocab_size=VOCAB_SIZE + k, path=Path("/somewhere", entry.path)
+            name=entry.name,
+            prior=entry.prior,
+            vocab_size=VOCAB_SIZE + k,
+            path=Path("/somewhere", entry.path),
+            reads_images=False,
         )
         for k, entry in enumerate(entries)
     )

@@ -103,6 +103,7 @@ def serve(
             "--verbose", envvar="DECAR_VERBOSE", show_envvar=True, help="Show vLLM's log here, in no file."
         ),
     ] = False,
+    no_ui: Annotated[bool, typer.Option("--no-ui", help="Offer no page (the playground) at /.")] = False,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
@@ -128,6 +129,7 @@ def serve(
         log_file=log_file,
         verbose=verbose,
         own_flags=[name for option in context.command.params for name in option.opts],
+        ui=not no_ui,
     )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -58,6 +58,7 @@ def serve(
     log_file: Path | None = None,
     verbose: bool = False,
     own_flags: Iterable[str] = (),
+    ui: bool = True,
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM, and the requests that run then to their end.
 
@@ -75,6 +76,7 @@ def serve(
         log_file: vLLM's log is added to it; None: to a file of its own, see `default_log`.
         verbose: vLLM's log goes to standard output instead.
         own_flags: of decar itself, which a user may have meant by one that is none.
+        ui: offer the page at /.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -150,7 +152,7 @@ def serve(
 
             uvloop.run(
                 _serve(
-                    running, reading, args, sock, listening, shutdown_timeout_s, admin_key, reload_timeout_s
+                    running, reading, args, sock, listening, shutdown_timeout_s, admin_key, reload_timeout_s, ui
                 )
             )
         finally:
@@ -187,6 +189,7 @@ async def _serve(
     shutdown_timeout_s: float,
     admin_key: str | None,
     reload_timeout_s: float,
+    ui: bool,
 ) -> None:
     from decar.server.gateway.api import extend
     from decar.server.gateway.errors import anthropic_error_event
@@ -214,7 +217,7 @@ async def _serve(
         )
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, reloader.reload_soon)
-        extend(app, client, gate, reloader, keys, admin_key, tracer_of(args))
+        extend(app, client, gate, reloader, keys, admin_key, tracer_of(args), ui)
 
         async def until_drained() -> None:
             await told_to_stop(partial(_end_now, client.plane.spec.name))

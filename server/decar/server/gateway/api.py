@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from decar.router import available_routers
 from decar.router.errors import DecarError, RequestError
+from decar.server.gateway import playground
 from decar.server.gateway.annotate import FAILED, RESPONSES, Annotated
 from decar.server.gateway.anthropic import AnthropicErrors
 from decar.server.gateway.asgi import path_of
@@ -74,17 +75,21 @@ def extend(
     keys: Sequence[str],
     admin_key: str | None = None,
     tracer: Tracer | None = None,
+    ui: bool = True,
 ) -> None:
     """Add decar's routes and middleware to vLLM's ``app``.
 
     Args:
         gate: lets requests in.
-        keys: all but /health needs one of them, or the admin's; none: nobody is asked.
+        keys: all but /health and the page's files needs one of them, or the admin's; none: nobody is asked.
         admin_key: shows paths and processes to whoever gives it; None: nobody sees them.
         tracer: makes a span of each request that generates; None: nobody wants them.
+        ui: offer the page at /.
     """
     theirs = list(app.router.routes)
     app.include_router(routes)
+    if ui:
+        app.include_router(playground.page())
     ours = app.router.routes[len(theirs) :]
     app.router.routes[:] = [*ours, *theirs]  # the first that fits answers
     app.state.ensemble_client = client
@@ -104,7 +109,7 @@ def extend(
         Middleware(GateMiddleware, gate=gate),
         Middleware(GuardMiddleware, handler=app.exception_handlers.get(Exception)),
         Middleware(ArrivalMiddleware, thread=client.thread),
-        Middleware(KeyMiddleware, tokens=keys, admin=admin_key),
+        Middleware(KeyMiddleware, tokens=keys, admin=admin_key, public=playground.FILES if ui else ()),
         Middleware(OfferedMiddleware),
         *(middleware for middleware in app.user_middleware if middleware not in cors),
         # Innermost, so that vLLM's authentication has let the request pass before its body is read.
@@ -144,8 +149,8 @@ async def _model_cards(request: Request) -> list[dict[str, Any]]:
 
 @routes.get("/v1/ensemble", response_model_exclude_unset=True)
 async def ensemble(request: Request) -> EnsembleState:
-    """The manifest, each expert's health, slots in use, what engines counted, and defaults; for the admin also where
-    experts lie and run."""
+    """The manifest, each expert's health, slots in use, what engines counted, whether they read images, and defaults;
+    for the admin also where experts lie and run."""
     client: EnsembleClient = request.app.state.ensemble_client
     manifest, leads = client.ensemble.manifest, client.leaders.counts()
     experts = []
@@ -170,6 +175,7 @@ async def ensemble(request: Request) -> EnsembleState:
         name=client.ensemble.name,
         experts=experts,
         routes=list(available_routers(client.ensemble)),
+        images=all(checkpoint.reads_images for checkpoint in client.ensemble.experts),
         defaults=Defaults(**defaults | manifest.mixing.model_dump()),
         slots=Slots(total=client.slots.total, in_use=client.slots.in_use),
         queue=Waiting(waiting=client.queue.waiting, length=client.queue.length),

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from decar.server.gateway.asgi import path_of
 from decar.server.gateway.errors import error_response
 from decar.server.protocol.cores import GatewayThread
 
@@ -83,17 +84,21 @@ def has_begun(scope: Scope) -> bool:
 
 
 class KeyMiddleware:
-    """Asks for a key everywhere but at /health, and notes who has given the admin's (`is_admin`).
+    """Asks for a key everywhere but at /health and ``public`` paths, and notes who has given the admin's (`is_admin`).
 
     A browser asks without one whether it may ask at all: CORS's middleware, around this one, answers that by itself.
 
     Args:
         tokens: one of them, or ``admin``, has to be given; none: nobody is asked.
         admin: shows paths and processes to whoever gives it; None: nobody sees them.
+        public: the paths of a page that asks its user for the key.
     """
 
-    def __init__(self, app: ASGIApp, tokens: Sequence[str], admin: str | None = None):
+    def __init__(
+        self, app: ASGIApp, tokens: Sequence[str], admin: str | None = None, public: Iterable[str] = ()
+    ):
         self.app = app
+        self._open = frozenset({"/health", *public})
         self._digests = [_digest(token) for token in tokens]
         self._admin = _digest(admin) if admin else None
 
@@ -107,7 +112,7 @@ class KeyMiddleware:
         known = [secrets.compare_digest(given, digest) for digest in self._digests]
         admin = self._admin is not None and secrets.compare_digest(given, self._admin)
         scope.setdefault("state", {})["decar_admin"] = admin
-        if any(known) or admin or not self._digests or scope["path"] == "/health":
+        if any(known) or admin or not self._digests or path_of(scope) in self._open:
             return await self.app(scope, receive, send)
         message = "give a valid API key: Authorization: Bearer KEY, or x-api-key: KEY"
         await error_response(message, 401, None, "AuthenticationError")(scope, receive, send)

@@ -15,8 +15,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from decar.server.gateway.asgi import path_of
 from decar.server.gateway.errors import error_response
 from decar.server.gateway.middleware import is_admin
+from decar.server.gateway.playground import FILES, METHODS
 
 OFFERED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(FILES, METHODS),
     "/health": ("GET",),
     "/ping": ("GET", "POST"),
     "/version": ("GET",),

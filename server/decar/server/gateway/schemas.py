@@ -87,6 +87,8 @@ class EnsembleState(_Described):
     experts: list[ExpertState]
     routes: list[str]
     """Values that `decar.route` may have here."""
+    images: bool
+    """Whether experts read images."""
     defaults: Defaults
     slots: Slots
     queue: Waiting

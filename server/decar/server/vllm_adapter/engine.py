@@ -34,8 +34,6 @@ from decar.server.vllm_adapter.limits import keep_to_limits
 from decar.server.vllm_adapter.metrics import SharedMetrics, named_log, without_nameless_log
 from decar.server.vllm_adapter.tracing import keep_tracing
 
-logger = logging.getLogger("decar")
-
 
 def describe_prompt(
     tokenizer: Any,
