@@ -334,3 +334,18 @@ def test_health_is_not_slowed_by_half_sent_requests(duo_server: Server) -> None:
         for sock in socks:
             sock.close()
     wait_until(duo_server.is_idle, 10, "nothing is left of them")
+
+
+def test_a_connection_outlives_those_that_clients_keep(duo_server: Server) -> None:
+    """httpx, and so OpenAI's client, asks again on one that has been idle for just below 5 s."""
+    connection = http.client.HTTPConnection("127.0.0.1", duo_server.port, timeout=ANSWERED_WITHIN_S)
+    with closing(connection):
+        connection.connect()
+        kept = connection.sock
+        for idle_s in (0, 6):
+            time.sleep(idle_s)  # that long is what is tested
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            assert response.read() == b""
+            assert response.status == 200
+            assert connection.sock is kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from argparse import Namespace
 from asyncio import Protocol
@@ -13,6 +14,11 @@ from typing import Any
 
 import uvicorn
 from vllm.engine.protocol import EngineClient
+
+
+IDLE_S = 75
+"""How long an idle connection is kept. Clients and proxies keep theirs for up to a minute (httpx 5 s, nginx 60 s); who
+asks just when the server closes gets no answer. vLLM's 5 s are httpx's own."""
 
 
 def allow_many_files() -> None:
@@ -95,6 +101,7 @@ async def listen(
         ssl_cert_reqs=args.ssl_cert_reqs,
         http=protocol,
         ws="none",  # no route is one
+        timeout_keep_alive=int(os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", IDLE_S)),
         timeout_graceful_shutdown=1,  # for connections, when nothing is answered any more
         **({"log_config": log_config} if log_config is not None else {}),
     )
