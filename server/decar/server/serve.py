@@ -152,7 +152,15 @@ def serve(
 
             uvloop.run(
                 _serve(
-                    running, reading, args, sock, listening, shutdown_timeout_s, admin_key, reload_timeout_s, ui
+                    running,
+                    reading,
+                    args,
+                    sock,
+                    listening,
+                    shutdown_timeout_s,
+                    admin_key,
+                    reload_timeout_s,
+                    ui,
                 )
             )
         finally:

@@ -15,7 +15,6 @@ from typing import Any
 import uvicorn
 from vllm.engine.protocol import EngineClient
 
-
 IDLE_S = 75
 """How long an idle connection is kept. Clients and proxies keep theirs for up to a minute (httpx 5 s, nginx 60 s); who
 asks just when the server closes gets no answer. vLLM's 5 s are httpx's own."""
