@@ -21,5 +21,7 @@ else
     pip install --quiet --editable ".[cpu,train,bench,dev]"
     bash tools/repair_torchvision.sh "$venv"
 fi
+say "asking vLLM for its flags, so that decar checks them at once"
+"$venv/bin/python" -c "from decar.server.vllm_adapter.flags import described_flags; described_flags()"
 touch "$venv/.ready"
 say "ready: $venv"
