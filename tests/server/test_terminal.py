@@ -30,7 +30,8 @@ with terminal_of(log) as terminal:
     subprocess.run([sys.executable, "-c", "print('a child')"])
     logging.getLogger("vllm").warning("vLLM warns")
     logging.getLogger("decar").warning("an engine has died")
-    with terminal.starting(["code", "prose"], lambda: [(1, "Loading weights")]) as start:
+    with terminal.starting(["code", "prose"]) as start:
+        start.heard = lambda: [(1, "Loading weights")]
         start.phase("starting 2 engines", engines=True)
         if terminal.console.is_terminal:
             input()
@@ -113,7 +114,8 @@ def test_the_end_of_an_engines_log_is_its_own_lines(tmp_path: Path) -> None:
 
 def test_what_engines_have_said_last_is_cut_to_the_terminal() -> None:
     terminal = Terminal(io.StringIO(), io.StringIO(), Path("log"))
-    start = Start(terminal, NAMES, lambda: [(0, "first"), (0, "x" * 500)])
+    start = Start(terminal, NAMES)
+    start.heard = lambda: [(0, "first"), (0, "x" * 500)]
     start.phase("starting", engines=True)
     terminal.console.width = 60
     terminal.console.print(start.picture())
