@@ -8,6 +8,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/decar
 ENV PATH=/opt/decar/bin:$PATH
+# Logs of containers are looked for on their standard output.
+ENV DECAR_VERBOSE=1
 
 COPY . /src
 RUN pip install --no-cache-dir --constraint /src/constraints.txt "/src[cuda]" && rm -rf /src

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -75,15 +77,16 @@ def serve_environment() -> dict[str, str]:
 
 
 def run_serve(directory: Path, *flags: str, deadline_s: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run a `decar serve` that is expected to end by itself."""
-    return subprocess.run(
-        serve_command(directory, *flags),
-        env=serve_environment(),
-        capture_output=True,
-        text=True,
-        timeout=deadline_s,
-        check=False,
-    )
+    """Run a `decar serve` that is expected to end by itself. Its log does not outlive it."""
+    with tempfile.TemporaryDirectory() as state:
+        return subprocess.run(
+            serve_command(directory, *flags),
+            env={**serve_environment(), "XDG_STATE_HOME": state},
+            capture_output=True,
+            text=True,
+            timeout=deadline_s,
+            check=False,
+        )
 
 
 @dataclass
@@ -190,6 +193,14 @@ class Server:
 
     def log_tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def has_logged(self, pattern: str, deadline_s: float = 60) -> bool:
+        """Whether a line that matches is in the log, or comes in time."""
+
+        def found() -> bool:
+            return re.search(pattern, self.log.read_text(errors="replace")) is not None
+
+        return bool(wait_until(found, deadline_s, f"{pattern} in the log", poll_s=0.5))
 
     # ---- HTTP
 

@@ -22,5 +22,7 @@ else
     install cpu
     bash tools/repair_torchvision.sh "$venv"
 fi
+say "asking vLLM for its flags, so that decar checks them at once"
+"$venv/bin/python" -c "from decar.server.vllm_adapter.flags import described_flags; described_flags()"
 touch "$venv/.ready"
 say "ready: $venv"

@@ -109,4 +109,4 @@ def test_decar_chat_streams_an_answer_and_says_who_spoke(demo_server: Server) ->
     wrong = [*command, "--weights", json.dumps({"cod": 1})]
     done = subprocess.run(wrong, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert "did you mean 'code'" in done.stdout
+    assert "did you mean 'code'" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -251,6 +252,15 @@ def test_port_taken(duo: Reference) -> None:
         assert_refused(duo.directory, port, "--port", flags=("--port", port))
 
 
+def test_a_flag_that_nobody_has(duo: Reference) -> None:
+    assert_refused(duo.directory, "--prot", "did you mean '--port'", flags=("--prot", "8410"))
+    assert_refused(duo.directory, "--dtype", "float33", "float32", flags=("--dtype", "float33"))
+
+
+def test_a_configuration_file_that_is_not_there(duo: Reference, tmp_path: Path) -> None:
+    assert_refused(duo.directory, "nowhere.yaml", flags=("--config", str(tmp_path / "nowhere.yaml")))
+
+
 def test_not_enough_memory(duo: Reference) -> None:
     flags = ("--port", "0", "--kv-cache-memory-bytes", str(10**15))
     assert_refused(duo.directory, "memory", "--kv-cache-memory-bytes", flags=flags)
@@ -295,4 +305,8 @@ def test_an_engine_that_cannot_start_takes_the_others_along(tmp_path: Path) -> N
     assert "expert 'prose': " in error
     assert "'code'" not in error
     assert "layers.2" in error, "the root cause"
+    assert "decar: the end of prose's log:" in done.stderr
+    assert re.search(r"^  \(prose pid=\d+\) ERROR .*KeyError", done.stderr, re.MULTILINE), "its last lines"
+    assert "writes its log to" in done.stderr
+    assert "INFO" not in done.stdout, "vLLM's log is in its file"
     assert set(Path("/dev/shm").glob("decar-*")) <= before

@@ -51,7 +51,7 @@ def test_runs_of_the_answer_are_their_speakers(duo_server: Server, duo: Referenc
 def test_what_is_wrong_is_one_line(duo_server: Server) -> None:
     done = explain("text", "--base-url", f"{duo_server.url}/v1", "--route", "classifier")
     assert done.returncode == 1
-    assert "decar.route 'classifier' is not trained" in done.stdout
+    assert "decar.route 'classifier' is not trained" in done.stderr
     done = explain("text", "--base-url", "http://127.0.0.1:9/v1")
     assert done.returncode == 1
-    assert "no server answers at http://127.0.0.1:9/v1" in done.stdout
+    assert "no server answers at http://127.0.0.1:9/v1" in done.stderr

@@ -8,6 +8,7 @@ import typer
 from decar.benchmarks.kernel import kernel
 from decar.benchmarks.protocol import protocol
 from decar.benchmarks.serve import serve
+from decar.benchmarks.startup import startup
 from decar.benchmarks.ttft import ttft
 
 
@@ -25,3 +26,4 @@ bench.command()(serve)
 bench.command()(ttft)
 bench.command()(kernel)
 bench.command()(protocol)
+bench.command()(startup)

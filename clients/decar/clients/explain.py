@@ -1,54 +1,23 @@
-"""`decar explain`: which expert spoke where in an answer. Speaks OpenAI's API through OpenAI's client.
-
-Shapes: K experts, T tokens.
-"""
+"""`decar explain`: which expert spoke where in an answer."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import openai
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from decar.clients.chat import api_errors, describe_weights, ensemble_of
+from decar.clients.api import Piece, api_errors, connected, ensemble_of, v1_of
 from decar.clients.child import ServerDidNotStart, end_on_sigterm, free_port, serving
+from decar.clients.picture import show
 
-COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red")
-BLOCKS, ASCII = "▁▂▃▄▅▆▇█", " .:-=+*#"
-SURE, UNSURE = 0.9, 0.6  # from which weight on a token is bold, and below which it is underlined
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer that came at once: mostly one token, several where only they make up a character.
-
-    Attributes:
-        weights: [T][K] that mixed its tokens.
-        leaders: [T] who sampled them.
-    """
-
-    text: str
-    weights: list[list[float]]
-    leaders: list[str]
-
-    @property
-    def speaker(self) -> int:
-        """The expert with the largest weight."""
-        means = self.means
-        return means.index(max(means))
-
-    @property
-    def means(self) -> list[float]:
-        return [sum(column) / len(self.weights) for column in zip(*self.weights, strict=True)]
+if TYPE_CHECKING:
+    import openai
 
 
 def explain(
@@ -58,9 +27,7 @@ def explain(
             metavar="[DIR] PROMPT", help="An ensemble directory, unless --base-url is given; a prompt."
         ),
     ],
-    base_url: Annotated[
-        str | None, typer.Option(help="A running server's /v1 address, in place of DIR.")
-    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="A running server's address, in place of DIR.")] = None,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="Its key, if it has one.")] = "none",
     max_tokens: Annotated[int, typer.Option(min=1, help="Of the answer.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
@@ -85,8 +52,9 @@ def explain(
     with contextlib.ExitStack() as stack:
         if base_url is None:
             base_url = stack.enter_context(_served(Path(words[0]), console))
-        stack.enter_context(api_errors(console, base_url))
-        client = openai.OpenAI(base_url=base_url, api_key=api_key)
+        base_url = v1_of(base_url)
+        stack.enter_context(api_errors(base_url))
+        client = connected(base_url, api_key)
         ensemble = ensemble_of(client)
         names = [expert["name"] for expert in ensemble["experts"]]
         pieces = list(answer(client, ensemble["name"], prompt, max_tokens, temperature, decar))
@@ -129,84 +97,3 @@ def answer(
             trace = (choice.model_extra or {})["decar"]
             if trace["weights"]:
                 yield Piece(choice.text, trace["weights"], trace["leaders"])
-
-
-def show(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[Piece]) -> None:
-    """Print the prompt, the answer by its speakers, each expert's weight over the tokens, and who led."""
-    if not pieces:
-        console.print("the answer is empty: the first token that was sampled ended it")
-        return
-    weights = [token_weights for piece in pieces for token_weights in piece.weights]
-    leaders = [leader for piece in pieces for leader in piece.leaders]
-    if console.no_color or console.color_system is None:
-        _print_runs(console, names, prompt, pieces)
-    else:
-        _print_coloured(console, names, prompt, pieces)
-    console.print()
-    label = max(map(len, names))
-    width = min(len(weights), max(console.width - label - 10, 8))
-    for k, name in enumerate(names):
-        column = [token_weights[k] for token_weights in weights]
-        mean = sum(column) / len(column)
-        row = Text.assemble(
-            f"{name:<{label}} ", (_sparkline(console, column, width), _colour(k)), f" {mean:6.1%}"
-        )
-        console.print(row, no_wrap=True)
-    active = sum(w > 0 for token_weights in weights for w in token_weights) / len(weights)
-    console.print(
-        f"{describe_weights(list(names), weights)}; active experts a token: {active:.2f}", soft_wrap=True
-    )
-    console.print(f"leader: {_changes(leaders)}", soft_wrap=True)
-
-
-def _print_coloured(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[Piece]) -> None:
-    legend = [(f" {name} ", f"reverse {_colour(k)}") for k, name in enumerate(names)]
-    console.print(
-        Text.assemble(*legend, (f"  bold: weight {SURE:.0%} or more; underlined: below {UNSURE:.0%}", "dim"))
-    )
-    console.print()
-    parts = [(piece.text, _style(piece)) for piece in pieces]
-    console.print(Text.assemble((prompt, "dim"), *parts), soft_wrap=True)
-
-
-def _print_runs(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[Piece]) -> None:
-    """A line for each run of tokens of one speaker: its name, its mean weight there, and the text."""
-    label = max(map(len, names))
-    console.print(f"{'prompt':<{label}}      | {_one_line(prompt)}", markup=False, soft_wrap=True)
-    for speaker, group in itertools.groupby(pieces, key=lambda piece: piece.speaker):
-        run = list(group)
-        weights = [token_weights[speaker] for piece in run for token_weights in piece.weights]
-        text = _one_line("".join(piece.text for piece in run))
-        mean = sum(weights) / len(weights)
-        console.print(f"{names[speaker]:<{label}} {mean:4.0%} | {text}", markup=False, soft_wrap=True)
-
-
-def _style(piece: Piece) -> str:
-    weight = max(piece.means)
-    emphasis = "bold " if weight >= SURE else "underline " if weight < UNSURE else ""
-    return emphasis + _colour(piece.speaker)
-
-
-def _colour(expert: int) -> str:
-    return COLOURS[expert % len(COLOURS)]
-
-
-def _one_line(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
-
-
-def _sparkline(console: Console, values: Sequence[float], width: int) -> str:
-    """``values`` of 0 to 1 as bars, means of neighbours where there are more of them than ``width``."""
-    ramp = ASCII if console.options.ascii_only else BLOCKS
-    bounds = [i * len(values) // width for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
-    return "".join(ramp[min(int(mean * len(ramp)), len(ramp) - 1)] for mean in means)
-
-
-def _changes(leaders: Sequence[str]) -> str:
-    """Who led from which token on, counted from 1."""
-    said, position = [], 1
-    for name, group in itertools.groupby(leaders):
-        said.append(name if position == 1 else f"{name} from token {position} on")
-        position += len(list(group))
-    return ", ".join(said)

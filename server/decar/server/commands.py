@@ -82,7 +82,10 @@ def loaded(entry: importlib.metadata.EntryPoint) -> Any:
 
 def described(entry: importlib.metadata.EntryPoint) -> str:
     """The docstring of the function that an entry point names, or else that of its module, from the source."""
-    spec = importlib.util.find_spec(entry.module)
+    try:
+        spec = importlib.util.find_spec(entry.module)
+    except ImportError:  # who runs it is told
+        spec = None
     if spec is None or spec.origin is None:
         return ""
     module = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))

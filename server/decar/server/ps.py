@@ -34,7 +34,8 @@ def show(console: Console, api_key: str | None) -> None:
             found, pool.map(lambda record: _asked(record, api_key), found), strict=True
         ):
             since = age(time.time() - record.started)
-            table.add_row(record.name, f"{record.url}/v1", str(record.pid), state, experts, slots, since)
+            address = f"{record.url}/v1" if record.url else ""
+            table.add_row(record.name, address, str(record.pid), state, experts, slots, since)
     console.print(table)
 
 

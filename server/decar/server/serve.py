@@ -112,7 +112,23 @@ def serve(
         )
         if log is not None:
             terminal.say(f"vLLM {installed_version()} writes its log to {log} (--verbose: here)")
-        terminal.say("importing vLLM")
+        for name in remove_stale():
+            logger.warning("removed %s of a server that is gone", DIRECTORY / name)
+        folder = make_folder()
+        stack.callback(remove_all_of, folder.name)
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(folder))
+        record = Record(
+            name=ensemble.name,
+            directory=str(ensemble.directory.resolve()),
+            url="" if sock is None else base_url(sock, "ssl_certfile" in given),
+            pid=os.getpid(),
+            started=time.time(),
+            experts=len(ensemble.experts),
+            log=None if log is None else str(log.resolve()),
+        )
+        record.write(folder)
+        start = stack.enter_context(terminal.starting(ensemble.expert_names))
+        start.phase("importing vLLM")
 
         from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment
 
@@ -127,44 +143,20 @@ def serve(
         if sock is None:
             sock = stack.enter_context(bound_socket(args.host, args.port))
         allow_many_files()
-        for name in remove_stale():
-            logger.warning("removed %s of a server that is gone", DIRECTORY / name)
-        folder = make_folder()
-        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(folder))
-        record = Record(
-            name=ensemble.name,
-            directory=str(ensemble.directory.resolve()),
-            url=base_url(sock, bool(args.ssl_certfile)),
-            pid=os.getpid(),
-            started=time.time(),
-            experts=len(ensemble.experts),
-            log=None if log is None else str(log.resolve()),
+        record = replace(record, url=base_url(sock, bool(args.ssl_certfile)))
+        running = _running_ensemble(
+            ensemble, args, placement, min_experts, engine_timeout_s, max_queued, max_experts, terminal, start
         )
-        record.write(folder)
-        try:
-            running = _running_ensemble(
-                ensemble, args, placement, min_experts, engine_timeout_s, max_queued, max_experts, terminal
-            )
 
-            def listening() -> None:
-                replace(record, state="ready").write(folder)
-                terminal.announce(f"{ensemble.name} listens on {record.url}/v1")
+        def listening() -> None:
+            replace(record, state="ready").write(folder)
+            terminal.announce(f"{ensemble.name} listens on {record.url}/v1")
 
-            uvloop.run(
-                _serve(
-                    running,
-                    reading,
-                    args,
-                    sock,
-                    listening,
-                    shutdown_timeout_s,
-                    admin_key,
-                    reload_timeout_s,
-                    ui,
-                )
+        uvloop.run(
+            _serve(
+                running, reading, args, sock, listening, shutdown_timeout_s, admin_key, reload_timeout_s, ui
             )
-        finally:
-            remove_all_of(folder.name)
+        )
 
 
 def _checked(flags: Sequence[str], own_flags: Iterable[str]) -> Namespace:
@@ -255,6 +247,7 @@ async def _running_ensemble(
     max_queued: int | None,
     max_experts: int,
     terminal: Terminal,
+    start: Start,
 ) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
     """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
     out."""
@@ -282,14 +275,16 @@ async def _running_ensemble(
     started: list[Any] = []
     try:
         engines = Engines(args, configs, places, plane, failures, progress)
-        with terminal.starting(ensemble.expert_names, progress.heard) as start:
-            try:
-                client, image = await _warm(
-                    ensemble, args, engines, plane, started, start, failures, min_experts, max_queued
-                )
-            except StartError:
-                terminal.show_end_of_log(failures.of(ensemble.expert_names))
-                raise
+        start.heard = progress.heard
+        try:
+            client, image = await _warm(
+                ensemble, args, engines, plane, started, start, failures, min_experts, max_queued
+            )
+        except StartError:
+            start.done()
+            terminal.show_end_of_log(failures.of(ensemble.expert_names))
+            raise
+        start.done()
         progress.close()
         keep_environment()
         supervisor = Supervisor(client, engines.starter.start, image, engine_timeout_s)

@@ -66,45 +66,57 @@ class Terminal:
                 self.console.print(f"  {line}", style="dim", markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
-    def starting(
-        self, names: Sequence[str], heard: Callable[[], Iterable[tuple[int, str]]]
-    ) -> Iterator[Start]:
-        """Show a start until the block ends.
-
-        Args:
-            names: of the experts whose engines start.
-            heard: what their engines have said since it was called last: (index, text).
-        """
-        start = Start(self, names, heard)
-        if not (self.console.is_terminal and self.log is not None):
-            yield start  # lines, and no picture that others would write into
-            return
-        live = Live(
-            get_renderable=start.picture, console=self.console, transient=True, redirect_stdout=False,
-            redirect_stderr=False,
-        )  # fmt: skip
-        with live:
+    def starting(self, names: Sequence[str]) -> Iterator[Start]:
+        """Show a start, of the engines of these experts, until it is done or the block ends."""
+        start = Start(self, names)
+        try:
+            # With the log here as well, there are lines, and no picture that others would write into.
+            if self.console.is_terminal and self.log is not None:
+                start.show()
             yield start
+        finally:
+            start.done()
 
 
 class Start:
-    """How far a server has come that starts."""
+    """How far a server has come that starts.
 
-    def __init__(
-        self, terminal: Terminal, names: Sequence[str], heard: Callable[[], Iterable[tuple[int, str]]]
-    ):
-        self._terminal, self._names, self._heard = terminal, names, heard
+    Attributes:
+        heard: what engines have said since it was called last: (index, text).
+    """
+
+    def __init__(self, terminal: Terminal, names: Sequence[str]):
+        self.heard: Callable[[], Iterable[tuple[int, str]]] = lambda: ()
+        self._terminal, self._names = terminal, names
         self._began = time.monotonic()
         self._phase = ""
         self._said = [""] * len(names)
         self._ready = [False] * len(names)
         self._spinner = Spinner("dots")
         self._engines = False
+        self._live: Live | None = None
+
+    def show(self) -> None:
+        """Draw it, ever anew, below the lines that are said meanwhile."""
+        self._live = Live(
+            get_renderable=self.picture,
+            console=self._terminal.console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._live.start()
+
+    def done(self) -> None:
+        """Draw nothing any more. Safe to call twice."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def phase(self, text: str, engines: bool = False) -> None:
         """What goes on from now on; ``engines``: each of them goes its own way."""
         self._phase, self._engines = text, engines
-        if not self._terminal.console.is_terminal:
+        if self._live is None:
             self._terminal.say(text)
 
     def ready(self, expert: int) -> None:
@@ -117,7 +129,7 @@ class Start:
 
     def picture(self) -> Table:
         """What goes on, and for each engine that is not there yet what it has said last."""
-        for expert, text in self._heard():
+        for expert, text in self.heard():
             self._said[expert] = text
         table = Table.grid(padding=(0, 1))
         clock = f"{int(self._seconds) // 60}:{int(self._seconds) % 60:02}"

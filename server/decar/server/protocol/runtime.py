@@ -27,7 +27,7 @@ class Record:
     Attributes:
         name: of its ensemble.
         directory: of its ensemble.
-        url: where it listens, or will.
+        url: where it listens, or will; "" while vLLM still has to read that from a file.
         pid: of its gateway.
         started: when, in seconds since the epoch.
         experts: how many it has been started with.

@@ -126,9 +126,9 @@ def _shape_of(text: str) -> str:
         ("integer", r"[+-]?\d+"),
         ("number", r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf|nan"),
         ("size", r"\d+(\.\d+)?[kKmMgGtT]"),
-        ("none", r"|[nN]one|null"),
+        ("none", r"|[nN]one"),
         ("auto", r"[aA][uU][tT][oO]"),
-        ("true", r"true|false"),
+        ("true", r"true|false|null"),
         ("json", r"[{\[\"'].*"),
     ):
         if re.fullmatch(pattern, text, re.DOTALL):
@@ -188,9 +188,9 @@ def describe(file: str) -> None:
     prepare_environment()
     parser = make_parser()
     flags = [
-        Flag.of(action, group.title or "")
-        for group in parser._action_groups
-        for action in group._group_actions
+        Flag.of(action, str(group.title or ""))
+        for group in vars(parser)["_action_groups"]  # argparse has no other way to ask
+        for action in vars(group)["_group_actions"]
         if action.option_strings and action.dest != "help"
     ]
     Path(file).write_text(json.dumps([asdict(flag) for flag in flags]))
