@@ -6,17 +6,20 @@ PORT ?= 8000
 VLLM ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test soak lint seams bench clean
+.PHONY: setup browser demo test soak lint seams bench clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
 $(VENV)/.ready: pyproject.toml tools/setup.sh tools/repair_torchvision.sh tools/torchvision_without_operators.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
 
+browser: setup  ## Chromium for the playground's tests, where none is there
+	VENV=$(VENV) bash tools/setup_browser.sh
+
 demo: setup  ## train two experts, serve them as one model, and chat
 	$(BIN)/python -m decar.clients.demo --port $(PORT)
 
-test: setup  ## unit tests and end-to-end tests on real engines
+test: setup browser  ## unit tests and end-to-end tests on real engines
 	$(BIN)/python -m pytest
 
 soak: setup  ## what takes too long for every change: thousands of requests, faults under load

@@ -111,7 +111,9 @@ def serve(
             running = _running_ensemble(
                 ensemble, args, placement, min_experts, engine_timeout_s, max_queued, max_experts
             )
-            uvloop.run(_serve(running, reading, args, sock, shutdown_timeout_s, admin_key, reload_timeout_s, ui))
+            uvloop.run(
+                _serve(running, reading, args, sock, shutdown_timeout_s, admin_key, reload_timeout_s, ui)
+            )
         finally:
             remove_all_of(sockets.name)
 

@@ -34,7 +34,7 @@ export class Answer {
     this.band.setAttribute("role", "img");
     this.band.setAttribute("preserveAspectRatio", "none");
     this.facts = el("div", { className: "facts" });
-    this.element = el("article", { className: "answer" }, el("h3", {}, title), this.text, this.facts);
+    this.element = el("article", { className: "answer" }, el("h2", {}, title), this.text, this.facts);
     this.element.setAttribute("aria-busy", "true");
     this.text.addEventListener("keydown", (event) => this.#move(event));
   }

@@ -100,7 +100,7 @@ async function answer(turn) {
   shows(false);
   const again = el("button", { type: "button", className: "again quiet", textContent: "Answer again" });
   again.addEventListener("click", () => !running && answer(turn));
-  turn.element.append(again);
+  following(() => turn.element.append(again));
   announce(said.join(". "));
   watch.ask();
 }
