@@ -209,7 +209,7 @@ async def test_the_ensemble_beside_one_expert(browser: Browser, duo_server: Serv
         await page.locator("[name=beside]").select_option("prose alone")
         await ask(page, "Sort a list.")
         await answered(page)
-        assert await page.locator(".answer h2").all_text_contents() == ["the ensemble", "prose alone"]
+        assert await page.locator(".answer h2").all_text_contents() == ["The ensemble", "prose alone"]
         client = duo_server.openai()
         expected = []
         for model in ("duo", "duo/prose"):
@@ -413,7 +413,7 @@ async def test_controls_make_the_request(browser: Browser) -> None:
         await page.locator("[name=start]").select_option("prior")
         await page.locator("[name=rule]").select_option("logit")
         await page.get_by_label("Prune below").fill("0.001")
-        await page.get_by_label("Experts at most").fill("1")
+        await page.get_by_label("Top experts").fill("1")
         expected = {
             "route": "posterior",
             "scope": "output",

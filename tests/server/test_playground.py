@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
+from typer.testing import CliRunner
 
+from decar.server.cli import app
 from decar.server.gateway.playground import FILES, FOLDER, KINDS
 
 from .fake_engine import FakeServer
@@ -32,7 +36,7 @@ def sources() -> list[Path]:
     return sorted(FOLDER.iterdir())
 
 
-def app_of(*keys: str, ui: bool = True):  # type: ignore[no-untyped-def]
+def app_of(*keys: str, ui: bool = True) -> FastAPI:
     return scripted_app(FakeServer(0.5, 0.5), Script(), *keys, ui=ui)
 
 
@@ -73,6 +77,16 @@ async def test_without_ui_there_is_no_page_and_no_open_path(keys: tuple[str, ...
             response = await client.get(path, headers={"authorization": "Bearer secret"})
             assert response.status_code == 404
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(("flags", "ui"), [([], True), (["--no-ui"], False)])
+def test_the_flag(monkeypatch: pytest.MonkeyPatch, flags: list[str], ui: bool) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("decar.server.serve.serve", lambda *_, ui, **__: asked.append(ui))
+    monkeypatch.setattr("decar.server.serve.raise_on_sigterm", lambda: None)
+    monkeypatch.setattr("os._exit", sys.exit)
+    CliRunner().invoke(app, ["serve", "somewhere", *flags], catch_exceptions=False)
+    assert asked == [ui]
 
 
 async def test_pages_are_not_part_of_the_api() -> None:

@@ -192,5 +192,5 @@ function changes(leaders) {
     if (!leader || leader === leaders[t - 1]) return;
     said.push(said.length ? `${leader} from token ${t + 1} on` : leader);
   });
-  return said.length > 4 ? `${said.length} turns of experts` : said.join(", ");
+  return said.length > 4 ? `${leaders[0]} first; the lead changed ${said.length - 1} times` : said.join(", ");
 }

@@ -4,6 +4,7 @@ import { own } from "./colours.js";
 import { byId, el, percent } from "./dom.js";
 
 const FIXED = "fixed";
+const NAMED = { "decar.weights": "route", logprobs: "alternatives", top_logprobs: "alternatives" };
 const controls = byId("controls");
 const field = (name) => controls.elements.namedItem(name);
 let ensemble = null;
@@ -84,7 +85,7 @@ export function models() {
 /** What a model id is called on this page. */
 export function titleOf(model) {
   const expert = ensemble.experts.find((each) => each.model === model);
-  return expert ? `${expert.name} alone` : "the ensemble";
+  return expert ? `${expert.name} alone` : "The ensemble";
 }
 
 /**
@@ -138,7 +139,7 @@ function number(name) {
 
 /** Mark the control that a refused request's `param` names; whether there is one. */
 export function blame(param) {
-  const name = { "decar.weights": "route" }[param] ?? param?.replace("decar.", "");
+  const name = NAMED[param] ?? param?.replace("decar.", "");
   const control = name && field(name);
   control?.setAttribute("aria-invalid", "true");
   return Boolean(control);
