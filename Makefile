@@ -7,17 +7,20 @@ VLLM ?=
 RENEW ?=
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-clients soak lint seams bench check-deploy lock clean
+.PHONY: setup browser demo test test-clients soak lint seams bench check-deploy lock clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
 $(VENV)/.ready: pyproject.toml constraints.txt tools/setup.sh tools/repair_torchvision.sh tools/torchvision_without_operators.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
 
+browser: setup  ## Chromium for the playground's tests, where none is there
+	VENV=$(VENV) bash tools/setup_browser.sh
+
 demo: setup  ## train two experts, serve them as one model, and chat
 	$(BIN)/python -m decar.clients.demo --port $(PORT)
 
-test: setup  ## unit tests and end-to-end tests on real engines
+test: setup browser  ## unit tests and end-to-end tests on real engines
 	$(BIN)/python -m pytest
 
 test-clients: setup  ## others' clients against a running ensemble, each in its own environment; writes docs/clients.md

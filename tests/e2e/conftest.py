@@ -1,13 +1,15 @@
 """Real servers over tiny ensembles. Each is started once, and has to leave nothing behind."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from playwright.async_api import Browser
 
 from decar.server.vllm_adapter.versions import installed_version, numbers_of
 from tests.e2e.collector import Collector, running_collector
+from tests.browser import chromium
 from tests.helpers import EXACT, Server
 from tests.reference import Reference
 
@@ -82,3 +84,9 @@ def twins_server(twins: Reference, tmp_path_factory: pytest.TempPathFactory) -> 
     """K=2 with equal weights."""
     with running(twins, tmp_path_factory.mktemp("logs") / "twins.log") as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    async with chromium() as started:
+        yield started

@@ -15,12 +15,14 @@ import openai
 import pytest
 import torch
 from PIL import Image
+from playwright.async_api import Browser, expect
 
 from decar.router import Ensemble, load_trained_images
 from decar.router.features import TfidfFeatures
 from decar.router.files import Centroids, Classifier, TrainedRouter, write_router
 from decar.router.images import PixelFeatures
 from decar.training.digits import write_digits
+from tests.browser import opened
 from tests.helpers import EXACT, Server, assert_error
 from tests.images import ImageReference, data_url, digit_images, image_chat, make_image_ensemble
 from tests.reference import Decoded
@@ -335,6 +337,27 @@ def test_streams(digits_server: Server, cases: list[Case]) -> None:
     choices = [chunk.choices[0] for chunk in stream if chunk.choices]
     logprobs = [token.logprob for choice in choices if choice.logprobs for token in choice.logprobs.content]
     assert logprobs == pytest.approx(one.answer.logprobs, abs=LOGPROB)
+
+
+async def test_the_playground_shows_images_to_experts(
+    browser: Browser, digits_server: Server, tmp_path: Path
+) -> None:
+    image = digit_images(1)[0]
+    image.save(tmp_path / "digit.png")
+    [answer] = await ask(digits_server, [Case([image], QUESTIONS[0], {}, None)], None)  # type: ignore[arg-type]
+    async with opened(browser, f"{digits_server.url}/") as page:
+        await page.locator("#files").set_input_files(tmp_path / "digit.png")
+        await page.locator("[name=temperature]").fill("0")
+        await page.locator("[name=max_tokens]").fill(str(MAX_TOKENS))
+        await page.locator("#prompt").fill(QUESTIONS[0])
+        async with page.expect_request("**/v1/chat/completions") as asked:
+            await page.get_by_role("button", name="Send").click()
+        await expect(page.get_by_role("button", name="Answer again")).to_be_visible(timeout=60_000)
+        [message] = (await asked.value).post_data_json["messages"]
+        assert message["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+        said = "".join(await page.locator(".token").all_text_contents())
+        assert said
+        assert answer.message.content.startswith(said)  # which goes on beyond an end
 
 
 def test_text_only_models_refuse_images(duo_server: Server) -> None:

@@ -34,7 +34,7 @@ export class Answer {
     this.band.setAttribute("role", "img");
     this.band.setAttribute("preserveAspectRatio", "none");
     this.facts = el("div", { className: "facts" });
-    this.element = el("article", { className: "answer" }, el("h3", {}, title), this.text, this.facts);
+    this.element = el("article", { className: "answer" }, el("h2", {}, title), this.text, this.facts);
     this.element.setAttribute("aria-busy", "true");
     this.text.addEventListener("keydown", (event) => this.#move(event));
   }
@@ -192,5 +192,5 @@ function changes(leaders) {
     if (!leader || leader === leaders[t - 1]) return;
     said.push(said.length ? `${leader} from token ${t + 1} on` : leader);
   });
-  return said.length > 4 ? `${said.length} turns of experts` : said.join(", ");
+  return said.length > 4 ? `${leaders[0]} first; the lead changed ${said.length - 1} times` : said.join(", ");
 }

@@ -106,7 +106,7 @@ const TITLES = {
 export function explained(error) {
   if (!(error instanceof ApiError)) return { title: "Something failed in this page", text: String(error), again: true };
   const { status, message, retryAfter } = error;
-  const text = retryAfter ? `${message} (in ${retryAfter} s, it says)` : message;
+  const text = retryAfter ? `${message.replace(/\.?$/, ".")} It asks to wait for ${retryAfter} s.` : message;
   return {
     title: TITLES[status] ?? TITLES[status < 500 ? 400 : 500],
     text: text.charAt(0).toUpperCase() + text.slice(1),

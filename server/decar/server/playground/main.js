@@ -76,7 +76,7 @@ function send() {
   turn.element.setAttribute("aria-label", `Turn ${turns.length + 1}`);
   if (turn.mode === "chat") {
     const pictures = turn.images.map(({ name, url }) => el("img", { src: url, alt: name }));
-    turn.answersBox.before(el("div", { className: "asked" }, ...pictures, el("p", {}, turn.text)));
+    turn.answersBox.before(el("div", { className: "asked" }, el("div", { className: "pictures" }, ...pictures), el("p", {}, turn.text)));
   }
   turns.push(turn);
   byId("turns").append(turn.element);
@@ -100,7 +100,7 @@ async function answer(turn) {
   shows(false);
   const again = el("button", { type: "button", className: "again quiet", textContent: "Answer again" });
   again.addEventListener("click", () => !running && answer(turn));
-  turn.element.append(again);
+  if (!turn.element.querySelector(".error button")) following(() => turn.element.append(again));
   announce(said.join(". "));
   watch.ask();
 }

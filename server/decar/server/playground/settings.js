@@ -4,7 +4,7 @@ import { own } from "./colours.js";
 import { byId, el, percent } from "./dom.js";
 
 const FIXED = "fixed";
-const KINDS = { posterior: "posterior (by the text so far)", prior: "prior (shares of the data)" };
+const NAMED = { "decar.weights": "route", logprobs: "alternatives", top_logprobs: "alternatives" };
 const controls = byId("controls");
 const field = (name) => controls.elements.namedItem(name);
 let ensemble = null;
@@ -15,14 +15,14 @@ export function offer(described) {
   ensemble = described;
   if (before === JSON.stringify([ensemble.name, names(ensemble), ensemble.routes, ensemble.defaults])) return;
   const alone = ensemble.experts.map(({ name, model }) => [model, `${name} alone`]);
-  choices(field("model"), [["", `the ensemble (${ensemble.name})`], ...alone]);
+  choices(field("model"), [["", "the ensemble"], ...alone]);
   choices(field("beside"), [["", "nobody"], ...alone]);
   const { route, rule, prune } = ensemble.defaults;
-  const routes = ensemble.routes.map((kind) => [kind, KINDS[kind] ?? `${kind} (trained)`]);
-  choices(field("route"), [["", `as the ensemble says: ${route}`], ...routes, [FIXED, "fixed weights"]]);
+  const routes = ensemble.routes.map((kind) => [kind, kind]);
+  choices(field("route"), [["", `default: ${route}`], ...routes, [FIXED, "fixed weights"]]);
   const starts = ensemble.routes.filter((kind) => kind !== "posterior").map((kind) => [kind, kind]);
-  choices(field("start"), [["", "as the ensemble says"], ...starts]);
-  field("rule").options[0].textContent = `as the ensemble says: ${rule}`;
+  choices(field("start"), [["", "default"], ...starts]);
+  field("rule").options[0].textContent = `default: ${rule}`;
   field("prune").placeholder = prune ? String(prune) : "never";
   field("top_k").max = ensemble.experts.length;
   sliders();
@@ -84,7 +84,8 @@ export function models() {
 
 /** What a model id is called on this page. */
 export function titleOf(model) {
-  return ensemble.experts.find((expert) => expert.model === model)?.name.concat(" alone") ?? ensemble.name;
+  const expert = ensemble.experts.find((each) => each.model === model);
+  return expert ? `${expert.name} alone` : "The ensemble";
 }
 
 /**
@@ -138,7 +139,7 @@ function number(name) {
 
 /** Mark the control that a refused request's `param` names; whether there is one. */
 export function blame(param) {
-  const name = { "decar.weights": "route" }[param] ?? param?.replace("decar.", "");
+  const name = NAMED[param] ?? param?.replace("decar.", "");
   const control = name && field(name);
   control?.setAttribute("aria-invalid", "true");
   return Boolean(control);
