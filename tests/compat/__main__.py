@@ -57,6 +57,7 @@ def checked(client: Client, folder: Path, server: Server, directory: Path, log: 
             "-m",
             "pytest",
             "-rxXf",
+            "-oasyncio_mode=auto",
             "-q",
             "-p",
             "no:cacheprovider",
