@@ -1,17 +1,20 @@
 """Others' clients, unmodified, against a running ensemble: `make test-clients`.
 
-    python -m tests.compat                    all of them, and the table in docs/clients.md
-    python -m tests.compat llm outlines       those whose names have one of these in them; no table
+    python -m tests.compat                    all of them
+    python -m tests.compat llm outlines       those whose names have one of these in them
 
-Each client's check runs in a process and an environment of its own, and has a time in which to end.
+Each client's check runs in a process and an environment of its own, and has a time in which to end. The table in
+docs/clients.md has what each came to when it was last run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +26,7 @@ from tests.helpers import Server
 from . import ensemble
 from .clients import CLIENTS, ENVIRONMENTS, Client
 from .environments import NotInstalled, installed, version_of
-from .table import Row, table_of, write
+from .table import Row, kept, table_of, write
 
 ROOT = Path(__file__).parents[2]
 CHECKS = Path(__file__).parent / "checks"
@@ -54,6 +57,7 @@ def checked(client: Client, folder: Path, server: Server, directory: Path, log: 
             "-m",
             "pytest",
             "-rxXf",
+            "-oasyncio_mode=auto",
             "-q",
             "-p",
             "no:cacheprovider",
@@ -77,18 +81,23 @@ def checked(client: Client, folder: Path, server: Server, directory: Path, log: 
             check.write_text((CHECKS / client.check).read_text())
             command = [str(program), str(check)]
         with log.open("w") as stream:
+            process = subprocess.Popen(
+                command,
+                env=variables,
+                cwd=work,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             try:
-                done = subprocess.run(
-                    command,
-                    env=variables,
-                    cwd=work,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    timeout=client.timeout_s,
-                )
+                code = process.wait(client.timeout_s)
             except subprocess.TimeoutExpired:
                 return Row(client.name, version, "timed out", f"after {client.timeout_s:.0f} s")
-    return row_of(client, version, done.returncode, log.read_text(errors="replace"))
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it may have started
+                process.wait()
+    return row_of(client, version, code, log.read_text(errors="replace"))
 
 
 def row_of(client: Client, version: str, code: int, output: str) -> Row:
@@ -110,7 +119,7 @@ def row_of(client: Client, version: str, code: int, output: str) -> Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.compat", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="parts of clients' names; none: all, and the table")
+    parser.add_argument("names", nargs="*", help="parts of clients' names; none: all")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-clients")
     parser.add_argument("--logs", type=Path, default=ROOT / "runs" / "clients")
     options = parser.parse_args()
@@ -122,7 +131,10 @@ def main() -> int:
     if not chosen:
         parser.error(f"no client is called so: {', '.join(client.name for client in CLIENTS)}")
     options.logs.mkdir(parents=True, exist_ok=True)
-    rows = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and on the way out the server is ended
+    versions = f"decar {importlib.metadata.version('decar')}, vLLM {installed_version()}"
+    served = f"{versions}, Python {sys.version.split()[0]}"
+    failed = False
     with tempfile.TemporaryDirectory() as temporary:
         directory = ensemble.make(Path(temporary) / "ensemble")
         server = Server.start(directory, options.logs / "server.log", FLAGS)
@@ -133,16 +145,15 @@ def main() -> int:
                 print(f"{row.client} {row.version}: {row.result} ({row.remark})", flush=True)
                 for note in row.notes:
                     print(f"  {note}")
-                rows.append(row)
+                newest = kept(options.logs / "rows.json", [row], [client.name for client in CLIENTS])
+                write(ROOT / "docs" / "clients.md", table_of(newest, served))
+                failed = failed or row.result in ("fails", "timed out")
             ended = server.stop()
         finally:
             server.kill()
-    if ended or not server.log:
-        print(f"the server ended with {ended}: {server.log}")
-    if not options.names:
-        versions = f"decar {importlib.metadata.version('decar')} on vLLM {installed_version()}"
-        write(ROOT / "docs" / "clients.md", table_of(rows, f"{versions}, Python {sys.version.split()[0]}"))
-    return int(ended != 0 or any(row.result == "fails" for row in rows))
+    if ended:
+        print(f"the server ended with {ended}: see {server.log}")
+    return int(failed or ended != 0)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
 
 BEGIN, END = "<!-- make test-clients: begin -->", "<!-- make test-clients: end -->"
 
@@ -26,24 +33,38 @@ class Row:
     result: str
     remark: str
     notes: tuple[str, ...] = ()
+    day: str = field(default_factory=today)
+
+
+def kept(path: Path, rows: Sequence[Row], order: Sequence[str]) -> list[Row]:
+    """The newest row of each client in ``order``: of ``rows``, or else of those that ``path`` has, which keeps them."""
+    known = {row["client"]: Row(**{**row, "notes": tuple(row["notes"])}) for row in _read(path)}
+    known |= {row.client: row for row in rows}
+    newest = [known[name] for name in order if name in known]
+    path.write_text(json.dumps([asdict(row) for row in newest], indent=1))
+    return newest
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return rows
 
 
 def table_of(rows: Sequence[Row], served: str) -> str:
-    """Markdown: the date and the machine, the table, and its notes.
+    """Markdown: the machine, the table, and its notes.
 
     Args:
         served: what was served, and by which versions.
     """
-    day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     lines = [
-        f"Run on {day}, {machine()}; {served}.",
+        f"{served}, on {machine()}.",
         "",
-        "| client | version | result | checked |",
-        "|---|---|---|---|",
+        "| client | version | result | checked | on |",
+        "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {_cell(row.client)} | {_cell(row.version)} | {row.result} | {_cell(row.remark)} |" for row in rows
-    ]
+    for row in rows:
+        cells = (row.client, row.version, row.result, row.remark, row.day)
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
     notes = [f"- {row.client}: {note}" for row in rows for note in row.notes]
     return "\n".join(lines + (["", *notes] if notes else []))
 

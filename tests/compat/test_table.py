@@ -8,7 +8,7 @@ import pytest
 
 from .__main__ import CHECKS, row_of
 from .clients import CLIENTS, ENVIRONMENTS
-from .table import BEGIN, END, Row, table_of, write
+from .table import BEGIN, END, Row, kept, table_of, write
 
 OPENAI, LANGCHAIN = CLIENTS[0], next(client for client in CLIENTS if "LangChain" in client.name)
 
@@ -49,7 +49,17 @@ def test_the_table_is_written_between_its_marks(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
-    assert "| a | 1 | works | x \\| y |" in text
+    assert "| a | 1 | works | x \\| y | " in text
     assert "- b: because" in text
     write(document, table_of(rows, "decar 1"))
     assert document.read_text() == text
+
+
+def test_what_ran_last_is_kept(tmp_path: Path) -> None:
+    file, order = tmp_path / "rows.json", ["a", "b", "c"]
+    first = [Row("b", "1", "fails", "x", ("n",), "2026-01-01"), Row("a", "1", "works", "y", (), "2026-01-01")]
+    assert kept(file, first, order) == [first[1], first[0]]
+    again = Row("b", "2", "works", "z", (), "2026-01-02")
+    assert kept(file, [again], order) == [first[1], again]
+    assert kept(file, [], order) == [first[1], again]
+    assert kept(file, [], ["b"]) == [again]  # a client that is tried no more has no line

@@ -8,8 +8,8 @@ import pytest
 from playwright.async_api import Browser
 
 from decar.server.vllm_adapter.versions import installed_version, numbers_of
-from tests.e2e.collector import Collector, running_collector
 from tests.browser import chromium
+from tests.e2e.collector import Collector, running_collector
 from tests.helpers import EXACT, Server
 from tests.reference import Reference
 

@@ -289,6 +289,22 @@ async def drip(connection: Connection) -> None:
 
 
 @IMPATIENT
+async def test_anthropics_clients_are_told_in_their_form(server: Running) -> None:
+    begun = b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: x\r\n"
+    for sent, status, kind in (
+        (begun + b"content-length: 9\r\n\r\n{", 408, "timeout_error"),
+        (begun + b"x: y\r\n" * 300 + b"\r\n", 431, "invalid_request_error"),
+    ):
+        connection = await server.connect()
+        connection.send(sent)
+        answered, body = await connection.answer()
+        told = json.loads(body)
+        assert answered == status
+        assert told.keys() == {"type", "error"}
+        assert told["error"]["type"] == kind
+
+
+@IMPATIENT
 async def test_half_a_request_on_a_kept_connection_is_not_waited_for(server: Running) -> None:
     connection = await server.connect()
     connection.send(POST + b"hello" + GET + b"\r\n")

@@ -1,4 +1,4 @@
-"""guidellm: a benchmark of chats and one of completions, every request answered."""
+"""guidellm: a benchmark of each API, every request answered with every token."""
 
 from __future__ import annotations
 
@@ -10,18 +10,32 @@ from pathlib import Path
 from common import KEY, MODEL, SERVER, TOKENIZER, WORK, remark, seen
 
 REQUESTS, TOKENS = 6, 8
-for kind in ("chat_completions", "text_completions"):
-    report = WORK / f"{kind}.json"
-    command = [str(Path(sys.executable).with_name("guidellm")), "benchmark", "run", "--target", SERVER]
-    command += ["--model", MODEL, "--processor", TOKENIZER, "--request-type", kind, "--profile", "concurrent"]
-    command += ["--rate", "2", "--max-requests", str(REQUESTS), "--output-path", str(report)]
-    command += ["--data", f"prompt_tokens=32,output_tokens={TOKENS}"]
-    command += ["--backend-kwargs", json.dumps({"api_key": KEY})]
+for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+    report = WORK / f"{path.replace('/', '-')}.json"
+    backend = {
+        "kind": "openai_http",
+        "target": SERVER,
+        "model": MODEL,
+        "request_format": path,
+        "api_key": KEY,
+    }
+    data = {"kind": "synthetic_text", "prompt_tokens": 32, "output_tokens": TOKENS}
+    options = {
+        "backend": backend,
+        "profile": {"kind": "concurrent", "streams": [2]},
+        "constraint": {"kind": "max_requests", "count": REQUESTS},
+        "tokenizer": {"kind": "hf_auto", "model": TOKENIZER},
+        "data": data,
+        "output": {"kind": "json", "path": str(report)},
+    }
+    command = [str(Path(sys.executable).with_name("guidellm")), "run", "--disable-console"]
+    for name, value in options.items():
+        command += [f"--{name}", json.dumps(value)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3_000:]
     [benchmark] = json.loads(report.read_text())["benchmarks"]
     totals = benchmark["metrics"]["request_totals"]
     assert totals["successful"] == REQUESTS, totals
     assert totals["errored"] == 0, totals
-    seen(kind)
+    seen(path)
 remark(f"{REQUESTS} requests each, all answered")

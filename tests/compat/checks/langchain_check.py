@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from common import KEY, MODEL, URL
 from langchain_core.language_models import BaseChatModel
 from langchain_openai import ChatOpenAI
@@ -26,3 +27,19 @@ class TestDecar(ChatModelIntegrationTests):
     @property
     def supports_json_mode(self) -> bool:
         return True
+
+    # Each of these asks for skill, which the experts do not have (tests/compat/ensemble.py).
+
+    @pytest.mark.xfail(
+        strict=True, reason="experts without skill: JSON of any kind, not the keys that were asked for"
+    )
+    def test_json_mode(self, model: BaseChatModel) -> None:
+        super().test_json_mode(model)
+
+    @pytest.mark.xfail(strict=True, reason="experts without skill: they call a tool only where they have to")
+    def test_agent_loop(self, model: BaseChatModel) -> None:
+        super().test_agent_loop(model)
+
+    @pytest.mark.xfail(strict=True, reason="experts without skill: they cannot write Chinese")
+    def test_unicode_tool_call_integration(self, model: BaseChatModel, **options: Any) -> None:
+        super().test_unicode_tool_call_integration(model, **options)

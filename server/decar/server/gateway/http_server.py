@@ -12,7 +12,7 @@ from typing import Literal
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from decar.server.gateway.errors import error_body
+from decar.server.gateway.errors import anthropic_error_body, error_body, is_anthropic
 from decar.server.gateway.request_id import logged_for
 
 logger = logging.getLogger("decar")
@@ -197,7 +197,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if begun:
                 self.transport.close()
                 return
-        body = json.dumps(error_body(message, status)).encode()
+        path = getattr(self, "url", b"").partition(b"?")[0].decode("latin-1")  # as far as it has come
+        anthropic = is_anthropic(path.removeprefix(self.root_path))
+        error = anthropic_error_body(message, status) if anthropic else error_body(message, status)
+        body = json.dumps(error).encode()
         head = (
             f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
