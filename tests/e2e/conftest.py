@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from decar.server.vllm_adapter.versions import installed_version, numbers_of
 from tests.helpers import EXACT, Server
 from tests.reference import Reference
+from tests.training.new_command import run_new
 
 CHUNK_TOKENS = 256
 MAX_NUM_SEQS = 32
@@ -55,13 +57,24 @@ def duo_server(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="session")
-def trio_server(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def new_trio(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The same ensemble, put together by `decar new` from the experts' checkpoints."""
+    directory = tmp_path_factory.mktemp("new") / trio.name
+    experts = [f"{name}={trio.directory / 'experts' / name}" for name in trio.experts]
+    priors = ",".join(f"{name}={prior}" for name, prior in zip(trio.experts, trio.prior, strict=True))
+    said = run_new(directory, *experts, "--prior", priors)
+    assert said.error is None
+    return replace(trio, directory=directory)
+
+
+@pytest.fixture(scope="session")
+def trio_server(new_trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """K=3: one of another architecture, one with a padded vocabulary. vLLM chooses what compiles a grammar."""
     aborts = (
         ("--enable-scale-out",) if numbers_of(installed_version() or "") >= (0, 32) else ()
     )  # 0.26 has no route that aborts
     flags = (*EXACT, *aborts, "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    with running(trio, tmp_path_factory.mktemp("logs") / "trio.log", flags) as server:
+    with running(new_trio, tmp_path_factory.mktemp("logs") / "trio.log", flags) as server:
         yield server
 
 
