@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -200,3 +202,26 @@ def test_data_without_words(here: Path) -> None:
         write_jsonl(here / f"{name}.jsonl", ["a", "b", "c"])
     data = "code=code.jsonl,prose=prose.jsonl"
     only_error(run_new("demo", "code=a", "prose=b", "--data", data), "no words", "give texts with words")
+
+
+# ---------------------------------------------------------------------------------------------- the document
+
+
+def test_what_the_document_shows_is_what_happens(here: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs/bring-your-own.md").read_text()
+    config_writer(here)
+    write_jsonl(here / "requests.jsonl", ["def main(args):", "It was the best of times"])
+    (here / "a").rename(here / "code")
+    (here / "b").rename(here / "prose")
+    shutil.copytree(here / "prose", here / "org/model")  # a folder comes before a model of the Hub
+    commands = [line.split() for block in _blocks(document, "bash") for line in block.splitlines()]
+    made = [run_new(*words) for _, command, *words in commands if command == "new"]
+    assert [said.error for said in made] == [None] * 4
+    assert _blocks(document, "text") == [made[0].out]
+    assert Ensemble.load("demo").manifest.router.kind == "classifier"
+    others = {" ".join(words) for words in commands if words[1] != "new"}
+    assert all(f"  {command}\n" in made[0].out for command in others)
+
+
+def _blocks(document: str, kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", document, re.DOTALL)
