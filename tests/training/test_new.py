@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from decar.router import Ensemble
 from decar.training.new import write
 from tests.helpers import wait_until
+from tests.images import Kind, make_image_ensemble
 from tests.training.new_command import only_error, run_new
 
 # ---------------------------------------------------------------------------------------------- an ensemble
@@ -89,6 +90,15 @@ def test_sharded_weights(here: Path) -> None:
     assert Ensemble.load("demo").experts[0].num_parameters == sum(w.numel() for w in weights.values())
     (here / "a/part-1.safetensors").unlink()
     only_error(run_new("other", "code=a"), "'code'", "part-1.safetensors are missing")
+
+
+@pytest.mark.parametrize("kind", ["llava", "internvl"])
+def test_experts_that_read_images(here: Path, kind: Kind) -> None:
+    experts = make_image_ensemble(here / "made", (0.4, 0.6), kind) / "experts"
+    (here / "sample.jsonl").write_text('{"text": "zero one two three"}')
+    said = run_new("demo", f"a={experts}/expert0", f"b={experts}/expert1", "--sample", "sample.jsonl")
+    assert (said.error, said.warnings) == (None, [])
+    assert all(expert.reads_images for expert in Ensemble.load("demo").experts)
 
 
 def test_hard_links_share_files(here: Path) -> None:
@@ -175,9 +185,9 @@ def test_a_killed_run_leaves_no_ensemble(here: Path) -> None:
     """What it leaves beside its place, the next run removes."""
     weights = here / "a/model.safetensors"
     os.truncate(weights, 8)
-    header = json.dumps({"x": {"dtype": "U8", "shape": [1 << 36], "data_offsets": [0, 1 << 36]}}).encode()
+    header = json.dumps({"x": {"dtype": "U8", "shape": [1 << 33], "data_offsets": [0, 1 << 33]}}).encode()
     weights.write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(weights, 8 + len(header) + (1 << 36))  # sparse: reading it takes long enough to be killed at
+    os.truncate(weights, 8 + len(header) + (1 << 33))  # sparse: reading it takes long enough to be killed at
     script = "from tests.training.new_command import run_new; run_new('demo', 'code=a', 'other=b')"
     copy = here / ".demo.tmp/experts/code/model.safetensors"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
