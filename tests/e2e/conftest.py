@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.browser import chromium
 from tests.e2e.collector import Collector, running_collector
 from tests.helpers import EXACT, Server
 from tests.reference import Reference
+from tests.training.new_command import run_new
 
 CHUNK_TOKENS = 256
 MAX_NUM_SEQS = 32
@@ -64,8 +66,19 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="session")
+def new_trio(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The same ensemble, put together by `decar new` from the experts' checkpoints."""
+    directory = tmp_path_factory.mktemp("new") / trio.name
+    experts = [f"{name}={trio.directory / 'experts' / name}" for name in trio.experts]
+    priors = ",".join(f"{name}={prior}" for name, prior in zip(trio.experts, trio.prior, strict=True))
+    said = run_new(directory, *experts, "--prior", priors)
+    assert said.error is None
+    return replace(trio, directory=directory)
+
+
+@pytest.fixture(scope="session")
 def trio_server(
-    trio: Reference, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+    new_trio: Reference, collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """K=3: one of another architecture, one with a padded vocabulary. vLLM chooses what compiles a grammar, and spans
     of all that is asked go to the ``collector``."""
@@ -75,7 +88,7 @@ def trio_server(
     flags = (*EXACT, *aborts, "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     flags = (*flags, "--otlp-traces-endpoint", collector.endpoint)
     soon = {"OTEL_BSP_SCHEDULE_DELAY": "100"}  # ms until spans are sent
-    with running(trio, tmp_path_factory.mktemp("logs") / "trio.log", flags, soon) as server:
+    with running(new_trio, tmp_path_factory.mktemp("logs") / "trio.log", flags, soon) as server:
         yield server
 
 

@@ -247,6 +247,11 @@ def test_config_files(directory: Path) -> None:
         problem = only_problem(directory)
         assert "'prose'" in problem
         assert "vocab_size" in problem
+    for wrong in ("many", [1], {"a": 1}):
+        config.write_text(json.dumps({**json.loads(good), "max_position_embeddings": wrong}))
+        problem = only_problem(directory)
+        assert "'prose'" in problem
+        assert "max_position_embeddings" in problem
     for no_object in ("[]", "3", "null"):
         config.write_text(no_object)
         assert "'prose'" in only_problem(directory)
@@ -348,7 +353,17 @@ def test_what_does_not_change_ids_does_not_change_the_fingerprint(directory: Pat
     assert Ensemble.inspect(directory)[1] == []
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"model": {"vocab": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "{", "[]", "{}", '{"model": {"vocab": 3}}'),
+        *(
+            '{"model": {"vocab": {}}, "added_tokens": [{"id": 3}]}',
+            '{"model": {"vocab": {}}, "added_tokens": [3]}',
+        ),
+        '{"model": {"vocab": {}}, "added_tokens": [{"id": "x", "content": "x"}]}',
+    ],
+)
 def test_tokenizers_that_cannot_be_read(directory: Path, content: str | None) -> None:
     file = directory / "experts/prose/tokenizer.json"
     if content is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from decar.training.config import TrainConfig, load_config
+from tests.reference import Reference
 
 CODE = [
     "def",
@@ -86,3 +88,15 @@ def config_writer(root: Path) -> WriteConfig:
 @pytest.fixture
 def config(write_config: WriteConfig) -> TrainConfig:
     return load_config(write_config())
+
+
+@pytest.fixture
+def here(trio: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, with checkpoints a (Llama), b (Qwen2) and c (Llama with padding rows) of one tokenizer."""
+    for name, expert in {"a": "code", "b": "prose", "c": "maths"}.items():
+        shutil.copytree(trio.directory / "experts" / expert, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    yield tmp_path
+    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert hidden <= before, "something half written is left"

@@ -49,3 +49,13 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     data = json.loads(path.read_text()) if path.exists() else {}
     edit(data)
     path.write_text(json.dumps(data))
+
+
+def only_error(said: Said, *words: str) -> str:
+    """The one line of a run that refused; it wrote nothing."""
+    assert said.error is not None, said.out
+    assert "\n" not in said.error
+    for word in words:
+        assert word in said.error, said.error
+    assert "is written" not in said.out
+    return said.error

@@ -29,11 +29,12 @@ _ADAPTER = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _MERGE = (
     'python -c "from peft import AutoPeftModelForCausalLM as M; '
-    "M.from_pretrained('{0}').merge_and_unload().save_pretrained('{0}-merged')\" and copy the tokenizer there"
+    "M.from_pretrained('{0}').merge_and_unload().save_pretrained('{0}-merged')\" and copy "
+    "tokenizer and chat template there"
 )
 _CONVERT = (
     'python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\" and copy the tokenizer there"
+    "M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\" and copy tokenizer and chat template there"
 )
 # Endings of classes that predict something else than the next token.
 _OTHER_TASKS = (

@@ -33,8 +33,8 @@ def new(
     experts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="EXPERT=CHECKPOINT...",
-            help="An expert's name and its folder, or ORG/MODEL[@REVISION] of the Hugging Face Hub.",
+            metavar="EXPERT=CHECKPOINT",
+            help="An expert's name and its folder, or a model of the Hugging Face Hub: ORG/MODEL, ORG/MODEL@REVISION.",
             show_default=False,
         ),
     ] = None,
@@ -202,8 +202,12 @@ def _estimate(
     checkpoints: Sequence[Checkpoint], texts: Sequence[str], file: Path | None
 ) -> tuple[list[float], str]:
     """(the priors, where they come from)."""
+    from transformers.utils.logging import disable_progress_bar
+
     from decar.router.manifest import ExpertCheckpoint
     from decar.training.new.priors import estimate_priors
+
+    disable_progress_bar()  # one is enough
 
     experts = [ExpertCheckpoint(c.name, c.folder, 1.0, c.config) for c in checkpoints]
     with _progress("scoring the sample") as progress:
