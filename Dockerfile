@@ -14,11 +14,11 @@ ENV DECAR_VERBOSE=1
 COPY . /src
 RUN pip install --no-cache-dir --constraint /src/constraints.txt "/src[cuda]" && rm -rf /src
 
-RUN useradd --create-home decar
-USER decar
+RUN useradd --create-home --uid 10001 decar
+USER 10001
 WORKDIR /home/decar
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
-    CMD curl --fail --silent http://127.0.0.1:8000/health || exit 1
+    CMD ["curl", "--fail", "--silent", "--output", "/dev/null", "http://127.0.0.1:8000/health"]
 ENTRYPOINT ["decar", "serve"]
 CMD ["/ensemble", "--host", "0.0.0.0", "--port", "8000"]

@@ -29,10 +29,11 @@ test-clients: setup  ## others' clients against a running ensemble, each in its 
 soak: setup  ## what takes too long for every change: thousands of requests, faults under load
 	$(BIN)/python -m pytest -m soak
 
-lint: setup  ## formatting, style, types
+lint: setup  ## formatting, style, types, the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 seams: setup  ## names that decar relies on, in the installed vLLM's source or in another's: make seams VLLM=0.33.0
 	$(BIN)/python tools/seams.py $(if $(VLLM),--version $(VLLM))

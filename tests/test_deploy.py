@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from decar.server.protocol.plane import PlaneSpec
 from tests.queries import ALERTS, DASHBOARD, alerts, dashboard_queries, names_in
 from tests.server.fake_engine import FakeServer
 
@@ -77,6 +78,15 @@ def test_every_metric_has_a_row_that_says_what_it_means_and_nothing_else_has(
     registered: dict[str, str],
 ) -> None:
     assert set(rows("What each metric means")) == set(registered.values())
+
+
+def test_rows_take_the_shared_memory_that_is_written() -> None:
+    examples = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", OPERATIONS, re.MULTILINE)
+    assert len(examples) == 3
+    for experts, slots, vocab_size, mb in (map(int, row) for row in examples):
+        spec = PlaneSpec("", experts, slots, vocab_size, positions=4096)
+        assert round(spec.size_bytes / 1e6) == mb
+        assert spec.size_bytes == pytest.approx(8 * experts * slots * vocab_size, rel=0.02)
 
 
 def test_every_alert_is_tested() -> None:
