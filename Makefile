@@ -5,8 +5,9 @@ PYTHON ?= python3
 PORT ?= 8000
 VLLM ?=
 BIN := $(VENV)/bin
+DOCS_VENV ?= .venv-docs
 
-.PHONY: setup demo test soak lint seams bench clean
+.PHONY: setup demo test soak lint seams bench docs clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
@@ -33,5 +34,15 @@ seams: setup  ## names that decar relies on, in the installed vLLM's source or i
 bench: setup  ## what an ensemble costs beside one expert: a two-minute measurement
 	$(BIN)/decar bench serve --quick --output runs/bench
 
+docs: $(DOCS_VENV)/.ready  ## the documentation as a site, in site/; every warning and dead link is an error
+	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+# An environment of its own: none of it is needed to run or to test decar, and nothing of decar's to build the site.
+$(DOCS_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(DOCS_VENV) build site runs
