@@ -35,7 +35,7 @@ bench: setup  ## what an ensemble costs beside one expert: a two-minute measurem
 	$(BIN)/decar bench serve --quick --output runs/bench
 
 docs: $(DOCS_VENV)/.ready  ## the documentation as a site, in site/; every warning and dead link is an error
-	$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	$(DOCS_VENV)/bin/mkdocs build --strict
 
 # An environment of its own: none of it is needed to run or to test decar, and nothing of decar's to build the site.
 $(DOCS_VENV)/.ready: pyproject.toml

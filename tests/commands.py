@@ -64,7 +64,12 @@ def _check_paths(words: list[str]) -> None:
     """Paths that begin with one of this repository's folders."""
     for word in words:
         top = word.split("/")[0]
-        if "/" in word and top in _folders() and not re.search(r"[*$?{]", word) and not (ROOT / word).exists():
+        if (
+            "/" in word
+            and top in _folders()
+            and not re.search(r"[*$?{]", word)
+            and not (ROOT / word).exists()
+        ):
             raise NoSuchCommand(f"{word} does not exist")
 
 
@@ -99,8 +104,14 @@ def _check_typed(program: str, arguments: list[str], whole: bool) -> None:
         context = _parsed(program, arguments, whole)
         if context is None:
             return
-        if context.command.name == "serve" and program == "decar" and context.parent.command is _group("decar"):
-            parse_flags(context.args, "model", ["model"])
+        if (
+            context.command.name == "serve"
+            and program == "decar"
+            and context.parent.command is _group("decar")
+        ):
+            parse_flags(
+                ["1" if _stands_for_another(word) else word for word in context.args], "model", ["model"]
+            )
         if program == "decar-train" and not _stands_for_another(context.params["config"].name):
             load_config(context.params["config"], context.params["set_"])
     except DecarError as error:
@@ -115,6 +126,8 @@ def _parsed(program: str, arguments: list[str], whole: bool) -> Any:
     try:
         while hasattr(command, "resolve_command") and arguments and not arguments[0].startswith("-"):
             context = typer.Context(command, info_name=command.name, parent=context)
+            if _stands_for_another(arguments[0]):
+                return None
             _load(command, arguments[0])
             _, command, arguments = command.resolve_command(context, arguments)
         return command.make_context(command.name, list(arguments), parent=context)

@@ -1,7 +1,7 @@
 """Code in documents: which there is, and what a shell block commands. Knows no server.
 
-A block is run or checked by its language (`tests/test_documents.py`, `tests/e2e/test_documents.py`). One that cannot be has
-a comment on the line above it, which readers do not see:
+A block is run or checked by its language (`tests/test_documents.py`, `tests/e2e/test_documents.py`). One that cannot be
+has a comment on the line above it, which readers do not see:
 
     <!-- not run: WHY -->
 
@@ -26,9 +26,8 @@ DOCUMENTS = [
     ROOT / "benchmarks/README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-SHELL = {"bash", "sh"}
 OWN = {"decar", "decar-train", "make", "curl"}
-"""Programs whose commands are checked wherever they stand, in a block or in a line; scripts of this repository as well."""
+"""Programs whose commands are checked also where they stand in a line; so are scripts of this repository."""
 
 _NOT_RUN = re.compile(r"\s*<!-- not run: (\S.*?) -->\s*$")
 _ARRAY = re.compile(r"\b\w+=\([^)]*\)")
@@ -90,7 +89,7 @@ def every_block(*languages: str) -> list[Block]:
 
 @cache
 def inline_commands(document: Path) -> tuple[str, ...]:
-    """Commands of `OWN` and of this repository's scripts that stand in a line, but for those that leave something out."""
+    """Commands of `OWN` and of this repository's scripts that stand in a line and leave nothing out."""
     tokens = MarkdownIt("commonmark").enable("table").parse(document.read_text(encoding="utf-8"))
     spans = [
         " ".join(child.content.split())
@@ -145,7 +144,7 @@ def _simple(words: list[str]) -> Iterator[list[str]]:
             next(rest)  # where to, or where from
             if command and command[-1].isdigit():
                 command.pop()
-        elif set(word) <= set(";|&()"):
+        elif word and set(word) <= set(";|&()"):
             yield from _programs(command)
             command = []
         else:

@@ -1,7 +1,7 @@
 """Hooks of mkdocs, for `make docs`: pages from outside docs/, sources for the reference, and a check of what was built.
 
-A page's links are relative to its place in the repository, so that they work there as well; here they are made relative to
-its place in the site. README.md is the site's first page, and files that pages link to come along.
+A page's links are relative to its place in the repository, so that they work there as well; here they are made
+relative to its place in the site. README.md is the site's first page, and files that pages link to come along.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def on_startup(**_: Any) -> None:
     shutil.rmtree(SOURCES, ignore_errors=True)
     for package in ROOT.glob("*/decar"):
         shutil.copytree(
-            package, SOURCES / "decar", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "*.html*")
+            package,
+            SOURCES / "decar",
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("__pycache__", "*.html*"),
         )
 
 
@@ -62,7 +65,11 @@ def on_post_build(config: Any, **_: Any) -> None:
         PluginError: a page asks for what the site does not have, or for something from elsewhere.
     """
     site = Path(config.site_dir)
-    wrong = [f"{page.relative_to(site)}: {said}" for page in sorted(site.rglob("*.html")) for said in _problems(page, site)]
+    wrong = [
+        f"{page.relative_to(site)}: {said}"
+        for page in sorted(site.rglob("*.html"))
+        for said in _problems(page, site)
+    ]
     wrong += [
         f"{sheet.relative_to(site)}: fetches from elsewhere"
         for sheet in sorted(site.rglob("*.css"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.documents import DOCUMENTS, SHELL, Block, commands, every_block, name_of
+from tests.documents import DOCUMENTS, Block, commands, every_block, name_of
 from tests.helpers import ADMIN_KEY, Server, wait_until
 from tests.reference import Reference
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 
 CURLS = [
     pytest.param(words, id=f"{block}-{number}")
-    for block in every_block(*SHELL)
+    for block in every_block("bash")
     for number, words in enumerate(commands(block.text))
     if words[0] == "curl"
 ]
@@ -39,7 +39,11 @@ def here(text: str, server: Server, reference: Reference) -> str:
 
 @pytest.mark.parametrize(
     "document",
-    [document for document in DOCUMENTS if any(block.document == document for block in every_block("python"))],
+    [
+        document
+        for document in DOCUMENTS
+        if any(block.document == document for block in every_block("python"))
+    ],
     ids=name_of,
 )
 def test_python_blocks_run(
