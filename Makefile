@@ -6,8 +6,9 @@ PORT ?= 8000
 VLLM ?=
 RENEW ?=
 BIN := $(VENV)/bin
+DOCS_VENV ?= .venv-docs
 
-.PHONY: setup browser demo test test-clients soak lint seams bench check-deploy lock clean
+.PHONY: setup browser demo test test-clients soak lint seams bench check-deploy docs lock clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
@@ -48,5 +49,15 @@ check-deploy:  ## alerts in deploy/prometheus, by promtool (Debian, Ubuntu: apt 
 lock: setup  ## renew constraints.txt, which setup and the image install under; RENEW=1: with the newest of everything
 	VENV=$(VENV) RENEW=$(RENEW) bash tools/lock.sh
 
+docs: $(DOCS_VENV)/.ready  ## the documentation as a site, in site/; every warning and dead link is an error
+	$(DOCS_VENV)/bin/mkdocs build --strict
+
+# An environment of its own: none of it is needed to run or to test decar, and nothing of decar's to build the site.
+$(DOCS_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-clients runs
+	rm -rf $(VENV) $(DOCS_VENV) .venv-clients build site runs

@@ -341,17 +341,3 @@ def test_results_have_a_line_for_each_record() -> None:
         for path in folder.rglob("*.json"):
             text = path.read_text()
             assert text == lines_of(json.loads(text)), f"run python tools/keep_report.py {path} {path}"
-
-
-def test_the_readme_names_only_targets_and_commands_that_exist() -> None:
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.split("#")[0].split() for block in blocks for line in block.splitlines()]
-    made = {word for line in lines if line[:1] == ["make"] for word in line[1:] if "=" not in word}
-    assert {"demo", "test"} <= made
-    assert made <= targets
-    scripts = re.findall(r"^([\w-]+) = \"decar\.", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    used = {line[0] for line in lines if line and not (ROOT / line[0]).is_file()} - {"make"}
-    assert used <= {*scripts, "curl", "pip", "git", "cd", "docker", "python", ".venv/bin/python"}
-    configs = [word for line in lines for word in line if word.startswith("configs/")]
-    assert all((ROOT / path).exists() for path in configs)

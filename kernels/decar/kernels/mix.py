@@ -82,7 +82,10 @@ def decide(
     softmax(log p / temperature), the same one whatever the batch. Ties go to the smaller id.
 
     Args:
-        rows, entries, log_weights, rule: as for `mix_rows`.
+        rows: as for `mix_rows`.
+        entries: as for `mix_rows`.
+        log_weights: as for `mix_rows`.
+        rule: as for `mix_rows`.
         temperatures: [B]; 0 is greedy.
         seeds: [B] int64, not negative.
         positions: [B] int64, from 0 to 2^32 - 1.

@@ -51,7 +51,8 @@ def moved_on(log_weights: npt.ArrayLike, log_likelihoods: npt.ArrayLike) -> Floa
     there is nothing to learn from it, and the weights stay.
 
     Args:
-        log_weights, log_likelihoods: [..., K].
+        log_weights: [..., K].
+        log_likelihoods: [..., K].
     """
     before = np.array(log_weights, dtype=np.float64)
     said = np.asarray(log_likelihoods, dtype=np.float64)
