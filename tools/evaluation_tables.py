@@ -1,6 +1,6 @@
 """The tables of docs/evaluation.md and docs/routing.md, in Markdown, from reports of `decar-train evaluate`.
 
-python tools/evaluation_tables.py docs/evaluation/demo/report.json docs/evaluation/four/report.json
+python tools/evaluation_tables.py docs/evaluation/text/report.json docs/evaluation/four/report.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Keep a report where a document refers to it: the same content, one line for each record.
 
-python tools/keep_report.py runs/demo/evaluate/report.json docs/evaluation/demo/report.json
+python tools/keep_report.py runs/text/evaluate/report.json docs/evaluation/text/report.json
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_the_random_split_is_a_run_of_its_own(config: TrainConfig) -> None:
         (RUN.expert("scores"), "expert scores"),
         (RUN.router, "router"),
         (RUN.export, "export"),
-        (RUN.centralized, "evaluate"),
+        (RUN.centralized, "centralized"),
         (RUN.scores, "evaluate"),
         (RUN.evaluate, "evaluate"),
         (Run(RUN.random).partition, "evaluate"),

@@ -54,14 +54,23 @@ def show(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[P
     console.print(f"leader: {_changes(leaders)}", soft_wrap=True)
 
 
-def _print_coloured(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[Piece]) -> None:
-    legend = [(f" {name} ", f"reverse {_colour(k)}") for k, name in enumerate(names)]
-    console.print(
-        Text.assemble(*legend, (f"  bold: weight {SURE:.0%} or more; underlined: below {UNSURE:.0%}", "dim"))
+def legend(names: Sequence[str]) -> Text:
+    """Which colour is whose in what `spoken` gives."""
+    parts = [(f" {name} ", f"reverse {_colour(k)}") for k, name in enumerate(names)]
+    return Text.assemble(
+        *parts, (f"  bold: weight {SURE:.0%} or more; underlined: below {UNSURE:.0%}", "dim")
     )
+
+
+def spoken(piece: Piece) -> Text:
+    """A piece in its speaker's colour; as it is where there are no weights."""
+    return Text(harmless(piece.text), _style(piece) if piece.weights else "")
+
+
+def _print_coloured(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[Piece]) -> None:
+    console.print(legend(names))
     console.print()
-    parts = [(harmless(piece.text), _style(piece)) for piece in pieces]
-    console.print(Text.assemble((prompt, "dim"), *parts), soft_wrap=True)
+    console.print(Text.assemble((prompt, "dim"), *map(spoken, pieces)), soft_wrap=True)
 
 
 def _print_runs(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[Piece]) -> None:

@@ -129,6 +129,12 @@ def export(
 
 
 @app.command()
+def centralized(config: ConfigPath, set_: Overrides = None) -> None:
+    """Train what the ensemble is held against: one model on all shards, with all the experts' compute."""
+    _centralized(_load(config, set_))
+
+
+@app.command()
 def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
     """Hold the ensemble against a centralized model, a random split and more, over seeds; makes what is missing."""
     settings = _load(config, set_)

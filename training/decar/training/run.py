@@ -42,7 +42,7 @@ _MARKER, _REPORT, _ADAPTER = "DONE", "report.json", "adapter"
 # Of a stage's directory, patterns of what no ensemble holds.
 NOT_EXPORTED = (_MARKER, _REPORT, "*.png", _ADAPTER)
 # Directories whose name is not that of the command which writes them.
-_PARTS_OF_COMMANDS = {"tokenizer": "partition", "centralized": "evaluate", "scores": "evaluate"}
+_PARTS_OF_COMMANDS = {"tokenizer": "partition", "scores": "evaluate"}
 
 
 @dataclass(frozen=True)
