@@ -1,4 +1,4 @@
-"""`make demo`: train two experts of a skill each, apart, serve them as one model, and ask what neither can answer alone.
+"""`make demo`: train two experts of a skill each, apart, serve them as one model, and ask what neither knows alone.
 Runs the public commands only.
 """
 
@@ -105,7 +105,7 @@ def show_exam(console: Console, client: openai.OpenAI) -> None:
     console.print(f"\n{len(questions)} questions about numbers that nobody was taught, answered right:")
     console.print(table)
     console.print(
-        "The ensemble never saw both skills in one place; the last model did, with as many steps as both experts together."
+        "Nothing of the ensemble has seen both skills; the last model has, in as many steps as both experts together."
     )
 
 
@@ -124,7 +124,7 @@ def demo_server(directory: Path, port: int, log: Path, console: Console) -> Iter
 
 
 def _run(console: Console, shown: str, commands: Sequence[Sequence[str]]) -> None:
-    """Run commands at once, each with one thread, as models so small have nothing for two; several print line by line."""
+    """Run commands at once, each in one thread, as such small models have nothing for two; several print by lines."""
     console.print(f"\n$ {shown}")
     alone = len(commands) == 1
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

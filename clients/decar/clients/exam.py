@@ -54,8 +54,10 @@ def asked_of_checkpoint(directory: Path, questions: Sequence[Question]) -> list[
     """[Q]: what the model in ``directory`` answers by itself, without chance and without a server."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False
+    ).eval()
     chats = [[{"role": "user", "content": question.question}] for question in questions]
     tokenizer.padding_side = "left"
     inputs = tokenizer.apply_chat_template(
