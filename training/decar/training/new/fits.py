@@ -97,16 +97,20 @@ def _token_differences(first: Checkpoint, other: Checkpoint) -> str:
             f"{len(moved):,} tokens have other ids, e.g. {token!r} is {ids[token]} in {first.name!r} and "
             f"{other_ids[token]} in {other.name!r}"
         )
-    for mine, theirs, whose, blind in ((ids, other_ids, first, other), (other_ids, ids, other, first)):
+    merges_differ = one["model"].get("merges") != two["model"].get("merges")
+    for mine, theirs, data, whose, blind in (
+        (ids, other_ids, one, first, other),
+        (other_ids, ids, two, other, first),
+    ):
         extra = [token for token in mine if token not in theirs]
         if extra:
-            same = "" if ids.keys() - other_ids.keys() and other_ids.keys() - ids.keys() else "only "
+            added = {token["content"] for token in data.get("added_tokens") or []}
+            # With other merges, the rest of a text has other ids as well, and no file that is copied mends that.
+            mendable = not merges_differ and added.issuperset(extra)
             hint = f" (if {blind.name!r} has rows for them, copy the tokenizer files of {whose.name!r} to it)"
-            return (
-                f"{same}{whose.name!r} knows {len(extra):,} tokens, e.g. {extra[0]!r}{hint if same else ''}"
-            )
+            return f"{whose.name!r} alone knows {len(extra):,} tokens, e.g. {extra[0]!r}{hint if mendable else ''}"
     settings = [key for key in ("normalizer", "pre_tokenizer") if one.get(key) != two.get(key)]
-    if one["model"].get("merges") != two["model"].get("merges"):
+    if merges_differ:
         settings.append("merges")
     return f"they cut texts in other places ({', '.join(settings) or 'added tokens'} of tokenizer.json)"
 
