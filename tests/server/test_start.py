@@ -12,7 +12,7 @@ import pytest
 from decar.router.errors import StartError
 from decar.server.protocol.machine import check_memory_order
 from decar.server.serve import serve
-from decar.server.vllm_adapter.failures import Failures, _report_errors, reason_of
+from decar.server.vllm_adapter.failures import Failures, Progress, _report_errors, _report_progress, reason_of
 
 
 @pytest.mark.parametrize("machine", ["aarch64", "arm64", "riscv64", "ppc64le", ""])
@@ -59,6 +59,24 @@ def test_the_first_error_of_each_engine_is_told(failures: Failures) -> None:
     logger.error("and then", exc_info=OSError("what follows"))
     assert failures.told(names) == "expert 'prose': KeyError: 'layers.2'"
     assert failures.told(names) == "expert 'prose': KeyError: 'layers.2'"
+
+
+def test_what_engines_log_is_heard_while_they_start(failures: Failures) -> None:
+    progress = Progress()
+    _report_progress(1, progress.address)
+    logger = logging.getLogger("vllm.of.this.test")
+    logger.warning("Loading %s\n took %d s", "weights", 3)
+    assert list(progress.heard()) == [(1, "Loading weights took 3 s")]
+    assert list(progress.heard()) == []
+    progress.close()
+    logger.warning("nobody listens")
+    assert list(progress.heard()) == []
+
+
+def test_failed_engines_are_named(failures: Failures) -> None:
+    _report_errors(1, failures.address)
+    logging.getLogger("vllm.of.this.test").error("it failed", exc_info=OSError("why"))
+    assert failures.of(["code", "prose"]) == ["prose"]
 
 
 def test_nobody_need_listen_any_more(failures: Failures) -> None:
