@@ -22,7 +22,7 @@ from decar.training.cli import app as train_app
 from decar.training.config import load_config
 from tests.documents import ROOT
 
-OTHERS = {"accelerate", "cd", "curl", "export", "rsync", "ssh", "torchrun"}
+OTHERS = {"accelerate", "aiperf", "cd", "curl", "export", "lm_eval", "rsync", "ssh", "torchrun", "vllm"}
 """Programs of others: their flags are theirs."""
 MODULES = {"decar": "decar", "decar.server": "decar", "decar.training": "decar-train"}
 """What `python -m` starts as another command."""
