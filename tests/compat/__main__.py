@@ -38,7 +38,7 @@ FLAGS = (
     # Else a grammar says that arguments are JSON, and leaves it to the model of which form, unless a tool is `strict`.
     *("--tool-strict-level", "parameter"),
     # Clients ask as their users do, who say neither: what they get is the same every time, and ends.
-    *("--override-generation-config", '{"temperature": 0, "max_new_tokens": 64}'),
+    *("--override-generation-config", '{"temperature": 0, "max_new_tokens": 128}'),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 
