@@ -35,8 +35,10 @@ FLAGS = (
     *("--dtype", "float32", "--max-model-len", str(ensemble.POSITIONS), "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(256 << 20), "--max-num-seqs", "32", "--api-key", KEY),
     *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    # Else a grammar says that arguments are JSON, and leaves it to the model of which form, unless a tool is `strict`.
+    *("--tool-strict-level", "parameter"),
     # Clients ask as their users do, who say neither: what they get is the same every time, and ends.
-    *("--override-generation-config", '{"temperature": 0, "max_new_tokens": 64}'),
+    *("--override-generation-config", '{"temperature": 0, "max_new_tokens": 128}'),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 
@@ -58,6 +60,8 @@ def checked(client: Client, folder: Path, server: Server, directory: Path, log: 
             "pytest",
             "-rxXf",
             "-oasyncio_mode=auto",
+            "-oasyncio_default_fixture_loop_scope=session",  # langchain-openai keeps its connections
+            "-oasyncio_default_test_loop_scope=session",
             "-q",
             "-p",
             "no:cacheprovider",

@@ -69,7 +69,7 @@ def test_who_asks_for_no_model_is_told_whose_the_answer_is(duo_server: Server, p
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_beams_and_choices_name_it_too(duo_server: Server, path: str) -> None:
     assert named(ask(duo_server, path, "duo/prose", use_beam_search=True, n=2)) == {"duo/prose"}
-    assert named(ask(duo_server, path, "duo/prose", n=3)) == {"duo/prose"}
+    assert named(ask(duo_server, path, "duo/prose", n=3, temperature=1)) == {"duo/prose"}
 
 
 def test_metrics_count_by_the_model_that_was_asked_for(duo_server: Server, duo: Reference) -> None:
@@ -84,7 +84,7 @@ def test_metrics_count_by_the_model_that_was_asked_for(duo_server: Server, duo: 
     prompt = duo.encode("import os")
     wait_until(duo_server.is_idle, 30, "nothing of other tests is counted below")
     before = counted()
-    ask(duo_server, "/v1/completions", "duo", prompt=prompt, n=2)
+    ask(duo_server, "/v1/completions", "duo", prompt=prompt, n=2, temperature=1)
     ask(duo_server, "/v1/completions", "duo/code", prompt=[prompt, prompt], max_tokens=5)
     list(stream(duo_server, "/v1/completions", "duo/code", prompt=prompt))
     duo_server.http.post("/v1/completions", json={"model": "duo/stranger", "prompt": prompt})

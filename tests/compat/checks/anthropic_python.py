@@ -26,7 +26,7 @@ tools: list[Any] = [{"name": "add", "description": "Adds.", "input_schema": ADD}
 kinds: list[Any] = [{"type": "any"}, {"type": "tool", "name": "add"}]
 for choice in kinds:
     called = client.messages.create(
-        model=MODEL, messages=CHAT, max_tokens=64, tools=tools, tool_choice=choice
+        model=MODEL, messages=CHAT, max_tokens=128, tools=tools, tool_choice=choice
     )
     assert called.stop_reason == "tool_use"
     [block] = [block for block in called.content if block.type == "tool_use"]
@@ -47,7 +47,11 @@ def create(**more: Any) -> Any:
 
 
 assert kind_of(raises(anthropic.NotFoundError, lambda: create(model="stranger"))) == "not_found_error"
-for wrong in ({"extra_body": {"decar": {"rule": "x"}}}, {"temperature": -1}, {"max_tokens": 100_000}):
+for wrong in (
+    {"extra_body": {"decar": {"rule": "x"}}},
+    {"extra_body": {"temperature": -1}},
+    {"max_tokens": 20_000},
+):
     error = raises(anthropic.BadRequestError, lambda wrong=wrong: create(**wrong))
     assert kind_of(error) == "invalid_request_error"
 stranger = anthropic.Anthropic(base_url=SERVER, api_key="wrong", max_retries=0)

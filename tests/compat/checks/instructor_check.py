@@ -1,4 +1,7 @@
-"""instructor: answers as objects, by tools and by JSON schema, whole, in parts and as a list."""
+"""instructor: answers as objects, by tools and by JSON schema, whole and in parts.
+
+Its mode JSON gives a grammar no schema: for experts with skill.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ class Person(BaseModel):
 
 
 plain = openai.OpenAI(base_url=URL, api_key=KEY, max_retries=0)
-for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA, instructor.Mode.JSON):
+for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
     client = instructor.from_openai(plain, mode=mode)
     for model in (MODEL, EXPERT):
         person, raw = client.chat.completions.create_with_completion(

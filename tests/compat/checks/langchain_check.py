@@ -18,7 +18,14 @@ class TestDecar(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": MODEL, "base_url": URL, "api_key": KEY, "max_retries": 0, "stream_usage": True}
+        return {
+            "model": MODEL,
+            "base_url": URL,
+            "api_key": KEY,
+            "max_retries": 0,
+            "max_tokens": 128,
+            "stream_usage": True,
+        }
 
     @property
     def has_tool_choice(self) -> bool:
@@ -35,6 +42,12 @@ class TestDecar(ChatModelIntegrationTests):
     )
     def test_json_mode(self, model: BaseChatModel) -> None:
         super().test_json_mode(model)
+
+    @pytest.mark.xfail(
+        strict=True, reason="experts without skill: they leave every text empty that may be empty"
+    )
+    def test_bind_runnables_as_tools(self, model: BaseChatModel) -> None:
+        super().test_bind_runnables_as_tools(model)
 
     @pytest.mark.xfail(strict=True, reason="experts without skill: they call a tool only where they have to")
     def test_agent_loop(self, model: BaseChatModel) -> None:

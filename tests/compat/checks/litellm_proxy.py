@@ -61,7 +61,7 @@ try:
         )
         assert said == whole.json()["choices"][0]["message"]["content"]
         message = client.post("/v1/messages", json=body).json()
-        assert message["content"][0]["text"] == said, message
+        assert message["content"][0]["text"].startswith(said), message  # it asks for 16 tokens at least
     seen("chats, streams, the decar object, messages")
     wrong = client.post("/v1/chat/completions", json={**body, "decar": {"rule": "x"}})
     assert wrong.status_code == 400, wrong.text

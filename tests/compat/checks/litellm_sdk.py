@@ -17,7 +17,7 @@ for provider, base in (("openai", URL), ("hosted_vllm", URL), ("anthropic", SERV
             text += chunk.choices[0].delta.content or ""
         assert text == whole.choices[0].message.content
     tool = {"type": "function", "function": {"name": "add", "parameters": ADD}}
-    called = litellm.completion(**options, max_tokens=64, tools=[tool], tool_choice="required")
+    called = litellm.completion(**options, max_tokens=128, tools=[tool], tool_choice="required")
     assert called.choices[0].message.tool_calls[0].function.name == "add"
     raises(litellm.NotFoundError, lambda: litellm.completion(**{**options, "model": f"{provider}/stranger"}))  # noqa: B023
     raises(litellm.AuthenticationError, lambda: litellm.completion(**{**options, "api_key": "wrong"}))  # noqa: B023

@@ -37,9 +37,8 @@ async def main() -> None:
             assert answer.response.model_name == name
         async with Agent(make(MODEL)).run_stream("Hi", model_settings={"max_tokens": 8}) as stream:
             assert await stream.get_output() == answer.output
-        city = await Agent(make(MODEL), output_type=City).run(
-            "Which city?"
-        )  # by a tool that has to be called
+        by_tool = Agent(make(MODEL), output_type=City)  # which has to be called
+        city = await by_tool.run("Which city?", model_settings={"max_tokens": 128})
         assert city.output == City(name="", people=3)
         [refused] = await asyncio.gather(Agent(make("stranger")).run("Hi"), return_exceptions=True)
         assert isinstance(refused, ModelHTTPError)
