@@ -269,12 +269,13 @@ async def test_code_that_is_shown_gives_the_answer_that_is_shown(
         run = {"curl": ["bash", "-c", codes["curl"]], "Python": [sys.executable, "-c", codes["Python"]]}
         done = {
             language: await asyncio.to_thread(
-                subprocess.run, command, capture_output=True, text=True, timeout=120, check=False
+                subprocess.run, command, capture_output=True, timeout=120, check=False
             )
             for language, command in run.items()
         }
-        assert done["Python"].stdout.removesuffix("\n") == said, done["Python"].stderr
-        events = [line for line in done["curl"].stdout.splitlines() if line.startswith("data: {")]
+        # As bytes: what a model says may have carriage returns, which reading as text would change.
+        assert done["Python"].stdout.decode().removesuffix("\n") == said, done["Python"].stderr
+        events = [line for line in done["curl"].stdout.decode().splitlines() if line.startswith("data: {")]
         choices = [
             choice for event in events for choice in json.loads(event.removeprefix("data: "))["choices"]
         ]
