@@ -24,6 +24,16 @@ from tests.server.test_middleware import listening
 pytestmark = [pytest.mark.timeout(300)]
 
 HTML = '<img src="x" onerror="window.hacked = true"><script>window.hacked = true</script>'
+NOTHING_SPECIAL = {"0": -100, "1": -100, "2": -100}  # whose tokens have no text
+KEEP_STREAMS = """() => {
+    const real = window.fetch;
+    window.streams = [];
+    window.fetch = async (...asked) => {
+        const response = await real(...asked);
+        if (asked[0].endsWith("completions")) window.streams.push(response.clone().text());
+        return response;
+    };
+}"""
 NARROW = {"viewport": {"width": 400, "height": 800}}
 DARK = {"color_scheme": "dark"}
 APART, PAIR_APART = 0.03, 0.15
@@ -129,6 +139,11 @@ async def request_of(page: Page) -> dict[str, Any]:
     return body
 
 
+def text_of(choice: dict[str, Any]) -> str:
+    """What a chunk's choice adds to the answer."""
+    return str(choice["text"] if "text" in choice else choice["delta"].get("content") or "")
+
+
 # ---------------------------------------------------------------------------------------------- real engines
 
 
@@ -140,33 +155,31 @@ async def test_a_token_has_the_mixture_of_its_experts_colours(
     async with connected(browser, trio_server.url, color_scheme=theme) as page:
         await page.locator("[name=seed]").fill("5")
         await page.locator("[name=max_tokens]").fill("24")
-        await page.get_by_role("radio", name=mode).check()
-        await page.locator("#prompt").fill("import os")
-        body = await request_of(page)
-        path = "/v1/chat/completions" if mode == "Chat" else "/v1/completions"
-        whole = {name: value for name, value in body.items() if not name.startswith("stream")}
-        response = await asyncio.to_thread(trio_server.http.post, path, json=whole)
-        choice = response.json()["choices"][0]
-        await page.locator("#send").click()
+        await with_fields(page, logit_bias=NOTHING_SPECIAL)
+        await page.evaluate(KEEP_STREAMS)
+        await ask(page, "import os", mode)
         await answered(page)
-        [said] = await texts(page)
-        assert said == (choice["message"]["content"] if mode == "Chat" else choice["text"])
-        weights = np.array(choice["decar"]["weights"])
+        lines = str(await page.evaluate("window.streams[0]")).splitlines()
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        assert await texts(page) == ["".join(map(text_of, choices))]
+        traces = [choice["decar"] for choice in choices if "decar" in choice]
+        weights = np.array([each for trace in traces for each in trace["weights"]])
+        leaders = [leader for trace in traces for leader in trace["leaders"]]
         shown = np.array(await colours(page))
-        assert len(shown) == 24
-        expected = weights[:24] @ np.array((await palette(page, theme))[:3])
+        assert len(weights) == len(shown) == 24
+        expected = weights @ np.array((await palette(page, theme))[:3])
         assert np.abs(shown - expected).max() < 2e-3
         assert np.ptp(shown, axis=0).max() > 0.01, "they are not all the same"
 
-        token = page.locator(".token").nth(3)
-        await token.hover()
+        await page.locator(".token").nth(3).hover()
         tip = page.get_by_role("tooltip")
-        await expect(tip).to_contain_text(f"led by {choice['decar']['leaders'][3]}")
+        await expect(tip).to_contain_text(f"led by {leaders[3]}")
         for name, weight in zip(("maths", "code", "prose"), weights[3], strict=True):
-            await expect(tip.get_by_role("listitem").filter(has_text=name)).to_contain_text(
-                f"{weight:.0%}"[:-1]
-            )
-        await expect(tip.locator(".bars").nth(1).get_by_role("listitem")).to_have_count(5)
+            said = await tip.get_by_role("listitem").filter(has_text=name).text_content() or ""
+            assert float(said.removeprefix(name).removesuffix(" %")) == pytest.approx(100 * weight, abs=0.51)
+        alternatives = await tip.locator(".bars").nth(1).get_by_role("listitem").count()
+        assert alternatives in (5, 6)  # vLLM adds the token itself where it is not among them
 
 
 @pytest.mark.engines
@@ -240,7 +253,7 @@ async def test_code_that_is_shown_gives_the_answer_that_is_shown(
         await page.locator("[name=max_tokens]").fill("12")
         await page.locator("[name=temperature]").fill("0")
         await page.locator("[name=route]").select_option("fixed")
-        await page.get_by_label("code").last.fill("80")
+        await page.locator("[name='weight:code']").fill("80")
         await page.get_by_role("radio", name=mode).check()
         await page.locator("#prompt").fill('It\'s a "test"\nof `quotes` $HOME \\ é 𝄞 JSON\nJSON')
         codes = {}
@@ -256,15 +269,17 @@ async def test_code_that_is_shown_gives_the_answer_that_is_shown(
         run = {"curl": ["bash", "-c", codes["curl"]], "Python": [sys.executable, "-c", codes["Python"]]}
         done = {
             language: await asyncio.to_thread(
-                subprocess.run, command, capture_output=True, text=True, timeout=120, check=False
+                subprocess.run, command, capture_output=True, timeout=120, check=False
             )
             for language, command in run.items()
         }
-        assert done["Python"].stdout.removesuffix("\n") == said, done["Python"].stderr
-        events = [line for line in done["curl"].stdout.splitlines() if line.startswith("data: {")]
-        choices = [choice for event in events for choice in json.loads(event[6:])["choices"]]
-        key = (lambda choice: choice["delta"].get("content", "")) if mode == "Chat" else (lambda c: c["text"])
-        assert "".join(map(key, choices)) == said
+        # As bytes: what a model says may have carriage returns, which reading as text would change.
+        assert done["Python"].stdout.decode().removesuffix("\n") == said, done["Python"].stderr
+        events = [line for line in done["curl"].stdout.decode().splitlines() if line.startswith("data: {")]
+        choices = [
+            choice for event in events for choice in json.loads(event.removeprefix("data: "))["choices"]
+        ]
+        assert "".join(map(text_of, choices)) == said
         assert '"code": 0.8' in codes["curl"]
 
 
@@ -423,7 +438,6 @@ async def test_controls_make_the_request(browser: Browser) -> None:
         }
         assert (await request_of(page))["decar"] == {**expected, "top_k": 1, "trace": True}
         await page.locator("[name=route]").select_option("fixed")
-        await page.get_by_label("a", exact=False).locator("visible=true").last.wait_for()
         await page.locator("[name='weight:a']").fill("30")
         await expect(page.locator("#weights output").first).to_have_text("38 %")  # of 30 and 50
         body = await request_of(page)

@@ -62,22 +62,24 @@ function content({ piece, names }) {
   }
   if (first?.leader) parts.push(el("p", { className: "hint" }, `led by ${first.leader}`));
   if (tokens.length === 1 && first.alternatives?.length) {
-    parts.push(heading("Might have been said"), bars(first.alternatives.map(([other, p]) => [quoted(other), p, ""])));
+    parts.push(heading("Might have been said"), bars(others(first)));
   }
   return parts;
 }
 
+const others = ({ token, alternatives }) =>
+  alternatives.map(([text, p]) => [quoted(text), p, "", text === token]);
 const heading = (text) => el("p", { className: "heading" }, text);
 const quoted = (text) => `“${text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "␣")}”`;
 
 function bars(rows) {
   const list = el("ul", { className: "bars" });
-  for (const [label, share, colour] of rows) {
+  for (const [label, share, colour, said] of rows) {
     const bar = el("span", { className: "bar" });
     bar.style.width = `${100 * share}%`;
     if (colour) bar.style.backgroundColor = colour;
     const track = el("span", { className: "track" }, bar);
-    list.append(el("li", {}, el("span", { className: "label" }, label), track, el("span", {}, percent(share))));
+    list.append(el("li", { className: said ? "chosen" : "" }, el("span", { className: "label" }, label), track, el("span", {}, percent(share))));
   }
   return list;
 }
