@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -249,6 +250,7 @@ def test_vllms_own_span_is_left_out_where_there_are_no_statistics() -> None:
     processor = Processor()
     keep_tracing(processor)
     processor.do_tracing("no statistics", State(None), "some")
-    processor.do_tracing("ended by the relay", State("some"), None)
-    processor.do_tracing("as ever", State("some"), "some")
+    processor.do_tracing("ended by the relay", State(SimpleNamespace(scheduled_ts=1.0)), None)
+    processor.do_tracing("a follower's end", State(SimpleNamespace(scheduled_ts=0.0)), "some")
+    processor.do_tracing("as ever", State(SimpleNamespace(scheduled_ts=1.0)), "some")
     assert processor.traced == ["as ever"]

@@ -370,6 +370,7 @@ SEAMS: tuple[Seam, ...] = (
             called_in="OutputProcessor.process_outputs",
         ),
         reads(_PROCESSOR, "RequestState", "stats"),
+        reads("vllm.v1.metrics.stats", "RequestStateStats", "scheduled_ts"),
         calls(
             "vllm.tracing",
             "init_tracer",

@@ -20,12 +20,14 @@ def keep_tracing(processor: Any) -> None:
     """Have an output processor leave out the span of a request of which there are no statistics.
 
     It would end with an AssertionError, and the engine's answers with it: under --disable-log-stats, and where the
-    relay ends a request with an error.
+    relay ends a request with an error. A follower's engine says nothing before the end, which may come before it is
+    told to stop: when it was scheduled is not known, and its durations would be those since the machine's start.
     """
     trace = processor.do_tracing
 
     def do_tracing(engine_core_output: Any, req_state: Any, iteration_stats: Any) -> None:
-        if req_state.stats is not None and iteration_stats is not None:
+        known = req_state.stats is not None and req_state.stats.scheduled_ts
+        if known and iteration_stats is not None:
             trace(engine_core_output, req_state, iteration_stats)
 
     processor.do_tracing = do_tracing
