@@ -5,11 +5,11 @@ Words in capitals, and those with a $, stand for others.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import re
 from functools import cache
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,22 @@ from decar.training.cli import app as train_app
 from decar.training.config import load_config
 from tests.documents import ROOT
 
-OTHERS = {"accelerate", "aiperf", "cd", "curl", "export", "lm_eval", "rsync", "ssh", "torchrun", "vllm"}
+OTHERS = {
+    "accelerate",
+    "aiperf",
+    "cd",
+    "curl",
+    "docker",
+    "export",
+    "helm",
+    "kubectl",
+    "llm",
+    "lm_eval",
+    "rsync",
+    "ssh",
+    "torchrun",
+    "vllm",
+}
 """Programs of others: their flags are theirs."""
 MODULES = {"decar": "decar", "decar.server": "decar", "decar.training": "decar-train"}
 """What `python -m` starts as another command."""
@@ -154,16 +169,27 @@ def _group(program: str) -> Any:
 
 def _load(group: Any, name: str) -> None:
     """Give ``decar`` the command ``name``, as its `main` does, where another part offers it."""
-    offered = {entry.name: entry for entry in importlib.metadata.entry_points(group="decar.commands")}
-    if group is not _group("decar") or name in group.commands or name not in offered:
+    if group is not _group("decar") or name in group.commands or name not in _offered():
         return
-    loaded = offered[name].load()
+    loaded = EntryPoint(name, _offered()[name], "decar.commands").load()
     if not isinstance(loaded, typer.Typer):
         single = typer.Typer(add_completion=False)
         single.command(name=name)(loaded)
         loaded = single
     group.commands[name] = typer.main.get_command(loaded)
     group.commands[name].name = name
+
+
+@cache
+def _offered() -> dict[str, str]:
+    """Commands of other parts, as the source says: what is installed may be older."""
+    section = (
+        (ROOT / "pyproject.toml")
+        .read_text()
+        .split('[project.entry-points."decar.commands"]')[1]
+        .split("[")[0]
+    )
+    return dict(re.findall(r"^([\w-]+) = \"(.+)\"", section, re.MULTILINE))
 
 
 def _stands_for_another(word: str) -> bool:
