@@ -306,7 +306,7 @@ def test_an_engine_that_cannot_start_takes_the_others_along(tmp_path: Path) -> N
     assert "'code'" not in error
     assert "layers.2" in error, "the root cause"
     assert "decar: the end of prose's log:" in done.stderr
-    assert re.search(r"^  \(prose pid=\d+\) ERROR .*KeyError", done.stderr, re.MULTILINE), "its last lines"
+    assert re.search(r"^  \(prose pid=\d+\) ERROR .*ValueError", done.stderr, re.MULTILINE), "its last lines"
     assert "writes its log to" in done.stderr
     assert "INFO" not in done.stdout, "vLLM's log is in its file"
     assert set(Path("/dev/shm").glob("decar-*")) <= before
