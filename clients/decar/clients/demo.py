@@ -129,12 +129,9 @@ def _run(console: Console, shown: str, commands: Sequence[Sequence[str]]) -> Non
     alone = len(commands) == 1
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
+        output = None if alone else subprocess.PIPE
         running = [
-            stack.enter_context(
-                subprocess.Popen(
-                    command, env=environment, stdout=None if alone else subprocess.PIPE, text=not alone
-                )
-            )
+            stack.enter_context(subprocess.Popen(command, env=environment, stdout=output, text=not alone))
             for command in commands
         ]
         readers = [
@@ -144,11 +141,11 @@ def _run(console: Console, shown: str, commands: Sequence[Sequence[str]]) -> Non
             reader.start()
         for reader in readers:
             reader.join()
-        for child in running:
+        for command, child in zip(commands, running, strict=True):
             if child.wait():
                 for other in running:
                     other.terminate()
-                raise SystemExit(f"this failed: {' '.join(map(str, child.args))}")
+                raise SystemExit(f"this failed: {' '.join(command)}")
 
 
 def _print_lines(console: Console, lines: IO[str]) -> None:
