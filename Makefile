@@ -8,29 +8,35 @@ RENEW ?=
 BIN := $(VENV)/bin
 DOCS_VENV ?= .venv-docs
 
-.PHONY: setup browser demo test test-clients soak lint seams bench check-deploy docs lock clean
+.PHONY: setup dev browser demo test test-clients soak lint seams bench check-deploy docs lock clean
 
 setup: $(VENV)/.ready  ## build the virtual environment
 
 $(VENV)/.ready: pyproject.toml constraints.txt tools/setup.sh tools/repair_torchvision.sh tools/torchvision_without_operators.py
 	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
 
-browser: setup  ## Chromium for the playground's tests, where none is there
+dev: $(VENV)/.dev  ## what tests and checks need besides
+
+$(VENV)/.dev: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+browser: dev  ## Chromium for the playground's tests, where none is there
 	VENV=$(VENV) bash tools/setup_browser.sh
 
 demo: setup  ## train two experts, serve them as one model, and chat
 	$(BIN)/python -m decar.clients.demo --port $(PORT)
 
-test: setup browser  ## unit tests and end-to-end tests on real engines
+test: browser  ## unit tests and end-to-end tests on real engines
 	$(BIN)/python -m pytest
 
-test-clients: setup  ## others' clients against a running ensemble, each in its own environment; writes docs/clients.md
+test-clients: dev  ## others' clients against a running ensemble, each in its own environment; writes docs/clients.md
 	$(BIN)/python -m tests.compat
 
-soak: setup  ## what takes too long for every change: thousands of requests, faults under load
+soak: dev  ## what takes too long for every change: thousands of requests, faults under load
 	$(BIN)/python -m pytest -m soak
 
-lint: setup  ## formatting, style, types, the Dockerfile
+lint: dev  ## formatting, style, types, the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -46,7 +52,7 @@ check-deploy:  ## alerts in deploy/prometheus, by promtool (Debian, Ubuntu: apt 
 	promtool check rules deploy/prometheus/alerts.yaml
 	promtool test rules deploy/prometheus/alerts.test.yaml
 
-lock: setup  ## renew constraints.txt, which setup and the image install under; RENEW=1: with the newest of everything
+lock: dev  ## renew constraints.txt, which setup and the image install under; RENEW=1: with the newest of everything
 	VENV=$(VENV) RENEW=$(RENEW) bash tools/lock.sh
 
 docs: $(DOCS_VENV)/.ready  ## the documentation as a site, in site/; every warning and dead link is an error

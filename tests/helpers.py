@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -214,6 +214,18 @@ class Server:
             verify=False,
             headers={"authorization": f"Bearer {ADMIN_KEY}"},
         )
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Its engines compute nothing until the block ends, so that no answer in its midst is whole by then."""
+        pids = [expert["pid"] for expert in self.ensemble()["experts"]]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
 
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(

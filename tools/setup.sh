@@ -8,7 +8,7 @@ say() { printf '== %s\n' "$*"; }
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-install() { pip install --quiet --constraint constraints.txt --editable ".[$1,train,bench,dev]"; }
+install() { pip install --quiet --constraint constraints.txt --editable ".[$1,train,bench]"; }
 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     say "NVIDIA GPU found: installing vLLM"
