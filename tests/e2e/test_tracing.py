@@ -102,9 +102,10 @@ def test_a_leader_that_hands_over_is_a_leader_too(
         request, engines, [vllms] = traced.spans(own=1)
         assert set(leaders) <= {name for name, span in engines.items() if span.attributes["decar.leads"]}
         assert vllms.parent == engines[leaders[-1]].span
-        assert {name: span.attributes["decar.mixed_tokens"] for name, span in engines.items()} == {
-            name: sum(row[k] > 0 for row in weights) for k, name in enumerate(trio.experts)
-        }
+        mixed = {name: sum(row[k] > 0 for row in weights) for k, name in enumerate(trio.experts)}
+        for name, tokens in mixed.items():  # who is released by the prompt alone may have had no part
+            assert name in engines or tokens == 0
+            assert name not in engines or engines[name].attributes["decar.mixed_tokens"] == tokens
         assert request.attributes["gen_ai.usage.output_tokens"] == 40
         handed_over += len(set(leaders)) > 1
     assert handed_over > 0

@@ -21,7 +21,7 @@ RECORD = Record(
     directory="/ensembles/demo",
     url="http://127.0.0.1:9",
     pid=os.getpid(),
-    started=time.time() - 3 * 3600,
+    started=0.0,
     experts=2,
     log=None,
 )
@@ -45,7 +45,7 @@ def test_without_servers_it_says_so() -> None:
 
 def test_a_server_is_shown_as_it_starts_and_as_it_answers() -> None:
     folder = make_folder()
-    RECORD.write(folder)
+    replace(RECORD, started=time.time() - 3 * 3600).write(folder)
     line = next(line for line in shown().splitlines() if "demo" in line)
     assert line.split()[:7] == ["demo", "http://127.0.0.1:9/v1", str(os.getpid()), "starting", "0", "of", "2"]
     assert line.split()[-4:] == ["3", "h", "0", "min"]
