@@ -53,7 +53,9 @@ def asked(client: openai.OpenAI, model: str, questions: Sequence[Question]) -> l
 def asked_of_checkpoint(directory: Path, questions: Sequence[Question]) -> list[str]:
     """[Q]: what the model in ``directory`` answers by itself, without chance and without a server."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         directory, local_files_only=True, trust_remote_code=False
