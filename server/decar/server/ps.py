@@ -26,9 +26,9 @@ def show(console: Console, api_key: str | None) -> None:
     if not found:
         console.print("no decar server runs on this machine (of this user, in this container)")
         return
-    table = Table(
-        "name", "address", "pid", "state", "experts up", "slots in use", "up for", box=box.SIMPLE_HEAD
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("name", "address", "pid", "state", "experts up", "slots in use", "up for"):
+        table.add_column(column, no_wrap=column == "address")  # which is there to be copied
     with ThreadPoolExecutor(max_workers=8) as pool:
         for record, (state, experts, slots) in zip(
             found, pool.map(lambda record: _asked(record, api_key), found), strict=True
