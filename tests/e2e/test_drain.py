@@ -98,20 +98,16 @@ async def in_their_midst(client: httpx.AsyncClient, duo: Reference) -> list[asyn
 async def test_what_runs_is_finished_and_nothing_new_begins(duo: Reference, tmp_path: Path) -> None:
     """SIGTERM to all processes at once, as a service manager sends it."""
     with started(duo, tmp_path) as server:
-        engines = [expert["pid"] for expert in server.ensemble()["experts"]]
         async with client_of(server) as client:
             tasks = await in_their_midst(client, duo)
-            for pid in engines:  # until it has been asked for more, however fast they are
-                os.kill(pid, signal.SIGSTOP)
-            os.killpg(server.process.pid, signal.SIGTERM)
-            wait_until(lambda: server.health() == 503, 5, "/health says that the server stops")
-            refused = await client.post("/v1/completions", json={**LONG, "model": duo.name})
-            assert_error(refused, 503, "shutting down")
-            assert int(refused.headers["retry-after"]) > 0
-            assert refused.headers["connection"] == "close"
-            assert not all(task.done() for task in tasks), "what was asked meanwhile was asked too late"
-            for pid in engines:
-                os.kill(pid, signal.SIGCONT)
+            with server.standing_still():  # until it has been asked for more, however fast they are
+                os.killpg(server.process.pid, signal.SIGTERM)
+                wait_until(lambda: server.health() == 503, 5, "/health says that the server stops")
+                refused = await client.post("/v1/completions", json={**LONG, "model": duo.name})
+                assert_error(refused, 503, "shutting down")
+                assert int(refused.headers["retry-after"]) > 0
+                assert refused.headers["connection"] == "close"
+                assert not all(task.done() for task in tasks), "what was asked meanwhile was asked too late"
             ended = await asyncio.gather(*tasks)
         assert [one.status for one in ended] == [200] * (STREAMS + WHOLE)
         assert {one.reason for one in ended} == {"length"}

@@ -30,23 +30,8 @@ if TYPE_CHECKING:
     import openai
     from prompt_toolkit import PromptSession
 
-__all__ = ["chat", "describe_weights", "ensemble_of", "stream_chat"]
-
 NO_ROOM = ("context length", "maximum model length", "max_model_len", "too long", "max_tokens")
 """What a server says of a conversation that has become too long, one of these."""
-
-
-def stream_chat(
-    client: openai.OpenAI,
-    messages: list[dict[str, str]],
-    model: str,
-    max_tokens: int,
-    temperature: float,
-    decar: dict[str, Any] | None = None,
-) -> Iterator[tuple[str, list[list[float]]]]:
-    """`streamed`, as text and weights [tokens][experts]."""
-    for piece in streamed(client, messages, model, max_tokens, temperature, decar):
-        yield piece.text, piece.weights
 
 
 def chat(
