@@ -27,13 +27,17 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    ("backend", "endpoint"), [("openai", "completions"), ("openai-chat", "chat/completions")]
-)
-def test_vllm_bench_serve_completes_every_request(
-    duo: Reference, duo_server: Server, tmp_path: Path, backend: str, endpoint: str
-) -> None:
-    requests, tokens = 24, 16
+def bench_serve(
+    backend: str,
+    endpoint: str,
+    url: str,
+    model: str,
+    tokenizer: str,
+    requests: int,
+    tokens: int,
+    folder: Path,
+) -> list[str]:
+    """`vllm bench serve`, which writes ``folder``/result.json: so many requests, for so many tokens each."""
     command = [
         sys.executable,
         "-c",
@@ -45,17 +49,29 @@ def test_vllm_bench_serve_completes_every_request(
         "--endpoint",
         f"/v1/{endpoint}",
     ]
-    command += [
-        "--base-url",
-        duo_server.url,
-        "--model",
-        "duo",
-        "--tokenizer",
-        str(duo.directory / "experts/code"),
-    ]
+    command += ["--base-url", url, "--model", model, "--tokenizer", tokenizer, "--ignore-eos"]
     command += ["--dataset-name", "random", "--random-input-len", "24", "--random-output-len", str(tokens)]
-    command += ["--num-prompts", str(requests), "--max-concurrency", "8", "--ignore-eos"]
-    command += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", "result.json"]
+    command += ["--num-prompts", str(requests), "--max-concurrency", "8"]
+    return [*command, "--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "endpoint"), [("openai", "completions"), ("openai-chat", "chat/completions")]
+)
+def test_vllm_bench_serve_completes_every_request(
+    duo: Reference, duo_server: Server, tmp_path: Path, backend: str, endpoint: str
+) -> None:
+    requests, tokens = 24, 16
+    command = bench_serve(
+        backend,
+        endpoint,
+        duo_server.url,
+        "duo",
+        str(duo.directory / "experts/code"),
+        requests,
+        tokens,
+        tmp_path,
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())

@@ -5,37 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 from common import EXPERT, KEY, MODEL, SERVER, TOKENIZER, WORK, remark, seen
 
-from tests.e2e.test_clients import VLLM
+from tests.e2e.test_clients import bench_serve
 
 REQUESTS, TOKENS = 16, 16
 for backend, path in (("openai", "completions"), ("openai-chat", "chat/completions")):
     for model in (MODEL, EXPERT):
-        command = [
-            sys.executable,
-            "-c",
-            VLLM,
-            "bench",
-            "serve",
-            "--backend",
-            backend,
-            "--endpoint",
-            f"/v1/{path}",
-        ]
-        command += ["--base-url", SERVER, "--model", model, "--tokenizer", TOKENIZER, "--ignore-eos"]
-        command += [
-            "--dataset-name",
-            "random",
-            "--random-input-len",
-            "24",
-            "--random-output-len",
-            str(TOKENS),
-        ]
-        command += ["--num-prompts", str(REQUESTS), "--max-concurrency", "8", "--save-result"]
-        command += ["--result-dir", str(WORK), "--result-filename", "result.json"]
+        command = bench_serve(backend, path, SERVER, model, TOKENIZER, REQUESTS, TOKENS, WORK)
         environment = {**os.environ, "OPENAI_API_KEY": KEY}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2_000:]
