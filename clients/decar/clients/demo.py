@@ -51,10 +51,11 @@ def main() -> None:
     ensemble = WORK_DIR / "ensemble"
     with demo_server(ensemble, options.port, WORK_DIR / "server.log", console) as base_url:
         client = connected(base_url, "none")
+        name = ensemble_of(client)["name"]
         for question in QUESTIONS:
-            show_answer(console, client, question)
-        show_exam(console, client)
-        console.print(f"\nThe server listens on {base_url} (model {ensemble_of(client)['name']!r}).")
+            show_answer(console, client, name, question)
+        show_exam(console, client, name)
+        console.print(f"\nThe server listens on {base_url} (model {name!r}).")
         if sys.stdin.isatty() and sys.stdout.isatty():
             console.print("Try `decar chat` in another terminal. Ctrl-C stops the server.")
             with contextlib.suppress(KeyboardInterrupt):
@@ -76,23 +77,20 @@ def train(console: Console, seed: int) -> None:
         _run(console, f"decar-train {command} {CONFIG}", [[*decar_train, command, str(CONFIG), *settings]])
 
 
-def show_answer(console: Console, client: openai.OpenAI, question: str) -> None:
+def show_answer(console: Console, client: openai.OpenAI, ensemble: str, question: str) -> None:
     """Stream an answer, each token in its experts' colour."""
-    ensemble = ensemble_of(client)
     console.print(f"\n[bold]you:[/bold] {question}")
-    console.print(f"[bold]{ensemble['name']}:[/bold] ", end="")
+    console.print(f"[bold]{ensemble}:[/bold] ", end="")
     messages = [{"role": "user", "content": question}]
-    for piece in streamed(client, messages, ensemble["name"], 48, 0.0, {"trace": True}):
+    for piece in streamed(client, messages, ensemble, 48, 0.0, {"trace": True}):
         console.print(spoken(piece), end="", soft_wrap=True)
     console.print()
-    names = [expert["name"] for expert in ensemble["experts"]]
-    console.print(legend(names))
+    console.print(legend(EXPERTS))
 
 
-def show_exam(console: Console, client: openai.OpenAI) -> None:
+def show_exam(console: Console, client: openai.OpenAI, ensemble: str) -> None:
     """Ask what nobody has been taught: each expert, the ensemble, and one model that was taught everything."""
     questions = read_questions(DATA / "questions.jsonl")
-    ensemble = ensemble_of(client)["name"]
     table = Table("who", *EXPERTS, "all", box=box.SIMPLE_HEAD, pad_edge=False)
     with console.status("asking"):
         answers = {f"{name} alone": asked(client, f"{ensemble}/{name}", questions) for name in EXPERTS}
