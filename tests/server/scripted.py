@@ -28,14 +28,14 @@ class Script:
 
     Attributes:
         tokens: of every answer.
-        breaks: cut the connection behind them.
+        breaks: cut the connection behind them, once this is set.
         pauses: wait before the last of them until this is set.
         bodies: of the requests so far.
         left: set when a client has left before its answer was whole.
     """
 
     tokens: Sequence[Token] = (("Hello", (0.75, 0.25)), (" there", (0.25, 0.75)))
-    breaks: bool = False
+    breaks: asyncio.Event | None = None
     pauses: asyncio.Event | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
     left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,7 +69,8 @@ def scripted_app(server: FakeServer, script: Script, *keys: str, ui: bool = True
             except asyncio.CancelledError:
                 script.left.set()
                 raise
-            if script.breaks:
+            if script.breaks is not None:
+                await script.breaks.wait()
                 raise KeyError("in a stream")
             yield "data: [DONE]\n\n"
 

@@ -47,14 +47,15 @@ export async function* stream(path, body, signal) {
     body: JSON.stringify(body),
     signal,
   });
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = response.body.getReader();
+  const decoder = new TextDecoder(); // not a TextDecoderStream, which drops what it holds when the connection breaks
   let rest = "";
   while (true) {
     const { done, value } = await reader.read().catch((error) => {
       throw error.name === "AbortError" ? error : new ApiError("The connection broke before the answer was whole.");
     });
     if (done) throw new ApiError("The connection ended before the answer was whole.");
-    const lines = (rest + value).split(/\r?\n/);
+    const lines = (rest + decoder.decode(value, { stream: true })).split(/\r?\n/);
     rest = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data: ")) continue;
