@@ -34,6 +34,7 @@ OTHERS = {
     "llm",
     "lm_eval",
     "rsync",
+    "source",
     "ssh",
     "torchrun",
     "vllm",
@@ -138,6 +139,8 @@ def _check_typed(program: str, arguments: list[str], whole: bool) -> None:
 def _parsed(program: str, arguments: list[str], whole: bool) -> Any:
     """The context that the command would run in; None where it would print its help or a version, or is not whole."""
     command, context = _group(program), None
+    if arguments == ["--install-completion"]:
+        return None  # typer's own, and parsing it does it
     try:
         while hasattr(command, "resolve_command") and arguments and not arguments[0].startswith("-"):
             context = typer.Context(command, info_name=command.name, parent=context)

@@ -11,10 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -47,13 +47,19 @@ def main() -> None:
         raise SystemExit(
             f"something already listens on port {options.port}: stop it, or use `make demo PORT=...`"
         )
-    train(console, options.seed)
+    train_experts(console, options.seed)
     ensemble = WORK_DIR / "ensemble"
-    with demo_server(ensemble, options.port, WORK_DIR / "server.log", console) as base_url:
+    with contextlib.ExitStack() as stack:
+        twin = decar_train(options.seed, "centralized")
+        twin_is_trained = stack.enter_context(meanwhile(console, twin, WORK_DIR / "centralized.log"))
+        run(console, decar_train(options.seed, "run"))
+        server = demo_server(ensemble, options.port, WORK_DIR / "server.log", console)
+        base_url = stack.enter_context(server)
         client = connected(base_url, "none")
         name = ensemble_of(client)["name"]
         for question in QUESTIONS:
             show_answer(console, client, name, question)
+        twin_is_trained()
         show_exam(console, client, name)
         console.print(f"\nThe server listens on {base_url} (model {name!r}).")
         if sys.stdin.isatty() and sys.stdout.isatty():
@@ -64,17 +70,25 @@ def main() -> None:
     console.print(f"Stopped. Start it again with: decar serve {ensemble}")
 
 
-def train(console: Console, seed: int) -> None:
-    """Two experts at once, which hear nothing of each other; then the ensemble, and what it is held against."""
-    settings = ["--set", f"seed={seed}"] if seed else []
-    decar_train = [sys.executable, "-m", "decar.training"]
-    skills = [sys.executable, "-m", "decar.training.skills", str(DATA), "--seed", str(seed)]
-    _run(console, f"python -m decar.training.skills {DATA}", [skills])
-    _run(console, f"decar-train partition {CONFIG}", [[*decar_train, "partition", str(CONFIG), *settings]])
-    at_once = [[*decar_train, "expert", name, str(CONFIG), *settings] for name in EXPERTS]
-    _run(console, " & ".join(f"decar-train expert {name} {CONFIG}" for name in EXPERTS), at_once)
-    for command in ("run", "centralized"):
-        _run(console, f"decar-train {command} {CONFIG}", [[*decar_train, command, str(CONFIG), *settings]])
+class Command(NamedTuple):
+    """What a user would type, and what is run."""
+
+    shown: str
+    words: Sequence[str]
+
+
+def decar_train(seed: int, *stage: str) -> Command:
+    """A stage of the demo's training, as data and training of ``seed`` need it."""
+    words = [*stage, str(CONFIG), *(["--set", f"seed={seed}"] if seed else [])]
+    return Command(" ".join(["decar-train", *words]), [sys.executable, "-m", "decar.training", *words])
+
+
+def train_experts(console: Console, seed: int) -> None:
+    """Two experts at once, which hear nothing of each other."""
+    skills = ["-m", "decar.training.skills", str(DATA), *(["--seed", str(seed)] if seed else [])]
+    run(console, Command(" ".join(["python", *skills]), [sys.executable, *skills]))
+    run(console, decar_train(seed, "partition"))
+    run(console, *(decar_train(seed, "expert", name) for name in EXPERTS))
 
 
 def show_answer(console: Console, client: openai.OpenAI, ensemble: str, question: str) -> None:
@@ -121,15 +135,16 @@ def demo_server(directory: Path, port: int, log: Path, console: Console) -> Iter
         yield f"{base}/v1"
 
 
-def _run(console: Console, shown: str, commands: Sequence[Sequence[str]]) -> None:
-    """Run commands at once, each in one thread, as such small models have nothing for two; several print by lines."""
-    console.print(f"\n$ {shown}")
+def run(console: Console, *commands: Command) -> None:
+    """Run commands at once; several print by lines."""
+    console.print(f"\n$ {' & '.join(command.shown for command in commands)}")
     alone = len(commands) == 1
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
         output = None if alone else subprocess.PIPE
         running = [
-            stack.enter_context(subprocess.Popen(command, env=environment, stdout=output, text=not alone))
+            stack.enter_context(
+                subprocess.Popen(command.words, env=_one_thread(), stdout=output, text=not alone)
+            )
             for command in commands
         ]
         readers = [
@@ -143,7 +158,32 @@ def _run(console: Console, shown: str, commands: Sequence[Sequence[str]]) -> Non
             if child.wait():
                 for other in running:
                     other.terminate()
-                raise SystemExit(f"this failed: {' '.join(command)}")
+                raise SystemExit(f"this failed: {command.shown}")
+
+
+@contextlib.contextmanager
+def meanwhile(console: Console, command: Command, log: Path) -> Iterator[Callable[[], None]]:
+    """Run a command in the time that others leave, until the block ends; give what waits for its end."""
+    console.print(f"\n$ {command.shown} &   (meanwhile; log: {log})")
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(["nice", *command.words], env=_one_thread(), stdout=output, stderr=output) as child,
+    ):
+
+        def wait() -> None:
+            with console.status(command.shown):
+                if child.wait():
+                    raise SystemExit(f"this failed: {command.shown}; see {log}")
+
+        try:
+            yield wait
+        finally:
+            child.terminate()
+
+
+def _one_thread() -> dict[str, str]:
+    """An environment for training: such small models have nothing to do for a second thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def _print_lines(console: Console, lines: IO[str]) -> None:
