@@ -3,13 +3,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
-export PIP_NO_COMPILE=1 # 30,000 files take a minute, and of those that are ever imported Python keeps the bytecode itself
 
 say() { printf '== %s\n' "$*"; }
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-install() { pip install --quiet --constraint constraints.txt --editable ".[$1,train,bench]"; }
+# To compile 30,000 files takes a minute; Python keeps the bytecode of those that are ever imported by itself.
+get() { pip install --quiet --no-compile "$@"; }
+install() { get --constraint constraints.txt --editable ".[$1,train,bench]"; }
 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     say "NVIDIA GPU found: installing vLLM"
@@ -17,8 +18,8 @@ if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
 else
     say "no NVIDIA GPU: installing torch's CPU build"
     # pip's own configuration may know a local wheel; only then PyTorch's index, whose CPU wheels PyPI lacks.
-    pip install --quiet "torch==2.13.0+cpu" 2>/dev/null \
-        || pip install --quiet "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
+    get "torch==2.13.0+cpu" 2>/dev/null \
+        || get "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
     say "installing vLLM's CPU build and decar (two to three minutes)"
     install cpu
     bash tools/repair_torchvision.sh "$venv"
