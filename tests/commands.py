@@ -25,9 +25,11 @@ from tests.documents import ROOT
 OTHERS = {
     "accelerate",
     "aiperf",
+    "cat",
     "cd",
     "curl",
     "docker",
+    "echo",
     "export",
     "helm",
     "kubectl",

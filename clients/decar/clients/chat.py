@@ -170,7 +170,7 @@ class _Talk:
             raise Mistake("there is no answer yet")
         if not traced:
             raise Mistake("nobody knows: the answer came without a trace (--no-trace)")
-        show(self.console, conversation.names, conversation.question, traced)
+        show(self.console, conversation.names, f"{conversation.question}\n", traced)
 
 
 def _session(names: Sequence[str]) -> PromptSession[str]:
