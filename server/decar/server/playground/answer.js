@@ -7,6 +7,7 @@ import { meanWeights, Pieces, runs } from "./pieces.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const REASONS = { stop: "ended by itself", length: "cut at the most tokens allowed", abort: "ended by the server" };
+const MEANS_SOMETHING_S = 0.5; // a rate; shorter answers come in a few pieces
 const pieceOf = new WeakMap(); // of a token's element
 
 /** The {piece, names} that a token's element shows, if it is one. */
@@ -117,7 +118,7 @@ export class Answer {
     if (this.#firstAt !== null) {
       const seconds = (this.#lastAt - this.#firstAt) / 1000;
       said.push(`first after ${((this.#firstAt - this.#started) / 1000).toFixed(2)} s`);
-      if (seconds > 0 && count > 1) said.push(`${((count - 1) / seconds).toFixed(1)} a second`);
+      if (seconds > MEANS_SOMETHING_S) said.push(`${((count - 1) / seconds).toFixed(1)} a second`);
     }
     if (stopped) said.push("stopped by you");
     else if (!this.pieces.length) said.push("the first token ended it");

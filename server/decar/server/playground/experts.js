@@ -66,7 +66,7 @@ function row({ name, up, leads, lockstep }, k, prior, earlier, passed) {
   const since = (counter) => Math.max(0, lockstep[counter] - earlier[counter]);
   const measured = earlier && passed && since("steps") > 0;
   const busy = measured ? Math.min(1, since("forward_ns") / 1e9 / passed) : 0;
-  const load = measured ? `busy ${percent(busy)}, ${(since("steps") / passed).toFixed(0)} steps a second` : "idle";
+  const load = measured ? `busy ${percent(busy)}` : "idle";
   const bar = el("span", { className: "bar" });
   bar.style.width = `${100 * busy}%`;
   bar.style.backgroundColor = own(k);
