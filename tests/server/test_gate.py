@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from decar.server.gateway.gate import Gate, GateMiddleware
+from decar.server.gateway.gate import FullMiddleware, Gate, GateMiddleware
+from decar.server.gateway.queue import Queue
 
 
 class App:
@@ -187,3 +188,22 @@ async def test_metrics_are_shown_to_the_end(gate: Gate) -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         assert (await client.post("/metrics", json=1)).status_code == 200
         assert (await client.post("/", json=1)).status_code == 503
+
+
+async def test_what_a_full_queue_refuses_is_not_read() -> None:
+    queue = Queue(total=1, length=0)
+    app = App()
+    app.may_answer.set()
+    asked = FullMiddleware(app, queue)
+    with queue.admitted():  # and has not got its place yet
+        refused = Client(asked, "/v1/completions")
+        await refused.task
+        assert refused.status == 503
+        assert not refused._asked
+        assert queue.rejected == 1
+        shown = Client(asked, "/v1/tokenize")  # generates nothing, and does not wait
+        await shown.task
+        assert shown.status == 200
+    late = Client(asked, "/v1/completions")
+    await late.task
+    assert (late.status, queue.rejected) == (200, 1)

@@ -31,7 +31,7 @@ from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, w
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
 from decar.server.gateway.errors import error_response, http_error, unavailable
-from decar.server.gateway.gate import GENERATING, Gate, GateMiddleware, QueueMiddleware
+from decar.server.gateway.gate import GENERATING, FullMiddleware, Gate, GateMiddleware, QueueMiddleware
 from decar.server.gateway.middleware import (
     ArrivalMiddleware,
     GuardMiddleware,
@@ -110,6 +110,7 @@ def extend(
         Middleware(GuardMiddleware, handler=app.exception_handlers.get(Exception)),
         Middleware(ArrivalMiddleware, thread=client.thread),
         Middleware(KeyMiddleware, tokens=keys, admin=admin_key, public=playground.FILES if ui else ()),
+        Middleware(FullMiddleware, queue=client.queue),
         Middleware(OfferedMiddleware),
         *(middleware for middleware in app.user_middleware if middleware not in cors),
         # Innermost, so that vLLM's authentication has let the request pass before its body is read.

@@ -117,6 +117,20 @@ class GateMiddleware:
             await send({"type": "http.response.body", "body": error_event(path_of(scope), STOPPING, 503)})
 
 
+class FullMiddleware:
+    """Refuses what would find the `Queue` full before anything of it is read: a thousand are refused in a second."""
+
+    def __init__(self, app: ASGIApp, queue: Queue):
+        self.app = app
+        self._queue = queue
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not (_generates(scope) and self._queue.full):
+            return await self.app(scope, receive, send)
+        self._queue.rejected += 1
+        await unavailable(FULL, retry_after_s=1)(scope, receive, send)
+
+
 class QueueMiddleware:
     """Has requests that generate wait in a `Queue`, or refuses them at once where it is full."""
 
@@ -125,9 +139,7 @@ class QueueMiddleware:
         self._queue = queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            return await self.app(scope, receive, send)
-        if path_of(scope) not in GENERATING:
+        if not _generates(scope):
             return await self.app(scope, receive, send)
         with contextlib.ExitStack() as left:
             try:
@@ -136,6 +148,10 @@ class QueueMiddleware:
                 await unavailable(FULL, retry_after_s=1)(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
+
+
+def _generates(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["method"] == "POST" and path_of(scope) in GENERATING
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

@@ -108,6 +108,11 @@ class Queue(Places):
         """Requests that have not had a place yet."""
         return len(self._waiting)
 
+    @property
+    def full(self) -> bool:
+        """Whether a request that comes now cannot wait."""
+        return self.waiting >= self.length + self.free
+
     def _given(self, asking: Asking) -> None:
         self._waiting.discard(asking)
 
@@ -118,7 +123,7 @@ class Queue(Places):
         Raises:
             QueueFull: it cannot wait.
         """
-        if self.waiting >= self.length + self.free:
+        if self.full:
             self.rejected += 1
             raise QueueFull
         asking = Asking()
