@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/setup.sh tools/repair_torch
 dev: $(VENV)/.dev  ## what tests and checks need besides
 
 $(VENV)/.dev: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 browser: dev  ## Chromium for the playground's tests, where none is there

@@ -8,9 +8,7 @@ say() { printf '== %s\n' "$*"; }
 
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-# To compile 30,000 files takes a minute; Python keeps the bytecode of those that are ever imported by itself.
-get() { pip install --quiet --no-compile "$@"; }
-install() { get --constraint constraints.txt --editable ".[$1,train,bench]"; }
+install() { pip install --quiet --constraint constraints.txt --editable ".[$1,train,bench]"; }
 
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     say "NVIDIA GPU found: installing vLLM"
@@ -18,8 +16,8 @@ if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
 else
     say "no NVIDIA GPU: installing torch's CPU build"
     # pip's own configuration may know a local wheel; only then PyTorch's index, whose CPU wheels PyPI lacks.
-    get "torch==2.13.0+cpu" 2>/dev/null \
-        || get "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
+    pip install --quiet "torch==2.13.0+cpu" 2>/dev/null \
+        || pip install --quiet "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
     say "installing vLLM's CPU build and decar (two to three minutes)"
     install cpu
     bash tools/repair_torchvision.sh "$venv"
