@@ -366,13 +366,12 @@ async def test_a_busy_server_is_asked_again(browser: Browser) -> None:
 
 
 async def test_an_answer_that_breaks_off_stays_and_says_so(browser: Browser) -> None:
-    script = Script(breaks=asyncio.Event())
-    assert script.breaks is not None
-    async with scripted(browser, script) as page:
+    breaks = asyncio.Event()
+    async with scripted(browser, Script(breaks=breaks)) as page:
         await expect(page.locator("#health")).to_contain_text("experts up")
         await ask(page, "Hi")
         await expect(page.locator(".token")).to_have_text(["Hello", " there"])
-        script.breaks.set()  # a browser drops what it has not handed on when a connection breaks
+        breaks.set()  # a browser drops what it has not handed on when a connection breaks
         await expect(page.locator(".error")).to_contain_text("before the answer was whole")
         assert await texts(page) == ["Hello there"]
 

@@ -160,7 +160,7 @@ async def kill_now_and_then(soak: Soak, server: Server, trio: Reference) -> None
         soak.disturbed.append((at, soak.now + AFTER_BACK_S))
 
 
-async def sample_memory(soak: Soak, process: psutil.Process, samples: list[tuple[float, int]]) -> None:
+async def sample_each_second(soak: Soak, process: psutil.Process, samples: list[tuple[float, int]]) -> None:
     while soak.now < LENGTH_S:
         samples.append((soak.now, process.memory_info().rss))
         did = psutil.cpu_times_percent(None)
@@ -179,7 +179,7 @@ async def test_mixed_traffic_with_cancels_and_kills(trio: Reference, tmp_path: P
         async with server.async_openai() as client:
             soak = Soak()
             killing = asyncio.create_task(kill_now_and_then(soak, server, trio))
-            memory = asyncio.create_task(sample_memory(soak, gateway, samples))
+            memory = asyncio.create_task(sample_each_second(soak, gateway, samples))
             await asyncio.gather(*(client_of(soak, client, trio, seed) for seed in range(CLIENTS)))
             await memory
             length_s = soak.now

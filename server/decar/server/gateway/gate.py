@@ -125,10 +125,13 @@ class FullMiddleware:
         self._queue = queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not (_generates(scope) and self._queue.full):
-            return await self.app(scope, receive, send)
-        self._queue.rejected += 1
-        await unavailable(FULL, retry_after_s=1)(scope, receive, send)
+        try:
+            if _generates(scope):
+                self._queue.check()
+        except QueueFull:
+            await _refuse_full(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 class QueueMiddleware:
@@ -145,13 +148,17 @@ class QueueMiddleware:
             try:
                 left.enter_context(self._queue.admitted())
             except QueueFull:
-                await unavailable(FULL, retry_after_s=1)(scope, receive, send)
+                await _refuse_full(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
 
 
 def _generates(scope: Scope) -> bool:
     return scope["type"] == "http" and scope["method"] == "POST" and path_of(scope) in GENERATING
+
+
+async def _refuse_full(scope: Scope, receive: Receive, send: Send) -> None:
+    await unavailable(FULL, retry_after_s=1)(scope, receive, send)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:

@@ -108,10 +108,14 @@ class Queue(Places):
         """Requests that have not had a place yet."""
         return len(self._waiting)
 
-    @property
-    def full(self) -> bool:
-        """Whether a request that comes now cannot wait."""
-        return self.waiting >= self.length + self.free
+    def check(self) -> None:
+        """
+        Raises:
+            QueueFull: a request that comes now cannot wait.
+        """
+        if self.waiting >= self.length + self.free:
+            self.rejected += 1
+            raise QueueFull
 
     def _given(self, asking: Asking) -> None:
         self._waiting.discard(asking)
@@ -123,9 +127,7 @@ class Queue(Places):
         Raises:
             QueueFull: it cannot wait.
         """
-        if self.full:
-            self.rejected += 1
-            raise QueueFull
+        self.check()
         asking = Asking()
         self._waiting.add(asking)
         token = _asking.set(asking)

@@ -118,7 +118,7 @@ export class Answer {
     if (this.#firstAt !== null) {
       const seconds = (this.#lastAt - this.#firstAt) / 1000;
       said.push(`first after ${((this.#firstAt - this.#started) / 1000).toFixed(2)} s`);
-      if (seconds > MEANS_SOMETHING_S) said.push(`${((count - 1) / seconds).toFixed(1)} a second`);
+      if (seconds > MEANS_SOMETHING_S && count > 1) said.push(`${((count - 1) / seconds).toFixed(1)} a second`);
     }
     if (stopped) said.push("stopped by you");
     else if (!this.pieces.length) said.push("the first token ended it");
