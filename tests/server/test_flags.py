@@ -89,8 +89,11 @@ def test_what_cannot_be_read_is_described_anew(flags: tuple[Flag, ...], cache: P
         (["--qwertyuiop"], "`decar serve --help=all` lists them"),
         (["some/model"], "ensemble directory"),
         (["--enable-lora"], "--enable-lora cannot be passed: .*leave it out"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size cannot be passed"),
-        (["--tensor_parallel_size=2"], "--tensor-parallel-size cannot be passed"),
+        (
+            ["--pipeline-parallel-size", "2"],
+            "--pipeline-parallel-size cannot be passed: a pipeline computes several",
+        ),
+        (["--pipeline_parallel_size=2"], "--pipeline-parallel-size cannot be passed"),
     ],
     ids=str,
 )
@@ -107,7 +110,7 @@ def test_what_is_wrong_is_told(flags: tuple[Flag, ...], given: list[str], says: 
         ["--max-model-len", "auto", "--seed", "-1", "--dtype", "auto"],
         ["--compilation-config.mode", "3", "--hf-overrides.rope_theta=1e6", "-cc.mode=0"],
         ["--hf-overrides", '{"vocab_size": 300}', "--no-enable-prefix-caching"],
-        ["--api-key", "a", "b", "--tensor-parallel-size", "1", "--enforce-eag"],
+        ["--api-key", "a", "b", "--tensor-parallel-size", "2", "--enforce-eag"],
         ["--structured-outputs-config", '{"backend": "xgrammar"}'],
         [],
     ],

@@ -1,5 +1,6 @@
 """Where engines go, from sizes alone: no GPU is needed to plan for some."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,16 +8,23 @@ from typing import Any
 import pytest
 
 from decar.router.errors import StartError
+from decar.router.manifest import EngineOptions
 from decar.server.placement import Gpu, _visible, device_order, exchanged, place
 
 GIB = 1 << 30
 
 
-def ensemble(*sizes_gib: float) -> Any:
+def ensemble(*sizes_gib: float, ranks: Sequence[int | None] = ()) -> Any:
     names = [f"e{i}" for i in range(len(sizes_gib))]
+    counts = ranks or [None] * len(sizes_gib)
     experts = [
-        SimpleNamespace(name=name, path=Path(name), weight_bytes=int(size * GIB))
-        for name, size in zip(names, sizes_gib, strict=True)
+        SimpleNamespace(
+            name=name,
+            path=Path(name),
+            weight_bytes=int(size * GIB),
+            options=EngineOptions(tensor_parallel_size=count),
+        )
+        for name, size, count in zip(names, sizes_gib, counts, strict=True)
     ]
     return SimpleNamespace(experts=experts, expert_names=names)
 
@@ -27,13 +35,13 @@ def gpus(count: int, gib: int = 80) -> list[Gpu]:
 
 def test_with_enough_gpus_each_engine_has_one_and_takes_what_is_left_of_it() -> None:
     places = place(ensemble(14, 14), gpus(3))
-    assert [(placed.gpu, placed.kv_bytes) for placed in places] == [(0, None), (1, None)]
+    assert [(placed.gpus, placed.kv_bytes) for placed in places] == [((0,), None), ((1,), None)]
 
 
 def test_engines_that_share_a_gpu_get_equal_explicit_kv_sizes_that_fit() -> None:
     places = place(ensemble(14, 14, 1), gpus(2))
-    assert [placed.gpu for placed in places] == [0, 1, 0]
-    shared = [placed for placed in places if placed.gpu == 0]
+    assert [placed.gpus for placed in places] == [(0,), (1,), (0,)]
+    shared = [placed for placed in places if placed.gpus == (0,)]
     assert shared[0].kv_bytes == shared[1].kv_bytes
     assert 0.8 * 80 * GIB < sum(placed.needed_bytes for placed in shared) <= 0.9 * 80 * GIB
     assert places[1].kv_bytes is None
@@ -41,12 +49,44 @@ def test_engines_that_share_a_gpu_get_equal_explicit_kv_sizes_that_fit() -> None
 
 def test_a_wish_and_a_users_kv_size_are_followed() -> None:
     places = place(ensemble(1, 1), gpus(2), "e0=1, e1=1", kv_bytes=2 * GIB)
-    assert [(placed.gpu, placed.kv_bytes) for placed in places] == [(1, 2 * GIB)] * 2
+    assert [(placed.gpus, placed.kv_bytes) for placed in places] == [((1,), 2 * GIB)] * 2
+
+
+def test_an_expert_of_several_ranks_has_as_many_gpus_and_an_equal_part_on_each() -> None:
+    places = place(ensemble(140, 14, 14, ranks=[4, None, 1]), gpus(6))
+    assert [placed.gpus for placed in places] == [(0, 1, 2, 3), (4,), (5,)]
+    assert [placed.devices for placed in places][1] == "4,0,1,2,3,5"
+    assert places[0].kv_bytes is None
+    assert 35 * GIB < places[0].needed_bytes < 39 * GIB
+    everywhere = place(ensemble(80, 40), gpus(2), ranks=2)
+    assert [placed.gpus for placed in everywhere] == [(0, 1), (0, 1)]
+    assert 0 < (everywhere[0].kv_bytes or 0) == everywhere[1].kv_bytes
+    wished = place(ensemble(14, 14, ranks=[2, None]), gpus(3), "e0=2+0,e1=1")
+    assert [placed.gpus for placed in wished] == [(2, 0), (1,)]
+    assert wished[0].devices == "2,0,1"
+    # The GPUs that one shares with another leave it less; it has the same on each of its own.
+    some = place(ensemble(14, 14, ranks=[2, 1]), gpus(2))
+    assert [placed.gpus for placed in some] == [(0, 1), (0,)]
+    assert some[0].kv_bytes == some[1].kv_bytes
+
+
+def test_on_cpu_ranks_share_what_one_process_would_have() -> None:
+    [alone, shared] = place(ensemble(2, 2, ranks=[1, 2]), [])
+    assert (alone.ranks, shared.ranks) == (1, 2)
+    assert alone.kv_bytes == 2 * (shared.kv_bytes or 0)
+
+
+def test_who_takes_anothers_place_has_as_many_ranks() -> None:
+    before = place(ensemble(14, 14, ranks=[2, None]), gpus(3))
+    after = exchanged(before, ensemble(15, 15, ranks=[2, None]))
+    assert [placed.gpus for placed in after] == [(0, 1), (2,)]
+    with pytest.raises(StartError, match=r"'e1' would have another tensor_parallel_size \(2\)"):
+        exchanged(before, ensemble(14, 14), ranks=2)
 
 
 def test_on_cpu_every_engine_has_the_same() -> None:
     places = place(ensemble(1, 2), [], kv_bytes=GIB)
-    assert [(placed.gpu, placed.kv_bytes) for placed in places] == [(None, GIB)] * 2
+    assert [(placed.gpus, placed.kv_bytes) for placed in places] == [((), GIB)] * 2
     assert places[1].needed_bytes > 3 * GIB
 
 
@@ -65,6 +105,21 @@ def test_what_cannot_be_is_said(wish: str | None, available: list[Gpu], said: st
         place(ensemble(20, 20), available, wish)
 
 
+@pytest.mark.parametrize(
+    ("wish", "count", "said"),
+    [
+        (None, 1, "'e0' is to be on 2 GPUs .*, and 1 can be seen"),
+        ("e0=0,e1=1", 2, "'e0=0' does not name 2 different GPUs"),
+        ("e0=0+0,e1=1", 2, "'e0=0[+]0' does not name 2 different GPUs"),
+        ("e0=0+1,e1=0+1", 2, "'e1=0[+]1' does not name 1 different GPUs"),
+        ("e0=0+2,e1=1", 2, "'e0=0[+]2' does not name a GPU from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_of_ranks_is_said(wish: str | None, count: int, said: str) -> None:
+    with pytest.raises(StartError, match=said):
+        place(ensemble(1, 1, ranks=[2, None]), gpus(count), wish)
+
+
 def test_a_kv_size_that_leaves_no_room_is_said() -> None:
     with pytest.raises(StartError, match="--kv-cache-memory-bytes"):
         place(ensemble(20, 20), gpus(1), kv_bytes=30 * GIB)
@@ -73,7 +128,7 @@ def test_a_kv_size_that_leaves_no_room_is_said() -> None:
 def test_who_takes_anothers_place_has_its_memory() -> None:
     before = place(ensemble(14, 14, 14), gpus(2))
     after = exchanged(before, ensemble(14, 20, 16))
-    assert [placed.gpu for placed in after] == [0, 1, 0]
+    assert [placed.gpus for placed in after] == [(0,), (1,), (0,)]
     assert after[0] == before[0]
     assert after[1].kv_bytes is None
     assert after[2].needed_bytes == before[2].needed_bytes
@@ -87,7 +142,7 @@ def test_who_takes_anothers_place_has_its_memory() -> None:
 
 def test_room_for_more_is_kept() -> None:
     alone, room = place(ensemble(14, 10), gpus(1), seats=3)[0], place(ensemble(14, 10), gpus(1), seats=3)[2]
-    assert (room.expert, room.gpu, room.weight_bytes) == ("", 0, 14 * GIB)
+    assert (room.expert, room.gpus, room.weight_bytes) == ("", (0,), 14 * GIB)
     assert alone.kv_bytes is not None
     assert alone.kv_bytes < (place(ensemble(14, 10), gpus(1))[0].kv_bytes or 0)
     [added] = exchanged([room], ensemble(15))
@@ -107,6 +162,7 @@ def test_only_visible_gpus_count_in_their_order(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(StartError, match="'2'"):
         _visible(rows, "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    assert device_order(1, 3) == "5,4,6"
+    assert device_order([1], 3) == "5,4,6"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert device_order(2, 3) == "2,0,1"
+    assert device_order([2], 3) == "2,0,1"
+    assert device_order([1, 2], 3) == "1,2,0"

@@ -56,14 +56,24 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class EngineOptions(_Strict):
+    """What one expert's engine is started with that others' may not be.
+
+    ``tensor_parallel_size``: GPUs (on a CPU, processes) that hold its weights together.
+    """
+
+    tensor_parallel_size: int | None = Field(default=None, ge=1, le=64)
+
+
 class ExpertEntry(_Strict):
-    """One expert: a Hugging Face checkpoint inside the ensemble directory and its prior mass."""
+    """One expert: a Hugging Face checkpoint inside the ensemble directory, its prior mass, and its engine's options."""
 
     name: Name
     path: str
     prior: float = Field(
         gt=0, allow_inf_nan=False, description="share of the training data; normalised on use"
     )
+    options: EngineOptions = EngineOptions()
 
 
 class RouterEntry(_Strict):
@@ -131,6 +141,7 @@ class ExpertCheckpoint:
     path: Path
     prior: float
     config: dict[str, Any] = field(repr=False)
+    options: EngineOptions = field(default_factory=EngineOptions)
 
     @property
     def architecture(self) -> str:
@@ -374,7 +385,7 @@ def _read_expert(directory: Path, entry: ExpertEntry) -> ExpertCheckpoint:
         raise EnsembleError(
             f"expert {entry.name!r}: {config_path} cannot be read ({error.strerror})"
         ) from None
-    expert = ExpertCheckpoint(entry.name, path, entry.prior, config)
+    expert = ExpertCheckpoint(entry.name, path, entry.prior, config, entry.options)
     problem = config_problem(expert)
     if problem:
         raise EnsembleError(f"expert {entry.name!r}: {config_path} {problem}")

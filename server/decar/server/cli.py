@@ -42,7 +42,8 @@ def serve(
     directory: Directory,
     context: typer.Context,
     placement: Annotated[
-        str | None, typer.Option(help="Which GPU each expert runs on: code=0,prose=1.")
+        str | None,
+        typer.Option(help="Which GPU each expert runs on: code=0,prose=1; on several: code=0+1,prose=2."),
     ] = None,
     allow_untested_vllm: Annotated[
         bool, typer.Option("--allow-untested-vllm", help="Try a vLLM that decar is not tested with.")

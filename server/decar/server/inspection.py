@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from decar.router import Ensemble
 from decar.router.errors import DecarError
-from decar.server.placement import gib, place, visible_gpus
+from decar.server.placement import Gpu, Place, gib, place, visible_gpus
 
 
 def inspect(directory: Path, console: Console) -> int:
@@ -67,12 +68,16 @@ def _describe_places(ensemble: Ensemble, console: Console) -> None:
     for placed in places:
         table.add_row(
             placed.expert,
-            "CPU" if placed.gpu is None else f"GPU {placed.gpu} ({gpus[placed.gpu].name})",
+            _where(placed, gpus),
             gib(placed.weight_bytes, 2),
-            "what is left" if placed.kv_bytes is None else gib(placed.kv_bytes, 2),
-            f"about {gib(placed.overhead_bytes, 2)}",
-            f"at least {gib(placed.needed_bytes, 2)}"
-            if placed.kv_bytes is None
-            else f"about {gib(placed.needed_bytes, 2)}",
+            "what is left" if placed.kv_bytes is None else gib(placed.ranks * placed.kv_bytes, 2),
+            f"about {gib(placed.ranks * placed.overhead_bytes, 2)}",
+            f"{'at least' if placed.kv_bytes is None else 'about'} {gib(placed.ranks * placed.needed_bytes, 2)}",
         )
     console.print(table)
+
+
+def _where(placed: Place, gpus: Sequence[Gpu]) -> str:
+    if not placed.gpus:
+        return "CPU" if placed.ranks == 1 else f"CPU, {placed.ranks} processes"
+    return " and ".join(f"GPU {gpu} ({gpus[gpu].name})" for gpu in placed.gpus)

@@ -1,7 +1,7 @@
 """Which engine runs where, and what memory it needs there. Knows sizes and devices, no vLLM.
 
-One engine per GPU when there are enough; else GPUs are shared, and every engine on a shared one is given an
-explicit KV size, because engines that measure free memory side by side count each other's.
+An engine has as many GPUs as it has ranks, to itself when there are enough; else GPUs are shared, and every engine on a
+shared one is given an explicit KV size, because engines that measure free memory side by side count each other's.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ class Place:
 
     Attributes:
         expert: its name, or `NOBODY`.
-        gpu: device index; None on CPU.
+        gpus: device indices, one for each of its ranks; empty on CPU.
+        ranks: processes that hold its weights together, each an equal part.
         weight_bytes: of its checkpoint.
-        kv_bytes: its KV cache; None where it has a GPU to itself, and takes what is left.
-        overhead_bytes: everything else, estimated.
-        devices: CUDA_VISIBLE_DEVICES of its process, its own GPU first; empty on CPU.
+        kv_bytes: a rank's part of its KV cache; None where it has its GPUs to itself, and takes what is left.
+        overhead_bytes: everything else, estimated, of each rank.
+        devices: CUDA_VISIBLE_DEVICES of its processes, its own GPUs first; empty on CPU.
     """
 
     expert: str
-    gpu: int | None
+    gpus: tuple[int, ...]
+    ranks: int
     weight_bytes: int
     kv_bytes: int | None
     overhead_bytes: int
@@ -57,7 +59,9 @@ class Place:
 
     @property
     def needed_bytes(self) -> int:
-        return self.weight_bytes + (self.kv_bytes or SMALLEST_KV_BYTES) + self.overhead_bytes
+        """By each of its ranks."""
+        weight_bytes = -(-self.weight_bytes // self.ranks)
+        return weight_bytes + (self.kv_bytes or SMALLEST_KV_BYTES) + self.overhead_bytes
 
 
 def visible_gpus() -> list[Gpu]:
@@ -97,54 +101,90 @@ def place(
     rows_bytes: int = 0,
     utilisation: float = 0.9,
     seats: int = 0,
+    ranks: int = 1,
 ) -> list[Place]:
     """Plan where the ensemble's engines run, in manifest order; then where there is to be room for more.
 
     Args:
         gpus: none means CPU.
-        wish: "EXPERT=GPU,..." for every expert; else experts are dealt out in turn.
-        kv_bytes: a KV size to use for every engine, as the user set it.
+        wish: "EXPERT=GPU,..." for every expert, "EXPERT=GPU+GPU" for one of two ranks; else GPUs are dealt out in turn.
+        kv_bytes: a KV size to use for every rank, as the user set it.
         rows_bytes: one engine's rows on its device.
         utilisation: share of a GPU's memory that engines may use.
         seats: how many places there are to be in all, if more than experts.
+        ranks: of each expert whose options do not say.
 
     Raises:
         StartError: the wish does not fit, or a GPU is too small for what it would hold.
     """
     names = ensemble.expert_names
     sizes = [(expert.name, expert.weight_bytes) for expert in ensemble.experts]
+    counts = [expert.options.tensor_parallel_size or ranks for expert in ensemble.experts]
     room = range(len(names), seats)
+    counts += [ranks for _ in room]
     if not gpus:
         if wish:
             raise StartError("--placement names GPUs, and there is none here")
         sizes += [(NOBODY, 0) for _ in room]
-        return [Place(name, None, size, kv_bytes or CPU_KV_BYTES, CPU_OVERHEAD_BYTES) for name, size in sizes]
-    where = _wished(names, len(gpus), wish) if wish else [k % len(gpus) for k in range(len(names))]
-    where += [k % len(gpus) for k in room]
+        return [
+            Place(name, (), count, size, kv_bytes or CPU_KV_BYTES // count, CPU_OVERHEAD_BYTES)
+            for (name, size), count in zip(sizes, counts, strict=True)
+        ]
     sizes += [(NOBODY, max(size for _, size in sizes)) for _ in room]
-    places = []
-    for (expert, weight_bytes), gpu in zip(sizes, where, strict=True):
-        sharing = [other for other, at in zip(sizes, where, strict=True) if at == gpu]
-        overhead = GPU_OVERHEAD_BYTES + rows_bytes
-        weights = sum(size for _, size in sharing)
-        left = int(gpus[gpu].total_bytes * utilisation) - weights - overhead * len(sharing)
-        share = left // len(sharing)
-        if (kv_bytes or max(share, SMALLEST_KV_BYTES)) > share:
+    where = _dealt(sizes, counts, len(gpus))
+    if wish:
+        where[: len(names)] = _wished(names, counts, len(gpus), wish)
+    overhead = GPU_OVERHEAD_BYTES + rows_bytes
+    shares, sharing = {}, {}
+    for gpu in {gpu for theirs in where for gpu in theirs}:
+        there = [
+            (name, -(-size // count))
+            for (name, size), count, theirs in zip(sizes, counts, where, strict=True)
+            if gpu in theirs
+        ]
+        weights = sum(size for _, size in there)
+        left = int(gpus[gpu].total_bytes * utilisation) - weights - overhead * len(there)
+        shares[gpu], sharing[gpu] = left // len(there), len(there)
+        if (kv_bytes or max(shares[gpu], SMALLEST_KV_BYTES)) > shares[gpu]:
             raise StartError(
                 f"GPU {gpu} ({gpus[gpu].name}, {gib(gpus[gpu].total_bytes)}) is too small for "
-                f"{', '.join(name or 'another expert' for name, _ in sharing)}: weights {gib(weights)}, "
-                f"about {gib(overhead)} besides for each engine, and {gib(share * len(sharing))} left for "
-                "KV caches; use another --placement, more GPUs, or lower --kv-cache-memory-bytes or --max-num-seqs"
+                f"{', '.join(name or 'another expert' for name, _ in there)}: weights {gib(weights)}, "
+                f"about {gib(overhead)} besides for each engine, and {gib(shares[gpu] * len(there))} left for "
+                "KV caches; use another --placement, more GPUs, --tensor-parallel-size, or lower "
+                "--kv-cache-memory-bytes or --max-num-seqs"
             )
-        own = kv_bytes or (None if len(sharing) == 1 else share)
-        devices = device_order(gpu, len(gpus))
-        places.append(Place(expert, gpu, weight_bytes, own, overhead, devices))
+    places = []
+    for (expert, weight_bytes), count, theirs in zip(sizes, counts, where, strict=True):
+        alone = all(sharing[gpu] == 1 for gpu in theirs)
+        own = kv_bytes or (None if alone else min(shares[gpu] for gpu in theirs))
+        devices = device_order(theirs, len(gpus))
+        places.append(Place(expert, theirs, count, weight_bytes, own, overhead, devices))
     return places
 
 
-def exchanged(places: Sequence[Place], ensemble: Ensemble) -> list[Place]:
+def _dealt(sizes: Sequence[tuple[str, int]], counts: Sequence[int], gpus: int) -> list[tuple[int, ...]]:
+    """GPUs for each engine, as many as it has ranks, in turn.
+
+    Raises:
+        StartError: one has more ranks than there are GPUs.
+    """
+    where, begin = [], 0
+    for (name, _), count in zip(sizes, counts, strict=True):
+        if count > gpus:
+            raise StartError(
+                f"expert {name!r} is to be on {count} GPUs (tensor_parallel_size), and {gpus} can be seen here"
+            )
+        where.append(tuple((begin + i) % gpus for i in range(count)))
+        begin += count
+    return where
+
+
+def exchanged(places: Sequence[Place], ensemble: Ensemble, ranks: int = 1) -> list[Place]:
     """The places of an ensemble's experts where each takes the one of ``places`` [K], with its memory: larger weights
     leave less for the KV cache.
+
+    Args:
+        ranks: of each expert whose options do not say.
 
     Raises:
         StartError: they leave too little, or on CPU too little is free.
@@ -152,10 +192,16 @@ def exchanged(places: Sequence[Place], ensemble: Ensemble) -> list[Place]:
     free = psutil.virtual_memory().available
     found = []
     for expert, before in zip(ensemble.experts, places, strict=True):
+        count = expert.options.tensor_parallel_size or ranks
+        if count != before.ranks:
+            raise StartError(
+                f"expert {expert.name!r} would have another tensor_parallel_size ({count}) than its place has "
+                f"({before.ranks}): start the server anew"
+            )
         now = replace(before, expert=expert.name, weight_bytes=expert.weight_bytes)
-        growth = now.weight_bytes - before.weight_bytes
-        if before.gpu is None:
-            missing = (now.needed_bytes if before.expert == NOBODY else growth) - free
+        growth = now.needed_bytes - before.needed_bytes
+        if not before.gpus:
+            missing = count * (now.needed_bytes if before.expert == NOBODY else growth) - free
         elif now.kv_bytes is not None:
             now = replace(now, kv_bytes=now.kv_bytes - max(growth, 0))
             missing = SMALLEST_KV_BYTES - (now.kv_bytes or 0)
@@ -177,31 +223,38 @@ def check_memory(places: Sequence[Place]) -> None:
         StartError: says how much is needed and how much is free.
     """
     available = psutil.virtual_memory().available
-    needed = sum(placed.needed_bytes for placed in places)
+    needed = sum(placed.ranks * placed.needed_bytes for placed in places)
     if needed > available:
         raise StartError(
             f"not enough memory: {len(places)} experts need about {gib(needed)} "
-            f"({gib(places[0].kv_bytes or 0)} of it for each one's KV cache), {gib(available)} are free; "
-            "lower --kv-cache-memory-bytes"
+            f"({gib(places[0].ranks * (places[0].kv_bytes or 0))} of it for each one's KV cache), {gib(available)} are "
+            "free; lower --kv-cache-memory-bytes"
         )
 
 
-def device_order(gpu: int, gpus: int) -> str:
-    """CUDA_VISIBLE_DEVICES of an engine on ``gpu``: its own first, and the others, whose rows it maps."""
+def device_order(own: Sequence[int], gpus: int) -> str:
+    """CUDA_VISIBLE_DEVICES of an engine on ``own`` GPUs: those first, and the others, whose rows it maps."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     ids = [part.strip() for part in given.split(",")] if given else [str(i) for i in range(gpus)]
-    return ",".join([ids[gpu], *ids[:gpu], *ids[gpu + 1 :]])
+    return ",".join([*(ids[gpu] for gpu in own), *(ids[gpu] for gpu in range(len(ids)) if gpu not in own)])
 
 
-def _wished(names: Sequence[str], gpus: int, wish: str) -> list[int]:
-    chosen: dict[str, int] = {}
+def _wished(names: Sequence[str], counts: Sequence[int], gpus: int, wish: str) -> list[tuple[int, ...]]:
+    ranks = dict(zip(names, counts, strict=False))
+    chosen: dict[str, tuple[int, ...]] = {}
     for part in wish.split(","):
-        name, _, gpu = part.strip().partition("=")
+        name, _, where = part.strip().partition("=")
         if name not in names:
             raise StartError(f"--placement: {name!r} is none of the experts {', '.join(names)}")
-        if not gpu.isdigit() or int(gpu) >= gpus:
-            raise StartError(f"--placement: {part.strip()!r} does not name a GPU from 0 to {gpus - 1}")
-        chosen[name] = int(gpu)
+        for gpu in where.split("+"):
+            if not gpu.isdigit() or int(gpu) >= gpus:
+                raise StartError(f"--placement: {part.strip()!r} does not name a GPU from 0 to {gpus - 1}")
+        chosen[name] = tuple(map(int, where.split("+")))
+        if len(set(chosen[name])) != ranks[name] or len(chosen[name]) != ranks[name]:
+            raise StartError(
+                f"--placement: {part.strip()!r} does not name {ranks[name]} different GPUs, which is the expert's "
+                "tensor_parallel_size: as in EXPERT=0+1"
+            )
     missing = [name for name in names if name not in chosen]
     if missing:
         raise StartError(

@@ -64,7 +64,7 @@ def serve(
 
     Args:
         flags: vLLM's own server and engine flags, given to every engine.
-        placement: "EXPERT=GPU,..."; None leaves it to decar.
+        placement: "EXPERT=GPU,...", "EXPERT=GPU+GPU" for one on several; None leaves it to decar.
         allow_untested_vllm: go on with a vLLM of any version.
         min_experts: how many have to live for /health to say that the ensemble is served.
         engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
@@ -259,7 +259,7 @@ async def _running_ensemble(
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
-    places = _placed(ensemble, configs, placement, max_experts)
+    places = _placed(ensemble, configs, placement, max_experts, args.tensor_parallel_size)
     failures, progress = Failures(), Progress()
     plane = Plane.create(
         experts=max_experts,
@@ -269,7 +269,7 @@ async def _running_ensemble(
         prompt_unit=prompt_unit(
             configs[0].model_config.max_model_len, [config.cache_config.block_size for config in configs]
         ),
-        device_dtype=None if places[0].gpu is None else row_dtype(configs),
+        device_dtype=row_dtype(configs) if places[0].gpus else None,
     )
     plane.alive[len(experts) :] = 0
     started: list[Any] = []
@@ -379,7 +379,8 @@ class Engines:
         """
         from decar.server.vllm_adapter.arguments import engine_config, refuse_other_steps
 
-        places = exchanged([self._places[seat] for seat in seats.of], ensemble)
+        taken = [self._places[seat] for seat in seats.of]
+        places = exchanged(taken, ensemble, self._args.tensor_parallel_size)
         args = Namespace(**{**vars(self._args), "max_model_len": self._spec.positions})
         configs = [engine_config(ensemble, k, args, CPU_KV_BYTES) for k in range(len(places))]
         for config, placed in zip(configs, places, strict=True):
@@ -406,7 +407,7 @@ def _blamed(client: EnsembleClient, error: Exception) -> str:
 
 
 def _placed(
-    ensemble: Ensemble, configs: Sequence[Any], placement: str | None, max_experts: int
+    ensemble: Ensemble, configs: Sequence[Any], placement: str | None, max_experts: int, ranks: int
 ) -> list[Place]:
     """Decide where each engine runs, and where later ones may; tell those that there are the KV size that goes with it.
 
@@ -423,16 +424,20 @@ def _placed(
         ensemble,
         gpus,
         placement,
-        cache.kv_cache_memory_bytes,
+        cache.kv_cache_memory_bytes if gpus else None,
         rows_bytes=buffer_bytes(slots, ensemble.vocab_size, row_dtype(configs)),
         utilisation=cache.gpu_memory_utilization,
         seats=max_experts,
+        ranks=ranks,
     )
+    if not gpus:
+        for k, config in enumerate(configs):
+            places[k] = replace(places[k], kv_bytes=config.cache_config.kv_cache_memory_bytes)
     taken = places[: len(configs)]
     _give_memory(configs, taken)
     for placed in taken:
-        if placed.gpu is not None:
-            logger.info("expert %s: GPU %d (%s)", placed.expert, placed.gpu, gpus[placed.gpu].name)
+        for gpu in placed.gpus:
+            logger.info("expert %s: GPU %d (%s)", placed.expert, gpu, gpus[gpu].name)
     if not gpus and cache.kv_cache_memory_bytes is not None:
         check_memory(taken)
     return places
@@ -442,8 +447,8 @@ def _give_memory(configs: Sequence[Any], places: Sequence[Place]) -> None:
     from decar.server.vllm_adapter.arguments import give_memory
 
     for config, placed in zip(configs, places, strict=True):
-        if placed.gpu is not None:
-            total_bytes = visible_gpus()[placed.gpu].total_bytes
+        if placed.gpus:
+            total_bytes = min(visible_gpus()[gpu].total_bytes for gpu in placed.gpus)
             give_memory(config, placed.kv_bytes, placed.needed_bytes / total_bytes)
 
 

@@ -204,11 +204,10 @@ class Lockstep:
             leaders[i] = self._member(slots[i]).leader_at(int(positions[i]))
         return Turns(slots, positions, stamps, entry_of(slots, stamps), leaders, np.full_like(slots, -1))
 
-    def decided(self, slot: int) -> int | None:
-        """The leader's token for the next position that this engine does not know, if it has been published."""
-        position = int(self.produced[slot])
-        leader = self.blocks[self._member(slot).leader_at(position)]
-        return leader.published(slot, stamp_of(int(self.generation[slot]), position))
+    def learn(self, member: Member) -> None:
+        """Count a token of the answer that this engine was given between two steps."""
+        if self.holds_slot(member):
+            self.produced[member.slot] += 1
 
     def _member(self, slot: int) -> Member:
         member = self._members[slot]

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from decar.router.manifest import Rule
 from decar.server.protocol.plane import PlaneSpec
-from decar.server.protocol.runtime import remove_all_of
+from decar.server.protocol.runtime import new_name, remove_all_of
 
 REQUEST_KEY = "decar"
 """Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""
@@ -31,6 +31,7 @@ class LockstepConfig:
         cpus: cores this engine's threads are bound to; empty leaves them alone.
         devices: CUDA_VISIBLE_DEVICES of its process, its own GPU first; empty on CPU.
         gateway_pid: the engine ends when this process does.
+        engine: a name that the engine's process has made, where its ranks have processes of their own; else "".
     """
 
     expert: int
@@ -38,6 +39,7 @@ class LockstepConfig:
     cpus: tuple[int, ...]
     devices: str
     gateway_pid: int
+    engine: str = field(default="", kw_only=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickling is the first that a new engine process does: from here on it ends with its gateway,
@@ -46,7 +48,7 @@ class LockstepConfig:
         if os.getpid() != self.gateway_pid:
             if self.devices:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self.devices
-            _end_with(self.gateway_pid, self.plane.name)
+            end_with(self.gateway_pid, self.plane.name)
 
     def compute_hash(self) -> str:
         """vLLM keys its compile cache with this: nothing here changes a compiled model."""
@@ -170,23 +172,27 @@ def _wire(sampling_params: Any, key: str) -> dict[str, Any] | None:
 
 
 @functools.cache  # one watch per process
-def _end_with(gateway_pid: int, plane_name: str) -> None:
-    """End this process when the gateway dies, however it dies, and leave nothing behind that it has made.
+def end_with(pid: int, name: str) -> None:
+    """End this process when process ``pid`` dies, however it dies, and leave nothing behind that either has made.
 
     A signal on the parent's death would follow the parent's *thread*, and engines are started from threads.
+
+    Args:
+        name: of something that the other has made, see `remove_all_of`.
     """
 
     def end() -> NoReturn:
-        remove_all_of(plane_name)
+        remove_all_of(name)
+        remove_all_of(new_name())
         os._exit(1)
 
     try:
-        gateway = os.pidfd_open(gateway_pid)
+        process = os.pidfd_open(pid)
     except ProcessLookupError:
         end()
 
     def watch() -> None:
-        select.select([gateway], [], [])
+        select.select([process], [], [])
         end()
 
-    threading.Thread(target=watch, name="gateway-watch", daemon=True).start()
+    threading.Thread(target=watch, name=f"watch-{pid}", daemon=True).start()

@@ -19,7 +19,7 @@ import mmap
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -289,6 +289,12 @@ class Plane:
             return cls(spec, mmap.mmap(descriptor, spec.size_bytes))
         finally:
             os.close(descriptor)
+
+    @classmethod
+    def of_nobody(cls, spec: PlaneSpec) -> Plane:
+        """Memory of this process alone, in which rows would lie on the host; what nobody touches of it takes none."""
+        spec = replace(spec, on_device=False)
+        return cls(spec, mmap.mmap(-1, spec.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
     def unlink(self) -> None:
         """Remove the segment's name; memory goes when the last engine does. Safe to call twice."""

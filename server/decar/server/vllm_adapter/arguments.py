@@ -24,11 +24,14 @@ RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
     ),
     "it is a flag of `decar serve`, and none of vLLM's --config": ("max_num_queued_reqs", "shutdown_timeout"),
     "one gateway serves HTTP on --port": (*("api_server_count", "grpc", "grpc_port", "headless", "uds"),),
-    "each expert is one engine in one process": (
+    "a pipeline computes several steps at once, and experts in lockstep decide one before they begin the next": (
+        *("pipeline_parallel_size",),
+    ),
+    "each expert is one engine on one host": (
         *("data_parallel_size", "data_parallel_size_local", "data_parallel_rank", "data_parallel_start_rank"),
         *("data_parallel_hybrid_lb", "data_parallel_external_lb", "data_parallel_multi_port_external_lb"),
-        *("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size"),
-        *("tensor_parallel_size", "nnodes", "node_rank", "enable_elastic_ep", "enable_fault_tolerance"),
+        *("decode_context_parallel_size", "prefill_context_parallel_size"),
+        *("nnodes", "node_rank", "enable_elastic_ep", "enable_fault_tolerance"),
     ),
     "a step of an engine would not be one row for each request": (
         *("speculative_config", "spec_method", "spec_model", "spec_tokens", "diffusion_config"),
@@ -55,6 +58,7 @@ RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
 }
 """vLLM flags that decar sets itself, or that an engine in lockstep cannot follow, by the reason."""
 
+_EXECUTORS = "decar.server.vllm_adapter.executor"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]+)?")
 
 
@@ -62,6 +66,9 @@ def prepare_environment() -> None:
     """vLLM settings that decar relies on. Where the user set one of them, it stays."""
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 is exact on a GPU, and not timed there yet
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+    )  # `LockstepWorker` binds the threads of each rank
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "decar")  # `media.Connector`
@@ -190,14 +197,15 @@ def engine_config(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes
     """The user's flags with what one expert's engine needs, checked by vLLM.
 
     Args:
-        cpu_kv_bytes: size of its KV cache on a CPU, where the user sets none.
+        cpu_kv_bytes: size of its KV cache on a CPU, where the user sets none; its ranks share it.
 
     Raises:
         StartError: vLLM refuses the flags for this expert, or the lockstep cannot serve its architecture.
     """
     name = ensemble.experts[expert].name
+    ranks = ensemble.experts[expert].options.tensor_parallel_size or args.tensor_parallel_size
     try:
-        config = _engine_args(ensemble, expert, args, cpu_kv_bytes).create_engine_config()
+        config = _engine_args(ensemble, expert, args, ranks, cpu_kv_bytes // ranks).create_engine_config()
     except ValueError as error:  # pydantic's ValidationError is one
         reason = " ".join(str(error).split("[type=")[0].split())
         raise StartError(f"expert {name!r}: vLLM refuses these flags: {reason}") from None
@@ -259,7 +267,7 @@ def _unsupported_head_size(model: Any) -> list[int] | None:
     return sizes
 
 
-def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes: int) -> Any:
+def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, ranks: int, cpu_kv_bytes: int) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from decar.server.vllm_adapter.versions import sampler_needs_fp64
@@ -273,6 +281,7 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes:
     if engine.generation_config == "auto":
         engine.generation_config = first
     engine.served_model_name = [ensemble.name]
+    engine.tensor_parallel_size = ranks
     engine.worker_cls = "decar.server.vllm_adapter.worker.LockstepWorker"
     engine.scheduler_cls = "decar.server.vllm_adapter.scheduler.LockstepScheduler"
     engine.async_scheduling = False
@@ -284,9 +293,11 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes:
     if on_cpu():
         if sampler_needs_fp64():
             engine.use_fp64_gumbel = True
-        engine.distributed_executor_backend = "decar.server.vllm_adapter.executor.InProcessExecutor"
+        engine.distributed_executor_backend = f"{_EXECUTORS}.InProcessExecutor"
         if engine.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             engine.kv_cache_memory_bytes = cpu_kv_bytes
+    if ranks > 1:
+        engine.distributed_executor_backend = f"{_EXECUTORS}.RanksExecutor"
     return engine
 
 

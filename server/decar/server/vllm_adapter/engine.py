@@ -28,6 +28,7 @@ from vllm.v1.outputs import LogprobsTensors
 
 from decar.router.errors import StartError
 from decar.server.protocol.plane import PlaneSpec
+from decar.server.protocol.runtime import remove_stale
 from decar.server.vllm_adapter.failures import Failures, Progress, ReportingConfig, reason_of
 from decar.server.vllm_adapter.grammars import GrammarChooser
 from decar.server.vllm_adapter.limits import keep_to_limits
@@ -137,6 +138,11 @@ class EnginePlan:
     config: Any
     devices: str
 
+    @property
+    def ranks(self) -> int:
+        """Processes that hold its weights together."""
+        return int(self.config.parallel_config.tensor_parallel_size)
+
 
 class Starter:
     """Starts the engines of an ensemble, and starts them again.
@@ -161,7 +167,9 @@ class Starter:
         self._failures, self._progress = failures, progress
         self._metrics = SharedMetrics(len(plans))
         self._experts = [expert for expert, plan in enumerate(plans) if plan is not None]
-        self._cores = _dealt_cores(len(self._experts))  # those that come later share them
+        self._cores = _dealt_cores(
+            [plan.ranks for plan in plans if plan is not None]
+        )  # shared by those that come later
 
     async def start(self, expert: int) -> LLMEngine:
         """One expert's engine, in a process of its own.
@@ -203,6 +211,7 @@ class Starter:
     def _started(self, expert: int) -> LLMEngine:
         plan = self.plans[expert]
         assert plan is not None, "there is no expert"
+        remove_stale()  # of an engine that it had before
         config = copy.deepcopy(plan.config)  # in which an engine's start leaves what it has found
         config.additional_config = ReportingConfig(
             expert=expert,
@@ -225,12 +234,22 @@ class Starter:
         return LLMEngine(llm)
 
 
-def _dealt_cores(engines: int) -> list[tuple[int, ...]]:
-    """On CPU, the cores of this process dealt out evenly: engines that share cores drift apart."""
+def _dealt_cores(ranks: Sequence[int]) -> list[tuple[int, ...]]:
+    """On CPU, the cores of this process dealt out evenly over all ranks of engines: those that share cores drift apart.
+
+    Args:
+        ranks: how many each engine has.
+
+    Returns:
+        those of each engine, rank by rank: see `ranks.share_of`.
+    """
     if not current_platform.is_cpu():
-        return [()] * engines
+        return [()] * len(ranks)
     cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < engines:
-        return [(cores[k % len(cores)],) for k in range(engines)]
-    each = len(cores) // engines
-    return [tuple(cores[k * each : (k + 1) * each]) for k in range(engines)]
+    each = len(cores) // sum(ranks)
+    dealt, begin = [], 0
+    for count in ranks:
+        wanted = range(begin * max(each, 1), (begin + count) * max(each, 1))
+        dealt.append(tuple(sorted({cores[i % len(cores)] for i in wanted})))
+        begin += count
+    return dealt

@@ -40,10 +40,14 @@ class _Unscored:
 
 
 class PromptReader:
-    """Scores new prompts into the plane, and writes out the rows that a request asks for."""
+    """Scores new prompts into the plane, and writes out the rows that a request asks for.
 
-    def __init__(self, step: Step, lockstep: Lockstep):
-        self._step, self._lockstep = step, lockstep
+    Args:
+        writes_rows: False where another rank does, and this one only computes its part of them.
+    """
+
+    def __init__(self, step: Step, lockstep: Lockstep, writes_rows: bool = True):
+        self._step, self._lockstep, self._writes_rows = step, lockstep, writes_rows
         self._unscored: dict[str, _Unscored] = {}  # by request
         self._rows: dict[str, PromptRows] = {}  # by request
         self._at_once = _POSITIONS_AT_ONCE
@@ -81,6 +85,8 @@ class PromptReader:
         for request_id, asked in self._rows.items():
             shape = (asked.end - asked.start, self._lockstep.vocab_size)
             for first, last, logits in self._logits(request_id, asked.start, asked.end):
+                if not self._writes_rows:
+                    continue
                 with contextlib.suppress(FileNotFoundError):  # the client has left
                     rows = np.memmap(DIRECTORY / asked.file, np.float32, "r+", shape=shape)
                     rows[first - asked.start : last - asked.start] = logits.log_softmax(dim=-1).cpu().numpy()

@@ -109,6 +109,10 @@ class StepV1(Step):
             self._settle, self._sampler = None, True
             batch.generators.update(spared)
 
+    def keep_told(self, grammar_output: Any, settle: Settle) -> Any:
+        """No row draws anything: what has not been drawn need not be taken back."""
+        return self.sample(grammar_output, range(self._runner.input_batch.num_reqs), settle, sampler=False)
+
     def drop(self, rows: Sequence[int]) -> None:
         self._runner.discard_request_mask.np[rows] = True
 

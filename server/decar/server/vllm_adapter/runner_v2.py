@@ -94,6 +94,10 @@ class StepV2(Step):
         finally:
             self._settle, self._sampler, self._mixed = None, True, None
 
+    def keep_told(self, grammar_output: Any, settle: Settle) -> Any:
+        """Its sampler runs nevertheless: it is what knows of which rows a prompt is not finished."""
+        return self.sample(grammar_output, settle=settle)
+
     def drop(self, rows: Sequence[int]) -> None:
         assert self._sampled is not None, "only within settle"
         output, request_of = self._sampled

@@ -32,6 +32,7 @@ class LockstepScheduler(Scheduler):
         self.lockstep = Observer(Plane.attach(config.plane), config.expert)
         self._members: dict[str, Member] = {}  # of requests in lockstep
         self._held: dict[str, Request] = {}
+        self._adopted: dict[str, int] = {}  # tokens that held requests were given since the last step
         self._stats_due = 0.0
         Backends(self.structured_output_manager)
         self._releasable: dict[str, Member] = {}  # those of them that this expert may be released from
@@ -61,6 +62,7 @@ class LockstepScheduler(Scheduler):
             self.finish_requests(released, RequestStatus.FINISHED_ABORTED)  # their memory is free at once
         self._resume_held()
         output = super().schedule(*args, **kwargs)
+        output.adopted, self._adopted = self._adopted, {}  # for `LockstepWorker`, in every rank
         if self._held and not output.num_scheduled_tokens:
             self._yield_memory()
         return output
@@ -120,9 +122,11 @@ class LockstepScheduler(Scheduler):
             del self._held[request_id]  # runnable; or preempted or finished, and then no longer a hold
 
     def _append(self, request: Request, token: int) -> None:
-        """Give a held follower the token that its leader has published, as `update_from_output` would."""
+        """Give a held follower the token that its leader has published, as `update_from_output` would; the worker gets
+        it with the next step."""
         request.append_output_token_ids(token)
         accept_tokens(self.structured_output_manager, request, [token])
+        self._adopted[request.request_id] = token
 
     def _go_on(self, request: Request, tokens: list[int]) -> None:
         """Have a new request begin after ``tokens`` [T] of its answer, which other engines have said."""

@@ -100,6 +100,7 @@ _CLIENT = "vllm.v1.engine.core_client"
 _PROCESSOR = "vllm.v1.engine.output_processor"
 _RENDERER = "vllm.renderers.base"
 _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+_MULTIPROC = "vllm.v1.executor.multiproc_executor"
 _CUDA = "vllm.distributed.device_communicators.cuda_wrapper"
 
 SEAMS: tuple[Seam, ...] = (
@@ -117,7 +118,7 @@ SEAMS: tuple[Seam, ...] = (
                 replaces(module, f"{worker}.execute_model", "scheduler_output"),
                 replaces(module, f"{worker}.sample_tokens", "grammar_output"),
                 reads(module, worker, "vllm_config device model_runner use_v2_model_runner"),
-                reads(module, worker, "distributed_init_method"),
+                reads(module, worker, "distributed_init_method rank parallel_config"),
             )
         ),
         reads(
@@ -142,6 +143,26 @@ SEAMS: tuple[Seam, ...] = (
         reads(
             "vllm.v1.executor.uniproc_executor", "", "Lock", used_by="its lock would have a name in /dev/shm"
         ),
+        replaces(_MULTIPROC, "MultiprocExecutor._init_executor"),
+        replaces(
+            _MULTIPROC,
+            "MultiprocExecutor._ensure_worker_termination",
+            "worker_procs",
+            called_in="MultiprocExecutor.shutdown",
+        ),
+        reads(_MULTIPROC, "MultiprocExecutor", "vllm_config"),
+        reads(
+            "vllm.distributed.device_communicators.shm_broadcast",
+            "",
+            "shared_memory",
+            used_by="its message queues are named after who makes them",
+        ),
+    ),
+    *used_by(
+        "ranks",
+        calls("vllm.distributed.parallel_state", "get_tp_group"),
+        reads("vllm.distributed.parallel_state", "GroupCoordinator", "rank_in_group world_size"),
+        calls("vllm.distributed.parallel_state", "GroupCoordinator.broadcast_object", "obj"),
     ),
     *used_by(
         "step",

@@ -90,5 +90,9 @@ class Step(ABC):
         """
 
     @abstractmethod
+    def keep_told(self, grammar_output: Any, settle: Settle) -> Any:
+        """As `sample`, with the tokens that ``settle`` writes, whatever would be sampled here."""
+
+    @abstractmethod
     def drop(self, rows: Sequence[int]) -> None:
         """Within ``settle``: no token for these rows. The scheduler says whether their position runs again."""

@@ -2,12 +2,14 @@
 
 `sample_tokens` runs between the forward pass and sampling: prompts are scored, rows are posted, and the leader's
 logits are replaced by the mixture's, before grammar, penalties and sampling. `_settle` gets the sampled tokens before
-the runner keeps them: leaders publish theirs, followers adopt.
+the runner keeps them: leaders publish theirs, followers adopt. Where an engine has several ranks, that is the first's
+to do, and the others keep what it tells them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,12 +24,14 @@ from vllm.platforms import current_platform
 
 from decar.server.protocol.cores import take_long_slices
 from decar.server.protocol.lockstep import HELD, Lockstep
-from decar.server.protocol.member import Member, PromptRows, spoken_tokens
+from decar.server.protocol.member import Member, PromptRows, end_with, spoken_tokens
 from decar.server.protocol.plane import Plane
 from decar.server.protocol.transport import transport_of
 from decar.server.vllm_adapter.cuda_memory import CudaMemory
+from decar.server.vllm_adapter.executor import own_segments
 from decar.server.vllm_adapter.failures import ReportingConfig
 from decar.server.vllm_adapter.prompts import PromptReader
+from decar.server.vllm_adapter.ranks import Ranks, share_of
 from decar.server.vllm_adapter.step import Step
 from decar.server.vllm_adapter.versions import name_process
 
@@ -45,17 +49,17 @@ class LockstepWorker(_Worker):
 
     def init_device(self) -> None:
         config: ReportingConfig = self.vllm_config.additional_config
-        name_process(config.name)
+        self._name_process()
         if config.cpus:
-            torch.set_num_threads(len(config.cpus))  # before the base class disables it
-            os.sched_setaffinity(0, config.cpus)
+            cores = share_of(config.cpus, self.rank, self.parallel_config.tensor_parallel_size)
+            torch.set_num_threads(len(cores))  # before the base class disables it
+            os.sched_setaffinity(0, cores)
             take_long_slices()
-        scheme, _, path = self.distributed_init_method.partition("://")  # type: ignore[has-type]
-        if scheme == "file":  # which would stay in /tmp when this process is killed
-            folder = os.environ["VLLM_RPC_BASE_PATH"]
-            self.distributed_init_method = f"file://{folder}/{os.path.basename(path)}"
+        self._meet_ranks(config)
         super().init_device()
-        plane = Plane.attach(config.plane)
+        self._ranks = Ranks()
+        # Only one process writes a word of the plane: the other ranks of an engine have one of their own to write to.
+        plane = Plane.attach(config.plane) if self._ranks.first else Plane.of_nobody(config.plane)
         memory = CudaMemory(self.device) if plane.spec.on_device else None
         self.lockstep = Lockstep(plane, config.expert, transport_of(plane, config.expert, memory))
         self._members: dict[str, Member] = {}  # of shared requests
@@ -72,9 +76,28 @@ class LockstepWorker(_Worker):
         # A whole group may be told to stop: the gateway ends engines.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+        self._name_process()  # again: vLLM gives a rank a name of its own
         super().load_model(*args, **kwargs)
         self.step = self._step_of_runner()
-        self._prompts = PromptReader(self.step, self.lockstep)
+        self._prompts = PromptReader(self.step, self.lockstep, writes_rows=self._ranks.first)
+
+    def _meet_ranks(self, config: ReportingConfig) -> None:
+        """Where ranks find each other, though there be one: in no file that stays when they are killed."""
+        folder = os.environ["VLLM_RPC_BASE_PATH"]
+        scheme, _, path = self.distributed_init_method.partition("://")  # type: ignore[has-type]
+        name = config.engine or os.path.basename(
+            path
+        )  # on CPUs, also of the memory through which ranks add up
+        if config.engine or scheme == "file":
+            self.distributed_init_method = f"file://{folder}/{name}"
+        engine = multiprocessing.parent_process()
+        if config.engine and engine is not None and engine.pid is not None:
+            own_segments()
+            end_with(engine.pid, config.engine)
+
+    def _name_process(self) -> None:
+        name, ranks = self.vllm_config.additional_config.name, self.parallel_config.tensor_parallel_size
+        name_process(name if ranks == 1 else f"{name}_TP{self.rank}")
 
     def _step_of_runner(self) -> Step:
         # Each file imports what only its runner has.
@@ -99,8 +122,13 @@ class LockstepWorker(_Worker):
         if step.ran and self._prompts:
             with lockstep.mine.timed("score_ns"):
                 self._prompts.read()
-        if not step.ran or not self._due:
+        if not step.ran:
             return step.sample(grammar_output)
+        if not self._ranks.first:
+            step.logits()  # which all ranks compute together
+            return step.keep_told(grammar_output, self._take_told)
+        if not self._due:
+            return step.sample(grammar_output, settle=self._ranks.tell)
         self._find_rows()
         logits = step.logits()  # in float32, as rows are mixed, and tokens sampled
         with lockstep.mine.timed("post_ns"):
@@ -130,8 +158,16 @@ class LockstepWorker(_Worker):
             there = adopted != HELD
             tokens[torch.from_numpy(followed.rows[there])] = torch.from_numpy(adopted[there]).to(tokens)
             decided = np.concatenate([decided, followed.rows[there]])
-        if len(decided) < len(self._rows):
-            self.step.drop(self._rows_but(decided))
+        held = self._rows_but(decided) if len(decided) < len(self._rows) else []
+        if held:
+            self.step.drop(held)
+        self._ranks.tell(tokens, held)
+
+    def _take_told(self, tokens: torch.Tensor) -> None:
+        """What the first rank has decided, in place of ``tokens`` [B]."""
+        held = self._ranks.hear(tokens)
+        if held:
+            self.step.drop(held)
 
     def _rows_but(self, decided: np.ndarray) -> list[int]:
         """Rows of what is due, without those that are ``decided``."""
@@ -158,12 +194,18 @@ class LockstepWorker(_Worker):
     def _take_turns(self, scheduler_output: SchedulerOutput) -> None:
         """The turns of this step: shared requests whose last known token is computed in it."""
         lockstep = self.lockstep
+        # By a held follower's scheduler; what V2 warms up with has no scheduler.
+        for request_id, token in getattr(scheduler_output, "adopted", {}).items():
+            self.step.append(request_id, token)
+            lockstep.learn(self._members[request_id])
         for request_id in scheduler_output.finished_req_ids:
             self._members.pop(request_id, None)
         self._prompts.forget(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
             self._admit(new)
-        self._due, self._holding, slots = self._what_is_due(scheduler_output) if self._members else _NOTHING
+        self._due, self._holding, slots = _NOTHING
+        if self._members and self._ranks.first:
+            self._due, self._holding, slots = self._what_is_due(scheduler_output)
         slots = slots[self._holding]
         self._turns = lockstep.turns(slots, lockstep.produced[slots])
         self._ready = self._turns[:0]
@@ -197,17 +239,10 @@ class LockstepWorker(_Worker):
         slots = batch.slots
         if not len(slots):
             return _NOTHING
-        positions = np.array([*map(_num_output_tokens, new), *cached.num_output_tokens])[batch.shared]
         ends = np.array([*(begun.num_computed_tokens for begun in new), *cached.num_computed_tokens])
         ends = ends[batch.shared] + [*map(scheduler_output.num_scheduled_tokens.__getitem__, batch.requests)]
         goes_on = self._who_goes_on() if batch.may_release else batch.holding
         produced, alone_from = lockstep.produced[slots], lockstep.alone_from[slots]
-        late = goes_on & (produced < positions) & (produced < alone_from)
-        if late.any():
-            goes_on = goes_on.copy()
-            for i in np.flatnonzero(late):
-                goes_on[i] = self._adopt_late(batch.requests[i], int(slots[i]))
-                produced[i] = lockstep.produced[slots[i]]
         # Where nobody is left to mix with, it is plain vLLM.
         goes_on = goes_on & (produced < alone_from) & (ends >= batch.prompt_tokens + produced)
         if goes_on.all():
@@ -229,18 +264,6 @@ class LockstepWorker(_Worker):
             tokens, _ = self._members[batch.requests[i]].led_before[-1]
             self.step.redraw(batch.requests[i], tokens)
         return goes_on
-
-    def _adopt_late(self, request_id: str, slot: int) -> bool:
-        """Catch up with the scheduler, which took a held follower's token from the plane between two steps.
-
-        False if the token is gone: the request has ended, its slot has a new tenant, and its abort is on the way.
-        """
-        token = self.lockstep.decided(slot)
-        if token is None:
-            return False
-        self.lockstep.produced[slot] += 1
-        self.step.append(request_id, token)
-        return True
 
 
 @dataclass(frozen=True)

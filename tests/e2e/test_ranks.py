@@ -1,0 +1,161 @@
+"""An expert whose weights two processes hold together, beside one of one process: the same answers, and the same end.
+
+All that is asked of experts of one process is asked of those of two by
+
+DECAR_RANKS=2 python -m pytest tests/e2e/test_exact.py tests/e2e/test_active.py tests/e2e/test_prompts.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import LOADED
+from tests.e2e.test_active import (
+    PENALTIES,
+    check_pruned,
+    check_seeded,
+    check_what_depends_on_the_answer_so_far,
+    clear,
+)
+from tests.e2e.test_exact import RULES, assert_equal, check, clear_answers, complete_all, routed
+from tests.e2e.test_loss import BACK_WITHIN_S, is_up, pid_of
+from tests.helpers import SHARED_MEMORY, Server, wait_until
+from tests.reference import Reference, Rule
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
+
+SOME = 8
+
+
+@pytest.fixture(scope="module")
+def mixed(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The duo, of which one expert has two ranks."""
+    directory = tmp_path_factory.mktemp("ranks") / duo.name
+    shutil.copytree(duo.directory, directory)
+    manifest = json.loads((directory / "ensemble.json").read_text())
+    manifest["experts"][0]["options"] = {"tensor_parallel_size": 2}
+    (directory / "ensemble.json").write_text(json.dumps(manifest))
+    return replace(duo, directory=directory)
+
+
+@pytest.fixture(scope="module")
+def server(mixed: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    left = {path.name for path in SHARED_MEMORY.iterdir()}
+    started = Server.start(mixed.directory, tmp_path_factory.mktemp("logs") / "ranks.log", LOADED)
+    try:
+        yield started
+        assert started.stop() == 0, started.log_tail()
+        assert {path.name for path in SHARED_MEMORY.iterdir()} <= left
+    finally:
+        started.kill()
+
+
+def ranks_of(server: Server, expert: str) -> list[psutil.Process]:
+    """The processes of an expert's engine that compute."""
+    return [
+        child
+        for child in psutil.Process(pid_of(server, expert)).children()
+        if expert in " ".join(child.cmdline())
+    ]
+
+
+def test_each_rank_has_its_core_and_says_whose_it_is(server: Server, mixed: Reference) -> None:
+    first, second = mixed.experts
+    assert len(ranks_of(server, first)) == 2
+    assert ranks_of(server, second) == []
+    log = server.log.read_text()
+    assert f"({first}_TP0 pid=" in log
+    assert f"({first}_TP1 pid=" in log
+    cores = [set(rank.cpu_affinity()) for rank in ranks_of(server, first)]
+    if (os.cpu_count() or 1) > 1:
+        assert not cores[0] & cores[1]
+
+
+@pytest.mark.parametrize("rule", RULES)
+async def test_answers_are_the_mixtures(server: Server, mixed: Reference, rule: Rule) -> None:
+    await check(server, mixed, routed("posterior"), rule, SOME)
+
+
+async def test_also_where_experts_leave_and_hand_over(server: Server, mixed: Reference) -> None:
+    await check_pruned(server, mixed, clear(mixed, 0.1), 0.1)
+    await check_what_depends_on_the_answer_so_far(server, mixed, clear(mixed, 0.1, **PENALTIES))
+    await check_seeded(server, mixed, [one.prompt for one in clear(mixed, 0.1)])
+
+
+async def test_the_expert_alone(server: Server, mixed: Reference) -> None:
+    alone = mixed.alone(mixed.experts[0])
+    expected = clear_answers(alone, {}, SOME)
+    prompts = [one.prompt for one in expected]
+    answers = await complete_all(server, alone.name, prompts, None)
+    for one, (answer, _) in zip(expected, answers, strict=True):
+        assert_equal(alone, one, answer)
+    sampled = [
+        [a.tokens for a, _ in await complete_all(server, alone.name, prompts, None, temperature=1.0, seed=7)]
+        for _ in range(2)
+    ]
+    assert sampled[0] == sampled[1]
+
+
+async def test_prompts_that_are_scored(server: Server, mixed: Reference) -> None:
+    """By rows of the whole mixture, which one rank of each engine writes out."""
+    [one] = clear_answers(mixed, {}, SOME)[:1]
+    async with server.async_openai() as client:
+        asked = {"model": mixed.name, "prompt": one.prompt, "max_tokens": 1, "temperature": 0}
+        answer = await client.completions.create(**asked, echo=True, logprobs=1)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert len(logprobs.token_logprobs) == len(one.prompt) + 1
+
+
+async def lose_rank(server: Server, mixed: Reference, which: int, prompts: list[list[int]]) -> None:
+    lost = mixed.experts[0]
+    before, ranks = pid_of(server, lost), ranks_of(server, lost)
+    running = asyncio.create_task(
+        complete_all(server, mixed.name, prompts, {"route": "prior"}, max_tokens=200, logprobs=None)
+    )
+
+    def under_way() -> bool:
+        return bool(server.ensemble()["slots"]["in_use"])
+
+    await asyncio.to_thread(wait_until, under_way, 30, "answers are under way")
+    os.kill(ranks[which].pid, signal.SIGKILL)
+    for answer, _ in await running:
+        assert len(answer.tokens) == 200
+
+    def back() -> bool:
+        return is_up(server, lost) and pid_of(server, lost) != before
+
+    await asyncio.to_thread(wait_until, back, BACK_WITHIN_S, "the expert is back")
+    assert not any(rank.is_running() for rank in ranks)
+
+
+async def test_one_rank_is_killed(server: Server, mixed: Reference) -> None:
+    """Its engine goes with it, the other expert answers on, and all of it comes back."""
+    prompts = [one.prompt for one in clear_answers(mixed, {}, SOME)]
+    for which in (1, 0):
+        await lose_rank(server, mixed, which, prompts)
+    await check(server, mixed, routed("posterior"), "velocity", SOME)
+
+
+@pytest.mark.soak  # one more start
+def test_a_gateway_that_is_killed_takes_all_ranks_along(mixed: Reference, tmp_path: Path) -> None:
+    left = {path.name for path in SHARED_MEMORY.iterdir()}
+    server = Server.start(mixed.directory, tmp_path / "server.log", LOADED)
+    try:
+        ranks = ranks_of(server, mixed.experts[0])
+        server.process.kill()
+        server.ended("when it is killed")
+        assert not any(rank.is_running() for rank in ranks)
+        assert {path.name for path in SHARED_MEMORY.iterdir()} <= left
+    finally:
+        server.kill()
