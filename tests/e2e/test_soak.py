@@ -42,7 +42,9 @@ OF_THE_FIRST = 10  # descriptors of the first expert's first engine, whose rende
 class Soak:
     """What was seen of the traffic, and when."""
 
-    tokens: Counter[int] = field(default_factory=Counter)  # by window
+    tokens: Counter[int] = field(
+        default_factory=Counter
+    )  # by window; of whole answers, when they may have been said
     requests: int = 0
     cancelled: int = 0
     failed: list[str] = field(default_factory=list)
@@ -57,9 +59,16 @@ class Soak:
     def heard(self, tokens: int) -> None:
         self.tokens[int(self.now // WINDOW_S)] += tokens
 
+    def answered(self, tokens: int, asked: float) -> None:
+        """Tokens of a whole answer, which were said one by one since it was ``asked``."""
+        for token in range(tokens):
+            at = asked + (self.now - asked) * (token + 1) / tokens
+            self.tokens[int(at // WINDOW_S)] += 1
+
     def undisturbed(self) -> dict[int, int]:
-        """Tokens of each whole window in which no engine was missing; the first has clients that connect."""
-        windows = range(2, int(self.now // WINDOW_S) - 1)
+        """Tokens of each whole window in which no engine was missing; in the first clients connect, in the last they
+        leave."""
+        windows = range(2, int(LENGTH_S // WINDOW_S) - 1)
         return {
             i: self.tokens[i]
             for i in windows
@@ -99,22 +108,22 @@ async def client_of(soak: Soak, client: openai.AsyncOpenAI, trio: Reference, see
     rng = random.Random(seed)
     while soak.now < LENGTH_S:
         options, decar = some_request(rng, trio)
-        kind = rng.random()
+        kind, asked = rng.random(), soak.now
         try:
             if kind < 0.1:  # one expert, which may be the one that was killed
                 with suppress(openai.InternalServerError):
                     answer = await client.completions.create(model=f"{trio.name}/code", **options)
-                    soak.heard(answer.usage.completion_tokens)
+                    soak.answered(answer.usage.completion_tokens, asked)
             elif kind < 0.2:
                 answer = await client.completions.create(
                     model=trio.name,
                     **{**options, "n": 1, "extra_body": {"prompt_logprobs": 1, "ignore_eos": True}},
                 )
-                soak.heard(answer.usage.completion_tokens)
+                soak.answered(answer.usage.completion_tokens, asked)
             elif kind < 0.4:
                 extra = {"ignore_eos": True, "decar": decar}
                 answer = await client.completions.create(model=trio.name, extra_body=extra, **options)
-                soak.heard(answer.usage.completion_tokens)
+                soak.answered(answer.usage.completion_tokens, asked)
             else:
                 await read(soak, client, trio, options, decar, rng.randint(1, 9) if kind > 0.85 else None)
         except openai.APIError as error:
@@ -160,12 +169,22 @@ async def kill_now_and_then(soak: Soak, server: Server, trio: Reference) -> None
         soak.disturbed.append((at, soak.now + AFTER_BACK_S))
 
 
+def work_takes_s() -> float:
+    """What the same small work takes of a core's time just now: a machine that is shared is not always as fast."""
+    began = time.thread_time()
+    sum(i * i for i in range(20_000))
+    return time.thread_time() - began
+
+
 async def sample_each_second(soak: Soak, process: psutil.Process, samples: list[tuple[float, int]]) -> None:
     while soak.now < LENGTH_S:
         samples.append((soak.now, process.memory_info().rss))
-        did = psutil.cpu_times_percent(None)
+        did, work_ms = psutil.cpu_times_percent(None), work_takes_s() * 1e3
         soak.cores.append(
-            (soak.now, f"idle {did.idle:.0f} %, stolen {did.steal:.0f} %, disk {did.iowait:.0f} %")
+            (
+                soak.now,
+                f"idle {did.idle:.0f} %, stolen {did.steal:.0f} %, disk {did.iowait:.0f} %, work {work_ms:.2f} ms",
+            )
         )
         await asyncio.sleep(1)
 
