@@ -115,6 +115,7 @@ def serve(
         for name in remove_stale():
             logger.warning("removed %s of a server that is gone", DIRECTORY / name)
         folder = make_folder()
+        stack.callback(remove_stale)  # what engines have made that are gone by then
         stack.callback(remove_all_of, folder.name)
         os.environ.setdefault("VLLM_RPC_BASE_PATH", str(folder))
         record = Record(

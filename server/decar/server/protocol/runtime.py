@@ -110,9 +110,10 @@ def _pid_namespace() -> int:
 
 
 def _start_time(pid: int) -> str:
-    """When process ``pid`` started, in clock ticks since boot; "" if there is none. Tells a reused pid apart."""
+    """When process ``pid`` started, in clock ticks since boot; "" if it has ended, whether its parent has heard of that
+    or not. Tells a reused pid apart."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return after_name[19]
+    return "" if after_name[0] == "Z" else after_name[19]

@@ -18,6 +18,8 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from decar.server.protocol.runtime import new_name
+from decar.server.vllm_adapter.failures import ReportingConfig
+from decar.server.vllm_adapter.versions import name_process
 
 
 class InProcessExecutor(UniProcExecutor):
@@ -34,7 +36,8 @@ class RanksExecutor(MultiprocExecutor):
     """A worker for each rank, in processes that end when the engine's does, and that the engine does not survive."""
 
     def _init_executor(self) -> None:
-        config = self.vllm_config.additional_config
+        config: ReportingConfig = self.vllm_config.additional_config
+        name_process(config.name)
         if config.cpus:
             os.sched_setaffinity(0, config.cpus)  # those of its ranks, which compute on them; it schedules
         self.vllm_config.additional_config = replace(config, engine=new_name())
