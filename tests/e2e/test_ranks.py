@@ -1,8 +1,6 @@
 """An expert whose weights two processes hold together, beside one of one process: the same answers, and the same end.
 
-All that is asked of experts of one process is asked of those of two by
-
-DECAR_RANKS=2 python -m pytest tests/e2e/test_exact.py tests/e2e/test_active.py tests/e2e/test_prompts.py
+`make soak` asks of experts that all have two what is asked of those that have one (DECAR_RANKS in tests/helpers.py).
 """
 
 from __future__ import annotations
