@@ -15,12 +15,14 @@ import signal
 import socket
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+import psutil
 
 from decar.router import Ensemble, Reading
 from decar.router.errors import StartError
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from decar.server.vllm_adapter.failures import Failures, Progress
 
 logger = logging.getLogger("decar")
+
+_GONE_WITHIN_S = 5.0
+"""A process that is killed gives back some GB first."""
 
 
 def serve(
@@ -295,15 +300,32 @@ async def _running_ensemble(
             yield client, supervisor, engines
         finally:
             supervisor.stop()
-            client.shutdown(timeout=0)
+            with _ended():
+                client.shutdown(timeout=0)
     finally:
         failures.close()
         progress.close()
-        for engine in started:
-            engine.client.shutdown(timeout=0)
+        with _ended():
+            for engine in started:
+                engine.client.shutdown(timeout=0)
+        plane.unlink()
+
+
+@contextlib.contextmanager
+def _ended() -> Iterator[None]:
+    """What is told to end within ends: engines with their ranks, which are theirs to start, and gone before what they
+    have made is removed."""
+    processes = []
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            engine = psutil.Process(child.pid)
+            processes += [engine, *engine.children(recursive=True)]
+    try:
+        yield
+    finally:
         for child in multiprocessing.active_children():
             child.kill()
-        plane.unlink()
+        psutil.wait_procs(processes, _GONE_WITHIN_S)
 
 
 async def _warm(
