@@ -165,3 +165,26 @@ def test_a_gateway_that_is_killed_takes_all_ranks_along(mixed: Reference, tmp_pa
         assert {path.name for path in SHARED_MEMORY.iterdir()} <= left
     finally:
         server.kill()
+
+
+@pytest.mark.soak  # one more start
+async def test_a_signal_to_all_of_its_processes_lets_answers_finish(mixed: Reference, tmp_path: Path) -> None:
+    """As a terminal's Ctrl-C, or systemd, sends it."""
+    server = Server.start(mixed.directory, tmp_path / "server.log", LOADED)
+    try:
+        prompts = [one.prompt for one in clear_answers(mixed, {}, SOME)]
+        running = asyncio.create_task(
+            complete_all(server, mixed.name, prompts, {"route": "prior"}, max_tokens=200, logprobs=None)
+        )
+
+        def under_way() -> bool:
+            return bool(server.ensemble()["slots"]["in_use"])
+
+        await asyncio.to_thread(wait_until, under_way, 30, "answers are under way")
+        os.killpg(server.process.pid, signal.SIGTERM)
+        for answer, summary in await running:
+            assert len(answer.tokens) == 200
+            assert summary["degraded"] == []
+        assert await asyncio.to_thread(server.ended, "when it is told to stop") == 0
+    finally:
+        server.kill()

@@ -141,5 +141,6 @@ def test_help_all_has_each_flag_that_an_ensemble_can_have(flags: tuple[Flag, ...
     said = help_text(offered_flags(), 100)
     words = said.replace(",", " ").split()
     assert {"--port", "--max-model-len", "--dtype"} <= set(words)
-    assert "--tensor-parallel-size" not in words
+    assert "--pipeline-parallel-size" not in words
+    assert "--tensor-parallel-size" in words
     assert max(map(len, said.splitlines())) <= 100

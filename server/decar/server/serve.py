@@ -265,7 +265,7 @@ async def _running_ensemble(
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
-    places = _placed(ensemble, configs, placement, max_experts, args.tensor_parallel_size)
+    places = _placed(ensemble, configs, placement, max_experts, args)
     failures, progress = Failures(), Progress()
     plane = Plane.create(
         experts=max_experts,
@@ -430,7 +430,7 @@ def _blamed(client: EnsembleClient, error: Exception) -> str:
 
 
 def _placed(
-    ensemble: Ensemble, configs: Sequence[Any], placement: str | None, max_experts: int, ranks: int
+    ensemble: Ensemble, configs: Sequence[Any], placement: str | None, max_experts: int, args: Namespace
 ) -> list[Place]:
     """Decide where each engine runs, and where later ones may; tell those that there are the KV size that goes with it.
 
@@ -438,7 +438,7 @@ def _placed(
         StartError: the experts do not fit.
     """
     from decar.server.protocol.transport import buffer_bytes
-    from decar.server.vllm_adapter.arguments import on_cpu, row_dtype
+    from decar.server.vllm_adapter.arguments import on_cpu, row_dtype, shares_default_kv
 
     cache = configs[0].cache_config
     gpus = [] if on_cpu() else visible_gpus()
@@ -447,15 +447,12 @@ def _placed(
         ensemble,
         gpus,
         placement,
-        cache.kv_cache_memory_bytes if gpus else None,
+        None if shares_default_kv(args) else cache.kv_cache_memory_bytes,
         rows_bytes=buffer_bytes(slots, ensemble.vocab_size, row_dtype(configs)),
         utilisation=cache.gpu_memory_utilization,
         seats=max_experts,
-        ranks=ranks,
+        ranks=args.tensor_parallel_size,
     )
-    if not gpus:
-        for k, config in enumerate(configs):
-            places[k] = replace(places[k], kv_bytes=config.cache_config.kv_cache_memory_bytes)
     taken = places[: len(configs)]
     _give_memory(configs, taken)
     for placed in taken:

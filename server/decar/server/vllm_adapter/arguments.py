@@ -40,6 +40,9 @@ RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
     "the token that is published has to be the one that was sampled from the mixture": (
         *("enable_trace_replay", "watermark_config"),
     ),
+    "the first of an expert's ranks samples, from logits that are the mixture's": (
+        *("enable_batch_sharded_sampling",),
+    ),
     "experts score what they compute of a prompt, and with it would not compute all": (
         *("kv_sharing_fast_prefill", "kv_transfer_config", "kv_offloading_size", "ec_transfer_config"),
     ),
@@ -69,6 +72,9 @@ def prepare_environment() -> None:
     os.environ.setdefault(
         "VLLM_CPU_OMP_THREADS_BIND", "nobind"
     )  # `LockstepWorker` binds the threads of each rank
+    os.environ.setdefault(
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "86400"
+    )  # of ranks: --engine-timeout is the bound
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "decar")  # `media.Connector`
@@ -294,11 +300,16 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, ranks: int, c
         if sampler_needs_fp64():
             engine.use_fp64_gumbel = True
         engine.distributed_executor_backend = f"{_EXECUTORS}.InProcessExecutor"
-        if engine.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        if shares_default_kv(args):
             engine.kv_cache_memory_bytes = cpu_kv_bytes
     if ranks > 1:
         engine.distributed_executor_backend = f"{_EXECUTORS}.RanksExecutor"
     return engine
+
+
+def shares_default_kv(args: Namespace) -> bool:
+    """Whether decar says how large each engine's KV cache is on a CPU; else the user does, for each rank."""
+    return on_cpu() and args.kv_cache_memory_bytes is None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ
 
 
 def on_cpu() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing import resource_tracker
@@ -38,6 +39,8 @@ class RanksExecutor(MultiprocExecutor):
     def _init_executor(self) -> None:
         config: ReportingConfig = self.vllm_config.additional_config
         name_process(config.name)
+        for number in (signal.SIGTERM, signal.SIGINT):  # as in the ranks: the gateway ends engines
+            signal.signal(number, signal.SIG_IGN)
         if config.cpus:
             os.sched_setaffinity(0, config.cpus)  # those of its ranks, which compute on them; it schedules
         self.vllm_config.additional_config = replace(config, engine=new_name())
@@ -58,10 +61,10 @@ class _Segment(SharedMemory):
     def __init__(self, name: str | None = None, create: bool = False, size: int = 0, **kwargs: Any):
         super().__init__(new_name() if create else name, create, size, **kwargs)
         if create:
-            resource_tracker.unregister(self._name, "shared_memory")  # type: ignore[attr-defined]
+            resource_tracker.unregister(f"/{self.name}", "shared_memory")
 
     def unlink(self) -> None:
-        resource_tracker.register(self._name, "shared_memory")  # type: ignore[attr-defined]
+        resource_tracker.register(f"/{self.name}", "shared_memory")
         super().unlink()
 
 
