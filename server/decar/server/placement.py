@@ -172,8 +172,8 @@ def _dealt(sizes: Sequence[tuple[str, int]], counts: Sequence[int], gpus: int) -
     for (name, _), count in zip(sizes, counts, strict=True):
         if count > gpus:
             raise StartError(
-                f"expert {name or 'that may come'!r} is to be on {count} GPUs (tensor_parallel_size), and {gpus} can be "
-                "seen here"
+                f"expert {name or 'that may come'!r} is to be on {count} GPUs (tensor_parallel_size), and {gpus} can "
+                "be seen here"
             )
         where.append(tuple((begin + i) % gpus for i in range(count)))
         begin += count
