@@ -66,6 +66,11 @@ def rewritten(directory: Path) -> None:
         (copied, (1,), ()),
         (renamed, (), ("the name of 'code', now 'programs'",)),
         (manifest(lambda data: data["experts"][0].update(prior=0.9)), (), ("the prior of 'maths'",)),
+        (
+            manifest(lambda data: data["experts"][1].update(options={"tensor_parallel_size": 2})),
+            (1,),
+            (),
+        ),
         (manifest(lambda data: data["router"].update(kind="prior")), (), ("router.kind",)),
         (
             manifest(lambda data: data["mixing"].update(rule="logit", prune=0.1)),
@@ -80,7 +85,7 @@ def rewritten(directory: Path) -> None:
             (),
         ),
     ],
-    ids=["nothing", "weights", "folder", "name", "prior", "router", "mixing", "config"],
+    ids=["nothing", "weights", "folder", "name", "prior", "ranks", "router", "mixing", "config"],
 )
 def test_what_is_a_change(
     directory: Path, edit: Edit, experts: tuple[int, ...], rest: tuple[str, ...]

@@ -76,7 +76,8 @@ class Changes:
 
     Attributes:
         places: of each expert now, the index of the one before that it is, or takes the place of; None: of none.
-        experts: indices of those whose files are others than those of their place before, or which are added.
+        experts: indices of those whose files, or engine's options, are others than those of their place before, or
+            which are added.
         removed: indices, before, of those whose place nobody has.
         rest: what else, in words.
     """
@@ -103,11 +104,12 @@ def changes(served: Reading, read: Reading) -> Changes:
     places, removed = _places(old.expert_names, new.expert_names)
     experts, rest = [], []
     for k, (after, files, place) in enumerate(zip(new.experts, read.experts, places, strict=True)):
-        if place is None or files != served.experts[place]:
-            experts.append(k)
         if place is None:
+            experts.append(k)
             continue
         before = old.experts[place]
+        if files != served.experts[place] or before.options != after.options:
+            experts.append(k)
         if before.prior != after.prior:
             rest.append(f"the prior of {after.name!r}")
         if k not in experts:
