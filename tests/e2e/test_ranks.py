@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -27,8 +27,9 @@ from tests.e2e.test_active import (
 )
 from tests.e2e.test_exact import RULES, assert_equal, check, clear_answers, complete_all, routed
 from tests.e2e.test_loss import BACK_WITHIN_S, is_up, pid_of
-from tests.helpers import SHARED_MEMORY, Server, wait_until
+from tests.helpers import SHARED_MEMORY, Answer, Server, wait_until
 from tests.reference import Reference, Rule
+from tests.router.test_manifest import edit_json
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 
@@ -40,9 +41,8 @@ def mixed(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference
     """The duo, of which one expert has two ranks."""
     directory = tmp_path_factory.mktemp("ranks") / duo.name
     shutil.copytree(duo.directory, directory)
-    manifest = json.loads((directory / "ensemble.json").read_text())
-    manifest["experts"][0]["options"] = {"tensor_parallel_size": 2}
-    (directory / "ensemble.json").write_text(json.dumps(manifest))
+    options = {"tensor_parallel_size": 2}
+    edit_json(directory / "ensemble.json", lambda manifest: manifest["experts"][0].update(options=options))
     return replace(duo, directory=directory)
 
 
@@ -123,17 +123,25 @@ async def test_prompts_that_are_scored(server: Server, mixed: Reference) -> None
     assert len(logprobs.token_logprobs) == len(one.prompt) + 1
 
 
-async def lose_rank(server: Server, mixed: Reference, which: int, prompts: list[list[int]]) -> None:
-    lost = mixed.experts[0]
-    before, ranks = pid_of(server, lost), ranks_of(server, lost)
+async def answers_under_way(
+    server: Server, mixed: Reference, prompts: list[list[int]]
+) -> asyncio.Task[list[tuple[Answer, dict[str, Any]]]]:
+    """Answers of 200 tokens that have begun."""
     running = asyncio.create_task(
         complete_all(server, mixed.name, prompts, {"route": "prior"}, max_tokens=200, logprobs=None)
     )
 
-    def under_way() -> bool:
+    def begun() -> bool:
         return bool(server.ensemble()["slots"]["in_use"])
 
-    await asyncio.to_thread(wait_until, under_way, 30, "answers are under way")
+    await asyncio.to_thread(wait_until, begun, 30, "answers are under way")
+    return running
+
+
+async def lose_rank(server: Server, mixed: Reference, which: int, prompts: list[list[int]]) -> None:
+    lost = mixed.experts[0]
+    before, ranks = pid_of(server, lost), ranks_of(server, lost)
+    running = await answers_under_way(server, mixed, prompts)
     os.kill(ranks[which].pid, signal.SIGKILL)
     for answer, _ in await running:
         assert len(answer.tokens) == 200
@@ -173,14 +181,7 @@ async def test_a_signal_to_all_of_its_processes_lets_answers_finish(mixed: Refer
     server = Server.start(mixed.directory, tmp_path / "server.log", LOADED)
     try:
         prompts = [one.prompt for one in clear_answers(mixed, {}, SOME)]
-        running = asyncio.create_task(
-            complete_all(server, mixed.name, prompts, {"route": "prior"}, max_tokens=200, logprobs=None)
-        )
-
-        def under_way() -> bool:
-            return bool(server.ensemble()["slots"]["in_use"])
-
-        await asyncio.to_thread(wait_until, under_way, 30, "answers are under way")
+        running = await answers_under_way(server, mixed, prompts)
         os.killpg(server.process.pid, signal.SIGTERM)
         for answer, summary in await running:
             assert len(answer.tokens) == 200

@@ -69,12 +69,8 @@ def prepare_environment() -> None:
     """vLLM settings that decar relies on. Where the user set one of them, it stays."""
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 is exact on a GPU, and not timed there yet
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    os.environ.setdefault(
-        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
-    )  # `LockstepWorker` binds the threads of each rank
-    os.environ.setdefault(
-        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "86400"
-    )  # of ranks: --engine-timeout is the bound
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # `LockstepWorker` binds each rank's threads
+    os.environ.setdefault("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "86400")  # --engine-timeout is the bound
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi numbers them
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "decar")  # `media.Connector`

@@ -167,9 +167,8 @@ class Starter:
         self._failures, self._progress = failures, progress
         self._metrics = SharedMetrics(len(plans))
         self._experts = [expert for expert, plan in enumerate(plans) if plan is not None]
-        self._cores = _dealt_cores(
-            [plan.ranks for plan in plans if plan is not None]
-        )  # shared by those that come later
+        # Those that come later share them.
+        self._cores = _dealt_cores([plan.ranks for plan in plans if plan is not None])
 
     async def start(self, expert: int) -> LLMEngine:
         """One expert's engine, in a process of its own.

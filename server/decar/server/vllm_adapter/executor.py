@@ -39,8 +39,7 @@ class RanksExecutor(MultiprocExecutor):
     def _init_executor(self) -> None:
         config: ReportingConfig = self.vllm_config.additional_config
         name_process(config.name)
-        for number in (signal.SIGTERM, signal.SIGINT):  # as in the ranks: the gateway ends engines
-            signal.signal(number, signal.SIG_IGN)
+        ignore_stops()
         if config.cpus:
             os.sched_setaffinity(0, config.cpus)  # those of its ranks, which compute on them; it schedules
         self.vllm_config.additional_config = replace(config, engine=new_name())
@@ -66,6 +65,12 @@ class _Segment(SharedMemory):
     def unlink(self) -> None:
         resource_tracker.register(f"/{self.name}", "shared_memory")
         super().unlink()
+
+
+def ignore_stops() -> None:
+    """Leave it to the gateway to end this process: a whole group may be told to stop, and answers are to finish."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def own_segments() -> None:

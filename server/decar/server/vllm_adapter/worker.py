@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from decar.server.protocol.member import Member, PromptRows, end_with, spoken_to
 from decar.server.protocol.plane import Plane
 from decar.server.protocol.transport import transport_of
 from decar.server.vllm_adapter.cuda_memory import CudaMemory
-from decar.server.vllm_adapter.executor import own_segments
+from decar.server.vllm_adapter.executor import ignore_stops, own_segments
 from decar.server.vllm_adapter.failures import ReportingConfig
 from decar.server.vllm_adapter.prompts import PromptReader
 from decar.server.vllm_adapter.ranks import Ranks, share_of
@@ -73,9 +72,7 @@ class LockstepWorker(_Worker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
-        # A whole group may be told to stop: the gateway ends engines.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+        ignore_stops()
         self._name_process()  # again: vLLM gives a rank a name of its own
         super().load_model(*args, **kwargs)
         self.step = self._step_of_runner()
@@ -85,9 +82,7 @@ class LockstepWorker(_Worker):
         """Where ranks find each other, though there be one: in no file that stays when they are killed."""
         folder = os.environ["VLLM_RPC_BASE_PATH"]
         scheme, _, path = self.distributed_init_method.partition("://")  # type: ignore[has-type]
-        name = config.engine or os.path.basename(
-            path
-        )  # on CPUs, also of the memory through which ranks add up
+        name = config.engine or os.path.basename(path)  # on CPUs, ranks' common memory has it too
         if config.engine or scheme == "file":
             self.distributed_init_method = f"file://{folder}/{name}"
         engine = multiprocessing.parent_process()
