@@ -218,16 +218,27 @@ class Server:
         )
 
     @contextmanager
-    def standing_still(self) -> Iterator[None]:
-        """Its engines compute nothing until the block ends, so that no answer in its midst is whole by then."""
+    def standing_still(self) -> Iterator[Callable[[float], None]]:
+        """Its engines compute nothing until the block ends, so that no answer in its midst is whole by then.
+
+        What it gives lets them go on for some seconds.
+        """
         pids = [expert["pid"] for expert in self.ensemble()["experts"]]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
+
+        def tell(what: signal.Signals) -> None:
             for pid in pids:
-                os.kill(pid, signal.SIGCONT)
+                os.kill(pid, what)
+
+        def move(seconds: float) -> None:
+            tell(signal.SIGCONT)
+            time.sleep(seconds)
+            tell(signal.SIGSTOP)
+
+        tell(signal.SIGSTOP)
+        try:
+            yield move
+        finally:
+            tell(signal.SIGCONT)
 
     def openai(self) -> openai.OpenAI:
         return openai.OpenAI(

@@ -146,6 +146,8 @@ async def test_a_second_signal_ends_at_once(duo: Reference, tmp_path: Path) -> N
     with started(duo, tmp_path) as server:
         async with client_of(server) as client:
             tasks = await in_their_midst(client, duo)
+            for expert in server.ensemble()["experts"]:
+                os.kill(expert["pid"], signal.SIGSTOP)  # or all might be answered after the first one
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: server.health() == 503, 5, "the first one is heard")
             server.process.send_signal(signal.SIGINT)

@@ -273,6 +273,7 @@ def fake_ensemble(*priors: float) -> Ensemble:
             vocab_size=VOCAB_SIZE + k,
             path=Path("/somewhere", entry.path),
             reads_images=False,
+            options=entry.options,
         )
         for k, entry in enumerate(entries)
     )
