@@ -33,10 +33,11 @@ EXACT = (
     *("--dtype", "float32", "--max-model-len", "512", "--enforce-eager"),
     *("--kv-cache-memory-bytes", str(256 << 20)),
     *("--tensor-parallel-size", os.environ.get("DECAR_RANKS", "1")),
+    *("--simulated-hosts", os.environ.get("DECAR_HOSTS", "1")),
 )
 """fp32, so that answers compare with the reference; eager, since compiling tiny models saves nothing; a KV cache that
 leaves room for the next server on a GPU. With DECAR_RANKS=2 in the environment, all that is tested of servers is tested
-of experts that have two ranks each."""
+of experts that have two ranks each, and with DECAR_HOSTS=2 of experts on two hosts."""
 
 
 class NeverHappened(AssertionError):

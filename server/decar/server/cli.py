@@ -91,6 +91,13 @@ def serve(
             show_default="those there are",
         ),
     ] = None,
+    simulated_hosts: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Have experts on so many parts of this machine that share no memory, to try what hosts would do.",
+        ),
+    ] = 1,
     log_file: Annotated[
         Path | None,
         typer.Option(
@@ -127,6 +134,7 @@ def serve(
         admin_key=admin_key,
         reload_timeout_s=reload_timeout,
         max_experts=max_experts,
+        simulated_hosts=simulated_hosts,
         log_file=log_file,
         verbose=verbose,
         own_flags=[name for option in context.command.params for name in option.opts],

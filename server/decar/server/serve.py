@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from decar.server.gateway.ensemble import EnsembleClient
     from decar.server.gateway.seats import Seats
     from decar.server.gateway.supervisor import Supervisor
+    from decar.server.hosts import Planes
+    from decar.server.protocol.mirror import Hosts
     from decar.server.protocol.plane import Plane
     from decar.server.vllm_adapter.engine import EnginePlan
     from decar.server.vllm_adapter.failures import Failures, Progress
@@ -60,6 +62,7 @@ def serve(
     admin_key: str | None = None,
     reload_timeout_s: float = 30.0,
     max_experts: int | None = None,
+    simulated_hosts: int = 1,
     log_file: Path | None = None,
     verbose: bool = False,
     own_flags: Iterable[str] = (),
@@ -78,6 +81,7 @@ def serve(
         admin_key: shows paths and processes to whoever gives it, and reloads; None: nobody sees them.
         reload_timeout_s: how long running answers are waited for before an expert is exchanged.
         max_experts: how many there is room for, those included that a reload may add; None: for those that there are.
+        simulated_hosts: experts are dealt out over so many parts of this machine, which share no memory.
         log_file: vLLM's log is added to it; None: to a file of its own, see `default_log`.
         verbose: vLLM's log goes to standard output instead.
         own_flags: of decar itself, which a user may have meant by one that is none.
@@ -100,6 +104,11 @@ def serve(
         raise StartError(
             f"--max-experts is {max_experts}; {ensemble.name!r} has {len(ensemble.experts)}, and more than "
             f"{MAX_EXPERTS} cannot be served together"
+        )
+
+    if simulated_hosts > len(ensemble.experts):
+        raise StartError(
+            f"--simulated-hosts is {simulated_hosts}; {ensemble.name!r} has {len(ensemble.experts)} experts"
         )
 
     given = _checked(flags, own_flags)
@@ -143,6 +152,7 @@ def serve(
         import uvloop
 
         from decar.server.gateway.request import model_ids
+        from decar.server.hosts import dealt
         from decar.server.vllm_adapter.app import allow_many_files
 
         args = parse_flags(flags, str(ensemble.directory), model_ids(ensemble))
@@ -151,7 +161,16 @@ def serve(
         allow_many_files()
         record = replace(record, url=base_url(sock, bool(args.ssl_certfile)))
         running = _running_ensemble(
-            ensemble, args, placement, min_experts, engine_timeout_s, max_queued, max_experts, terminal, start
+            ensemble,
+            args,
+            placement,
+            min_experts,
+            engine_timeout_s,
+            max_queued,
+            dealt(max_experts, simulated_hosts),
+            folder,
+            terminal,
+            start,
         )
 
         def listening() -> None:
@@ -251,13 +270,15 @@ async def _running_ensemble(
     min_experts: int,
     engine_timeout_s: float,
     max_queued: int | None,
-    max_experts: int,
+    hosts: Hosts,
+    folder: Path,
     terminal: Terminal,
     start: Start,
 ) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
     """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
     out."""
     from decar.server.gateway.supervisor import Supervisor
+    from decar.server.hosts import planes_on
     from decar.server.protocol.plane import Plane, prompt_unit
     from decar.server.vllm_adapter.app import keep_environment
     from decar.server.vllm_adapter.arguments import engine_config, row_dtype
@@ -265,50 +286,55 @@ async def _running_ensemble(
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
-    places = _placed(ensemble, configs, placement, max_experts, args)
+    places = _placed(ensemble, configs, placement, len(hosts.of), args)
     failures, progress = Failures(), Progress()
-    plane = Plane.create(
-        experts=max_experts,
-        slots=configs[0].scheduler_config.max_num_seqs,
-        vocab_size=ensemble.vocab_size,
-        positions=configs[0].model_config.max_model_len,
-        prompt_unit=prompt_unit(
-            configs[0].model_config.max_model_len, [config.cache_config.block_size for config in configs]
-        ),
-        device_dtype=row_dtype(configs) if places[0].gpus else None,
-    )
-    plane.alive[len(experts) :] = 0
-    started: list[Any] = []
-    try:
-        engines = Engines(args, configs, places, plane, failures, progress)
-        start.heard = progress.heard
+
+    def make_plane(bell: str) -> Plane:
+        plane = Plane.create(
+            experts=len(hosts.of),
+            slots=configs[0].scheduler_config.max_num_seqs,
+            vocab_size=ensemble.vocab_size,
+            positions=configs[0].model_config.max_model_len,
+            prompt_unit=prompt_unit(
+                configs[0].model_config.max_model_len, [config.cache_config.block_size for config in configs]
+            ),
+            device_dtype=row_dtype(configs) if places[0].gpus else None,
+            bell=bell,
+        )
+        plane.alive[len(experts) :] = 0
+        return plane
+
+    with planes_on(hosts, make_plane, folder) as planes:
+        started: list[Any] = []
         try:
-            client, image = await _warm(
-                ensemble, args, engines, plane, started, start, failures, min_experts, max_queued
-            )
-        except StartError:
+            engines = Engines(args, configs, places, planes, failures, progress)
+            start.heard = progress.heard
+            try:
+                client, image = await _warm(
+                    ensemble, args, engines, planes.gateways, started, start, failures, min_experts, max_queued
+                )
+            except StartError:
+                start.done()
+                terminal.show_end_of_log(failures.of(ensemble.expert_names))
+                raise
             start.done()
-            terminal.show_end_of_log(failures.of(ensemble.expert_names))
-            raise
-        start.done()
-        progress.close()
-        keep_environment()
-        supervisor = Supervisor(client, engines.starter.start, image, engine_timeout_s)
-        supervisor.watch()
-        started.clear()  # they are the client's now, which lets go of those that die
-        try:
-            yield client, supervisor, engines
+            progress.close()
+            keep_environment()
+            supervisor = Supervisor(client, engines.starter.start, image, engine_timeout_s)
+            supervisor.watch()
+            started.clear()  # they are the client's now, which lets go of those that die
+            try:
+                yield client, supervisor, engines
+            finally:
+                supervisor.stop()
+                with _ended():
+                    client.shutdown(timeout=0)
         finally:
-            supervisor.stop()
+            failures.close()
+            progress.close()
             with _ended():
-                client.shutdown(timeout=0)
-    finally:
-        failures.close()
-        progress.close()
-        with _ended():
-            for engine in started:
-                engine.client.shutdown(timeout=0)
-        plane.unlink()
+                for engine in started:
+                    engine.client.shutdown(timeout=0)
 
 
 @contextlib.contextmanager
@@ -372,7 +398,7 @@ async def _warm(
 
 
 class Engines:
-    """What the engines of an ensemble are started with, on ``plane``, and those of one that takes its place.
+    """What the engines of an ensemble are started with, on ``planes``, and those of one that takes its place.
 
     Args:
         configs: vLLM's, one per expert.
@@ -384,15 +410,19 @@ class Engines:
         args: Namespace,
         configs: Sequence[Any],
         places: Sequence[Place],
-        plane: Plane,
+        planes: Planes,
         failures: Failures,
         progress: Progress,
     ):
+        from decar.server.vllm_adapter.brought import Brought
         from decar.server.vllm_adapter.engine import Starter
 
-        self._args, self._served, self._places, self._spec = args, configs[0], places, plane.spec
+        self._args, self._served, self._places = args, configs[0], places
+        self._spec = planes.gateways.spec
         plans = [*_plans(configs, places[: len(configs)]), *[None] * (len(places) - len(configs))]
-        self.starter = Starter(plans, plane.spec, failures, progress, args.disable_log_stats)
+        brought = Brought(planes.gateways, planes.heard)
+        brought.watch()
+        self.starter = Starter(plans, planes.of, brought, failures, progress, args.disable_log_stats)
 
     def of(self, ensemble: Ensemble, seats: Seats) -> list[EnginePlan]:
         """Of ``ensemble``'s experts, each to take the place of whoever is at its seat.

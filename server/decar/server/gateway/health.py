@@ -71,6 +71,7 @@ class Health:
     def begins(self, expert: int) -> None:
         """An expert has a new engine: others wait for its rows from now on, and requests end if it dies."""
         self._plane.alive[expert] = 1
+        self._plane.tell_others()
         self._watches[expert] = asyncio.create_task(self._watch(expert))
 
     def back(self, expert: int) -> None:
@@ -97,6 +98,7 @@ class Health:
         self._experts[expert].up = False
         self._plane.alive[expert] = 0
         self._plane.fields["running"][expert] = NOTHING
+        self._plane.tell_others()
         for heard in list(self._heard):
             if heard.takes_part(expert):
                 heard.lose(expert)

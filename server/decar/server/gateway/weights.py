@@ -82,3 +82,4 @@ class WeightsReader:
     def _let_go_on(self) -> None:
         last_read = stamp_of(self._member.generation, self._end - 1)
         self._plane.weights_read[self._member.slot] = last_read
+        self._plane.tell_others()

@@ -147,6 +147,8 @@ class Lockstep:
         self._fields, self._alive, self._weights_read = plane.fields, plane.alive, plane.weights_read
         self._own = {name: field[expert] for name, field in plane.fields.items()}
         self._ring = plane.spec.ring
+        self._tell_others = plane.tell_others
+        self._own["running"][:] = NOTHING  # whatever an engine before this one was doing
 
         self.generation = np.zeros(slots, np.int64)
         self.produced = np.zeros(slots, np.int64)  # tokens of the answer that this engine knows
@@ -232,6 +234,7 @@ class Lockstep:
         """Say, before the forward pass, which rows it will give."""
         self._own["running"][turns.slots] = turns.stamps
         self.mine.count("steps")
+        self._tell_others()
 
     def post(self, turns: Turns, logits: torch.Tensor) -> None:
         """Write rows of ``logits`` [B, V'] (V' >= V) that are not there yet, then stamp them."""
@@ -242,7 +245,9 @@ class Lockstep:
         if not np.array_equal(new.rows, np.arange(len(rows))):  # else the whole batch is posted, as it lies
             rows = rows.index_select(0, torch.from_numpy(new.rows).to(logits.device))
         self.transport.post(new.entries, rows)
+        self._own["row_for"][new.entries] = new.leaders
         self._own["row_stamp"][new.entries] = new.stamps
+        self._tell_others()
 
     def wait_for_rows(self, turns: Turns) -> Turns:
         """Of the turns this engine leads, those whose rows have all come. The rest are holds.
@@ -315,6 +320,7 @@ class Lockstep:
                 self._release(int(slots[i]), int(turns.positions[i]) + 1)
             self._stamp_tokens(turns, tokens, releasing)
         self.produced[slots] = turns.positions + 1
+        self._tell_others()
 
     def adopt(self, turns: Turns) -> np.ndarray:
         """The leaders' tokens [n] for turns this engine follows, `HELD` where there is none."""
@@ -335,6 +341,7 @@ class Lockstep:
     def finish(self, turns: Turns) -> None:
         """Say that this step gives nothing more."""
         self._own["running"][turns.slots] = NOTHING
+        self._tell_others()
 
     # --- parts of it --------------------------------------------------------------------------------------
 

@@ -98,6 +98,8 @@ class PlaneSpec:
         prompt_unit: tokens between the places of a prompt up to which its log-likelihood is given.
         on_device: rows lie in GPU memory, and the plane holds only where.
         dtype: of rows on a device; in the plane they are float32.
+        bell: a pipe that is written to when there is something new, where other hosts have planes that are to learn of
+            it: see `decar.server.protocol.mirror`; "" where this is the only one.
     """
 
     name: str
@@ -108,6 +110,7 @@ class PlaneSpec:
     prompt_unit: int = 16
     on_device: bool = False
     dtype: str = "float32"
+    bell: str = ""
 
     @property
     def ring(self) -> int:
@@ -131,6 +134,7 @@ class PlaneSpec:
         return {
             "running": ((s,), np.int64),  # the stamp whose row this engine is computing now
             "row_stamp": ((2 * s,), np.int64),
+            "row_for": ((2 * s,), np.int64),  # the expert that needs it, as its leader
             "token_stamp": ((2 * s,), np.int64),
             "token": ((2 * s,), np.int64),
             "counters": ((len(COUNTERS),), np.int64),
@@ -150,8 +154,9 @@ class PlaneSpec:
 
     @property
     def header_bytes(self) -> int:
-        """The gateway's own part: one word per expert, 1 while its engine lives, and one per slot."""
-        return _whole_pages(8 * (self.experts + self.slots))
+        """The gateway's own part, one word per expert, 1 while its engine lives, and one per slot; and what tells how
+        far other hosts' blocks have been brought here, one per expert."""
+        return _whole_pages(8 * (2 * self.experts + self.slots))
 
     def offsets(self) -> tuple[dict[str, int], int]:
         """Byte offset of each field in an engine's block, and the block's size in bytes."""
@@ -229,14 +234,18 @@ class Plane:
     Attributes:
         alive: [K], 1 while an expert's engine lives; the gateway writes it.
         weights_read: [S], the stamp up to which the gateway has read a slot's weights; it writes it.
+        mirrored: [K], up to when all that an expert's engine has written is here, in seconds by its host's clock
+            (`time.monotonic`); without end for those that write here themselves.
         fields: by name of `PlaneSpec.fields`, all experts' [K, ...], in place: a step looks at many words at once.
         blocks: the same by expert, word by word.
     """
 
     def __init__(self, spec: PlaneSpec, memory: mmap.mmap):
         self.spec = spec
-        words = np.frombuffer(memory, np.int64, spec.experts + spec.slots)
-        self.alive, self.weights_read = words[: spec.experts], words[spec.experts :]
+        words = np.frombuffer(memory, np.int64, 2 * spec.experts + spec.slots)
+        self.alive, self.mirrored = words[: spec.experts], words[-spec.experts :].view(np.float64)
+        self.weights_read = words[spec.experts : -spec.experts]
+        self._bell = os.open(spec.bell, os.O_RDWR | os.O_NONBLOCK) if spec.bell else None
         offsets, block_bytes = spec.offsets()
         self.fields = {}
         for name, (shape, dtype) in spec.fields().items():
@@ -260,6 +269,7 @@ class Plane:
         *,
         prompt_unit: int = 16,
         device_dtype: str | None = None,
+        bell: str = "",
     ) -> Plane:
         """Make the segment, owner-only readable; with ``device_dtype``, for rows of that dtype in GPU memory.
 
@@ -269,7 +279,7 @@ class Plane:
         name = new_name()
         on_device = device_dtype is not None
         spec = PlaneSpec(
-            name, experts, slots, vocab_size, positions, prompt_unit, on_device, device_dtype or "float32"
+            name, experts, slots, vocab_size, positions, prompt_unit, on_device, device_dtype or "float32", bell
         )
         free = os.statvfs(DIRECTORY).f_bavail * os.statvfs(DIRECTORY).f_frsize
         if spec.size_bytes > free:
@@ -280,6 +290,7 @@ class Plane:
             )
         plane = cls(spec, create_segment(name, spec.size_bytes))
         plane.alive[:] = 1
+        plane.mirrored[:] = np.inf
         return plane
 
     @classmethod
@@ -293,8 +304,14 @@ class Plane:
     @classmethod
     def of_nobody(cls, spec: PlaneSpec) -> Plane:
         """Memory of this process alone, in which rows would lie on the host; what nobody touches of it takes none."""
-        spec = replace(spec, on_device=False)
+        spec = replace(spec, on_device=False, bell="")
         return cls(spec, mmap.mmap(-1, spec.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+    def tell_others(self) -> None:
+        """Have other hosts' planes learn of what has been written here, if there are any."""
+        if self._bell is not None:
+            with contextlib.suppress(BlockingIOError):  # who is to listen is behind, and will look
+                os.write(self._bell, b"!")
 
     def unlink(self) -> None:
         """Remove the segment's name; memory goes when the last engine does. Safe to call twice."""

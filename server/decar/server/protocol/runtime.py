@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,6 +73,12 @@ def make_folder() -> Path:
     folder = DIRECTORY / new_name()
     folder.mkdir(0o700)
     return folder
+
+
+def ignore_stops() -> None:
+    """Leave it to the gateway to end this process: a whole group may be told to stop, and answers are to finish."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def remove_all_of(name: str) -> None:

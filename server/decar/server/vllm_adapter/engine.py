@@ -29,6 +29,7 @@ from vllm.v1.outputs import LogprobsTensors
 from decar.router.errors import StartError
 from decar.server.protocol.plane import PlaneSpec
 from decar.server.protocol.runtime import remove_stale
+from decar.server.vllm_adapter.brought import Brought
 from decar.server.vllm_adapter.failures import Failures, Progress, ReportingConfig, reason_of
 from decar.server.vllm_adapter.grammars import GrammarChooser
 from decar.server.vllm_adapter.limits import keep_to_limits
@@ -149,7 +150,8 @@ class Starter:
 
     Args:
         plans: by place, None where there is no expert; an expert that is exchanged has another one from then on.
-        spec: of the plane that they share.
+        specs: [K], of the plane on the host of each place.
+        brought: waits for what other hosts' engines have written.
         failures: hears why an engine does not start.
         progress: hears what engines say while they start.
     """
@@ -157,13 +159,14 @@ class Starter:
     def __init__(
         self,
         plans: list[EnginePlan | None],
-        spec: PlaneSpec,
+        specs: Sequence[PlaneSpec],
+        brought: Brought,
         failures: Failures,
         progress: Progress,
         disable_log_stats: bool,
     ):
         self.plans = plans
-        self._spec, self._disable_log_stats = spec, disable_log_stats
+        self._specs, self._brought, self._disable_log_stats = specs, brought, disable_log_stats
         self._failures, self._progress = failures, progress
         self._metrics = SharedMetrics(len(plans))
         self._experts = [expert for expert, plan in enumerate(plans) if plan is not None]
@@ -214,7 +217,7 @@ class Starter:
         config = copy.deepcopy(plan.config)  # in which an engine's start leaves what it has found
         config.additional_config = ReportingConfig(
             expert=expert,
-            plane=self._spec,
+            plane=self._specs[expert],
             cpus=self._cores[expert % len(self._cores)],
             devices=plan.devices,
             gateway_pid=os.getpid(),
@@ -230,6 +233,7 @@ class Starter:
         )
         if llm.logger_manager is not None:
             without_nameless_log(llm.logger_manager)
+        self._brought.hold_back(expert, llm)
         return LLMEngine(llm)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing import resource_tracker
@@ -18,7 +17,7 @@ from vllm.v1.executor import uniproc_executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from decar.server.protocol.runtime import new_name
+from decar.server.protocol.runtime import ignore_stops, new_name
 from decar.server.vllm_adapter.failures import ReportingConfig
 from decar.server.vllm_adapter.versions import name_process
 
@@ -65,12 +64,6 @@ class _Segment(SharedMemory):
     def unlink(self) -> None:
         resource_tracker.register(f"/{self.name}", "shared_memory")
         super().unlink()
-
-
-def ignore_stops() -> None:
-    """Leave it to the gateway to end this process: a whole group may be told to stop, and answers are to finish."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def own_segments() -> None:

@@ -29,7 +29,9 @@ class LockstepScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config: LockstepConfig = self.vllm_config.additional_config
-        self.lockstep = Observer(Plane.attach(config.plane), config.expert)
+        plane = Plane.attach(config.plane)
+        self.lockstep = Observer(plane, config.expert)
+        self._tell_others = plane.tell_others
         self._members: dict[str, Member] = {}  # of requests in lockstep
         self._held: dict[str, Request] = {}
         self._adopted: dict[str, int] = {}  # tokens that held requests were given since the last step
@@ -79,6 +81,7 @@ class LockstepScheduler(Scheduler):
                 continue
             if request.num_computed_tokens >= request.num_tokens:
                 self._held[request_id] = request
+        self._tell_others()  # that all is told which has been written before these outputs were made
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:

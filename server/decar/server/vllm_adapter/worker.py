@@ -25,9 +25,10 @@ from decar.server.protocol.cores import take_long_slices
 from decar.server.protocol.lockstep import HELD, Lockstep
 from decar.server.protocol.member import Member, PromptRows, end_with, spoken_tokens
 from decar.server.protocol.plane import Plane
+from decar.server.protocol.runtime import ignore_stops
 from decar.server.protocol.transport import transport_of
 from decar.server.vllm_adapter.cuda_memory import CudaMemory
-from decar.server.vllm_adapter.executor import ignore_stops, own_segments
+from decar.server.vllm_adapter.executor import own_segments
 from decar.server.vllm_adapter.failures import ReportingConfig
 from decar.server.vllm_adapter.prompts import PromptReader
 from decar.server.vllm_adapter.ranks import Ranks, share_of

@@ -1,0 +1,105 @@
+"""Experts on hosts that share no memory: the same answers, and the same end.
+
+`make soak` asks of two hosts what is asked of one (DECAR_HOSTS in tests/helpers.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import LOADED
+from tests.e2e.test_active import (
+    PENALTIES,
+    check_pruned,
+    check_seeded,
+    check_what_depends_on_the_answer_so_far,
+    clear,
+)
+from tests.e2e.test_exact import RULES, assert_equal, check, clear_answers, complete_all, routed
+from tests.e2e.test_loss import BACK_WITHIN_S, is_up, pid_of
+from tests.e2e.test_ranks import answers_under_way
+from tests.helpers import SHARED_MEMORY, Server, wait_until
+from tests.reference import Reference, Rule
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+
+SOME = 8
+
+
+@pytest.fixture(scope="module")
+def server(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """K=3, each on a host of its own; the gateway is on the first one's."""
+    left = {path.name for path in SHARED_MEMORY.iterdir()}
+    flags = (*LOADED, "--simulated-hosts", "3")
+    started = Server.start(trio.directory, tmp_path_factory.mktemp("logs") / "hosts.log", flags)
+    try:
+        yield started
+        assert started.stop() == 0, started.log_tail()
+        assert {path.name for path in SHARED_MEMORY.iterdir()} <= left
+    finally:
+        started.kill()
+
+
+def mirrors_of(server: Server) -> list[psutil.Process]:
+    engines = {expert["pid"] for expert in server.ensemble()["experts"]}
+    children = psutil.Process(server.process.pid).children()
+    return [
+        child
+        for child in children
+        if child.pid not in engines and "resource_tracker" not in " ".join(child.cmdline())
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES)
+async def test_answers_are_the_mixtures(server: Server, trio: Reference, rule: Rule) -> None:
+    await check(server, trio, routed("posterior"), rule, SOME)
+
+
+async def test_also_where_experts_leave_and_hand_over(server: Server, trio: Reference) -> None:
+    await check_pruned(server, trio, clear(trio, 0.1), 0.1)
+    await check_what_depends_on_the_answer_so_far(server, trio, clear(trio, 0.1, **PENALTIES))
+    await check_seeded(server, trio, [one.prompt for one in clear(trio, 0.1)])
+
+
+async def test_an_expert_alone(server: Server, trio: Reference) -> None:
+    for name in trio.experts:
+        alone = trio.alone(name)
+        expected = clear_answers(alone, {}, SOME)
+        answers = await complete_all(server, alone.name, [one.prompt for one in expected], None)
+        for one, (answer, _) in zip(expected, answers, strict=True):
+            assert_equal(alone, one, answer)
+
+
+async def test_mirrors_that_are_killed_are_back_and_nothing_is_lost(server: Server, trio: Reference) -> None:
+    expected = clear_answers(trio, {}, SOME)
+    for mirror in mirrors_of(server):
+        running = await answers_under_way(server, trio, [one.prompt for one in expected])
+        os.kill(mirror.pid, signal.SIGKILL)
+        for answer, summary in await running:
+            assert len(answer.tokens) == 200
+            assert summary["degraded"] == []
+    assert len(mirrors_of(server)) == 3
+    await check(server, trio, routed("posterior"), "velocity", SOME)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+async def test_an_engine_that_is_killed_is_back(server: Server, trio: Reference, which: int) -> None:
+    lost = trio.experts[which]
+    before = pid_of(server, lost)
+    running = await answers_under_way(server, trio, [one.prompt for one in clear_answers(trio, {}, SOME)])
+    os.kill(before, signal.SIGKILL)
+    for answer, summary in await running:
+        assert len(answer.tokens) == 200
+        assert summary["degraded"] == [lost]
+
+    def back() -> bool:
+        return is_up(server, lost) and pid_of(server, lost) != before
+
+    await asyncio.to_thread(wait_until, back, BACK_WITHIN_S, "the expert is back")
+    await check(server, trio, routed("posterior"), "velocity", SOME)

@@ -1,0 +1,528 @@
+"""Planes of several hosts, kept alike over real connections: engines are threads, memory, protocol and sockets are real.
+
+What is decided on hosts apart has to be what is decided on one: the same rows are mixed, the same tokens kept by all,
+and the gateway reads the same weights, whatever the links between them do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from decar.router import moved_on
+from decar.server.gateway.weights import WeightsReader
+from decar.server.protocol import links
+from decar.server.protocol.links import Mirror, NotOfUs, accept_peer, introduce, make_bell
+from decar.server.protocol.lockstep import HELD, Lockstep, Observer
+from decar.server.protocol.member import Member
+from decar.server.protocol.mirror import (
+    GATEWAY,
+    LENGTH,
+    Hosts,
+    Incoming,
+    Outgoing,
+    OutgoingHeader,
+    WireError,
+    longest_message,
+)
+from decar.server.protocol.plane import NOTHING, Plane, stamp_of
+from decar.server.protocol.transport import HostTransport
+from tests.helpers import wait_until
+
+VOCABULARY, SLOTS, POSITIONS = 40, 4, 600
+KEY = b"k" * 32
+
+
+class Relay:
+    """Carries a connection's bytes to ``target``, as the link that it stands for would."""
+
+    def __init__(self, target: tuple[str, int]):
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self._listener.getsockname()
+        self.delay_s = 0.0
+        self.stalls = False
+        self.open = threading.Event()
+        self.open.set()
+        self._sockets: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._target)
+            except OSError:
+                return
+            self._sockets += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+        chance = random.Random(0)
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 14):
+                self.open.wait()
+                if self.delay_s:
+                    time.sleep(self.delay_s)
+                if self.stalls and chance.random() < 0.02:
+                    time.sleep(0.5)
+                sink.sendall(data)
+
+    def reset(self) -> None:
+        """End the connections that there are, in the midst of whatever is under way."""
+        sockets, self._sockets = self._sockets, []
+        for sock in sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.reset()
+
+
+@dataclass
+class Cluster:
+    """A plane and a mirror on each host."""
+
+    hosts: Hosts
+    planes: dict[int, Plane]
+    mirrors: dict[int, Mirror]
+    relays: dict[tuple[int, int], Relay]
+
+    def plane_of(self, expert: int) -> Plane:
+        return self.planes[self.hosts.of[expert]]
+
+    @property
+    def gateway(self) -> Plane:
+        return self.planes[GATEWAY]
+
+    def connected(self) -> bool:
+        """Whether the gateway hears all experts."""
+        return all(self.gateway.mirrored > 0)
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, *of: int) -> Iterator[Cluster]:
+    hosts = Hosts(of)
+    planes: dict[int, Plane] = {}
+    mirrors: dict[int, Mirror] = {}
+    relays: dict[tuple[int, int], Relay] = {}
+    listeners = {host: socket.create_server(("127.0.0.1", 0)) for host in hosts.all}
+    try:
+        for host in hosts.all:
+            bell = make_bell(folder, f"bell-{host}")
+            planes[host] = Plane.create(len(of), SLOTS, VOCABULARY, POSITIONS, bell=bell)
+            planes[host].mirrored[[k for k, its in enumerate(of) if its != host]] = 0.0
+            for below in (other for other in hosts.all if other < host):
+                relays[host, below] = Relay(listeners[below].getsockname())
+            addresses = {below: relays[at, below].address for at, below in relays if at == host}
+            mirrors[host] = Mirror(planes[host], host, hosts, KEY, listeners[host], addresses)
+        for mirror in mirrors.values():
+            mirror.start()
+        made = Cluster(hosts, planes, mirrors, relays)
+        wait_until(made.connected, 20, "all hosts are connected")
+        yield made
+    finally:
+        for mirror in mirrors.values():
+            mirror.close()
+        for relay in relays.values():
+            relay.close()
+        for plane in planes.values():
+            plane.unlink()
+
+
+def row_of(expert: int, slot: int, position: int) -> torch.Tensor:
+    """What an expert's model says there, [V]."""
+    generator = torch.Generator().manual_seed(1 + expert + 100 * slot + 10_000 * position)
+    return 3 * torch.randn(VOCABULARY, generator=generator)
+
+
+def reference(experts: tuple[int, ...], slot: int, count: int) -> tuple[list[int], np.ndarray]:
+    """The greedy tokens of the mixture, and the weights that mixed each."""
+    log_weights, tokens, weights = np.full(len(experts), -np.log(len(experts))), [], []
+    for position in range(count):
+        rows = torch.stack([row_of(k, slot, position) for k in experts]).double().log_softmax(-1)
+        weights.append(np.exp(log_weights))
+        tokens.append(int((rows + torch.from_numpy(log_weights)[:, None]).logsumexp(0).argmax()))
+        log_weights = moved_on(log_weights[None], rows[:, tokens[-1]].numpy()[None])[0]
+    return tokens, np.array(weights)
+
+
+@dataclass
+class Engine:
+    """One expert's: a scheduler, which leaves held requests out, and a worker, which decides the others."""
+
+    plane: Plane
+    expert: int
+    members: list[Member]
+    count: int
+    said: dict[int, list[int]] = field(default_factory=dict)
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.lockstep = Lockstep(self.plane, self.expert, HostTransport(self.plane, self.expert))
+        self._observer = Observer(self.plane, self.expert)
+        self._held: set[int] = set()
+        for member in self.members:
+            self.lockstep.join(member)
+            self.said[member.slot] = []
+        self._by_slot = {member.slot: member for member in self.members}
+
+    def run(self) -> None:
+        try:
+            while any(len(tokens) < self.count for tokens in self.said.values()):
+                self._step()
+        except BaseException as error:
+            self.error = error
+
+    def _due(self) -> list[int]:
+        due = []
+        for slot, tokens in self.said.items():
+            member, position = self._by_slot[slot], len(tokens)
+            if slot in self._held:
+                if member.leader == self.expert:
+                    if not self._observer.rows_may_come(member, position):
+                        continue
+                else:
+                    token = self._observer.decided(member, position)
+                    if token is None:
+                        continue
+                    tokens.append(token)
+                    self.lockstep.learn(member)
+                self._held.discard(slot)
+            if len(tokens) < self.count:
+                due.append(slot)
+        return due
+
+    def _step(self) -> None:
+        self._observer.mine.beat()
+        slots = np.array(self._due(), np.int64)
+        if not len(slots):
+            time.sleep(0.0005)
+            return
+        lockstep = self.lockstep
+        turns = lockstep.turns(slots, lockstep.produced[slots])
+        turns.rows = np.arange(len(slots))
+        lockstep.announce(turns)
+        rows = [
+            row_of(self.expert, s, p)
+            for s, p in zip(slots.tolist(), turns.positions.tolist(), strict=True)
+        ]
+        lockstep.post(turns, torch.stack(rows))
+        ready = lockstep.wait_for_rows(turns.where(turns.leaders == self.expert))
+        if len(ready):
+            tokens = lockstep.mixed(ready).argmax(-1).numpy()
+            lockstep.publish(ready, tokens)
+            self._keep(ready.slots, tokens)
+        followed = turns.where(turns.leaders != self.expert)
+        adopted = lockstep.adopt(followed)
+        self._keep(followed.slots, adopted)
+        lockstep.finish(turns)
+        done = {*ready.slots.tolist(), *followed.slots[adopted != HELD].tolist()}
+        self._held |= {slot for slot in slots.tolist() if slot not in done}
+
+    def _keep(self, slots: np.ndarray, tokens: np.ndarray) -> None:
+        for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
+            if token != HELD:
+                self.said[slot].append(token)
+
+
+def members_of(experts: int, leaders: list[int]) -> list[Member]:
+    return [
+        Member(
+            slot=slot,
+            generation=slot + 1,
+            leader=leader,
+            active=tuple(range(experts)),
+            rule="velocity",
+            log_weights=[-float(np.log(experts))] * experts,
+            posterior=True,
+        )
+        for slot, leader in enumerate(leaders)
+    ]
+
+
+def decide(made: Cluster, count: int, leaders: list[int], deadline_s: float = 120) -> Iterator[int]:
+    """Have all experts decide ``count`` tokens of a request for each of ``leaders``, read by the gateway as they come.
+    Gives how many are there, again and again, and checks them at the end."""
+    experts = len(made.hosts.of)
+    engines = [
+        Engine(made.plane_of(k), k, members_of(experts, leaders), count) for k in range(experts)
+    ]
+    readers = [
+        WeightsReader(made.gateway, member, [str(k) for k in range(experts)])
+        for member in members_of(experts, leaders)
+    ]
+    made.gateway.tell_others()
+    threads = [threading.Thread(target=engine.run, daemon=True) for engine in engines]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + deadline_s
+    while any(thread.is_alive() for thread in threads):
+        assert time.monotonic() < end, [engine.said for engine in engines]
+        for reader, leader in zip(readers, leaders, strict=True):
+            now = time.monotonic()
+            there = len(engines[leader].said[readers.index(reader)])
+            if made.gateway.mirrored[leader] >= now:  # one host: its clock is everybody's
+                reader.keep_up(there)
+        made.gateway.tell_others()
+        yield sum(len(tokens) for engine in engines for tokens in engine.said.values())
+        time.sleep(0.001)
+    assert [engine.error for engine in engines] == [None] * experts
+    after = time.monotonic()
+    for k in range(experts):
+        made.plane_of(k).tell_others()
+    wait_until(lambda: (made.gateway.mirrored >= after).all(), 20, "the gateway's host knows all")
+    for slot, leader in enumerate(leaders):
+        tokens, weights = reference(tuple(range(experts)), slot, count)
+        assert all(engine.said[slot] == tokens for engine in engines), (slot, leader)
+        np.testing.assert_allclose(readers[slot].between(0, count), weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", [(0, 1), (1, 2), (0, 1, 2)], ids=["gateway-and-one", "two", "three"])
+def test_hosts_decide_what_one_would(tmp_path: Path, of: tuple[int, ...]) -> None:
+    with cluster(tmp_path, *of) as made:
+        for _ in decide(made, 300, [0, 1, len(of) - 1, 0]):
+            pass
+
+
+def test_rows_go_to_their_leaders_host_alone(tmp_path: Path) -> None:
+    with cluster(tmp_path, 0, 1, 2) as made:
+        for _ in decide(made, 20, [1]):
+            pass
+        entry = stamp_of(1, 19) & 1
+        rows = {host: plane.fields["rows"][:, entry].any(axis=1) for host, plane in made.planes.items()}
+        assert rows[0].tolist() == [True, False, False]
+        assert rows[1].tolist() == [True, True, True]
+        assert rows[2].tolist() == [False, False, True]
+
+
+def test_a_connection_that_is_reset_loses_nothing(tmp_path: Path) -> None:
+    chance, resets = random.Random(0), 0
+    with cluster(tmp_path, 0, 1, 2) as made:
+        for step, _ in enumerate(decide(made, 400, [0, 1, 2])):
+            if step % 40 == 39 and resets < 8:
+                resets += 1
+                chance.choice(list(made.relays.values())).reset()
+    assert resets >= 3
+
+
+def test_a_slow_link_that_stalls_changes_no_token(tmp_path: Path) -> None:
+    with cluster(tmp_path, 0, 1) as made:
+        relay = made.relays[1, 0]
+        relay.delay_s, relay.stalls = 0.005, True
+        for _ in decide(made, 60, [0, 1]):
+            pass
+
+
+def test_a_partition_is_noticed_and_outlived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "SILENT_S", 0.5)
+    with cluster(tmp_path, 0, 1) as made:
+        relay, deciding = made.relays[1, 0], decide(made, 200, [0, 1])
+        while next(deciding) < 100:
+            pass
+        relay.open.clear()
+        wait_until(
+            lambda: not made.planes[0].fields["running"][1].any()
+            and not made.planes[1].fields["running"][0].any(),
+            20,
+            "neither host waits for the other",
+            0.001,
+        )
+        relay.open.set()
+        relay.reset()
+        for _ in deciding:
+            pass
+
+
+def test_a_dead_expert_is_dead_everywhere(tmp_path: Path) -> None:
+    with cluster(tmp_path, 0, 1, 2) as made:
+        made.plane_of(1).blocks[1].running[0] = stamp_of(1, 0)
+        made.plane_of(1).tell_others()
+        wait_until(lambda: made.planes[2].blocks[1].running[0] == stamp_of(1, 0), 10, "it runs")
+        made.gateway.alive[1] = 0
+        made.gateway.tell_others()
+        wait_until(lambda: not any(made.planes[host].alive[1] for host in (1, 2)), 10, "it is known to be dead")
+        wait_until(lambda: made.planes[2].blocks[1].running[0] == NOTHING, 10, "nobody waits for it")
+        made.gateway.alive[1] = 1
+        made.gateway.tell_others()
+        wait_until(lambda: made.planes[2].alive[1] == 1, 10, "it is back")
+
+
+def test_what_an_engine_runs_is_told_no_longer_than_its_row_is_missing() -> None:
+    """And not withdrawn before: a leader would take it that there is none."""
+    planes = [Plane.create(2, SLOTS, VOCABULARY, POSITIONS) for _ in range(2)]
+    hosts, stamp = Hosts((0, 1)), stamp_of(1, 0)
+    here, there = planes
+    for plane in planes:
+        plane.unlink()
+    told, heard = Outgoing(there, 1, hosts, GATEWAY), Incoming(here, hosts, 1)
+    mine, [entry] = there.blocks[1], [stamp & 1]
+
+    def bring(message: bytes) -> None:
+        heard.apply(memoryview(message)[LENGTH.size :])
+
+    mine.running[0] = stamp
+    message, rows = told.news(False)
+    bring(message)
+    assert (here.blocks[1].running[0], rows) == (stamp, [])
+    there.fields["rows"][1, entry] = 7.0
+    there.fields["row_for"][1, entry] = 0
+    there.fields["prompt_sum"][1, 0] = -3.0
+    mine.row_stamp[entry] = stamp
+    mine.running[0] = NOTHING
+    message, rows = told.news(False)
+    bring(message)
+    assert (here.blocks[1].running[0], rows) == (stamp, [entry])
+    assert here.fields["prompt_sum"][1, 0] == -3.0, "which is there before the first row"
+    assert not here.blocks[1].has_row(0, stamp)
+    row = told.row(entry)
+    assert row is not None
+    bring(row)
+    assert here.blocks[1].has_row(0, stamp)
+    assert (here.fields["rows"][1, entry] == 7.0).all()
+    message, rows = told.news(False)
+    bring(message)
+    assert (here.blocks[1].running[0], rows) == (NOTHING, [])
+
+
+def test_many_tokens_at_once_bring_the_weights_of_all() -> None:
+    planes = [Plane.create(2, SLOTS, VOCABULARY, POSITIONS) for _ in range(2)]
+    for plane in planes:
+        plane.unlink()
+    here, there = planes
+    hosts, ring = Hosts((0, 1)), here.spec.ring
+    told, heard = Outgoing(there, 1, hosts, GATEWAY), Incoming(here, hosts, 1)
+
+    def decide_until(slot: int, generation: int, first: int, end: int) -> None:
+        for position in range(first, end):
+            stamp = stamp_of(generation, position)
+            there.fields["log_weights"][1, slot, position % ring] = -position - generation / 8
+            there.fields["token"][1, 2 * slot + (stamp & 1)] = position
+            there.fields["token_stamp"][1, 2 * slot + (stamp & 1)] = stamp
+        heard.apply(memoryview(told.news(False)[0])[LENGTH.size :])
+        weights = there.fields["log_weights"][1, slot]
+        np.testing.assert_array_equal(here.fields["log_weights"][1, slot], weights)
+        assert here.blocks[1].published(slot, stamp_of(generation, end - 1)) == end - 1
+
+    decide_until(0, 1, 0, 1)
+    decide_until(0, 1, 1, 100)
+    decide_until(1, 2, 0, ring)
+    decide_until(0, 1, 100, ring + 90)
+    decide_until(0, 3, 0, 5)
+
+
+@pytest.mark.parametrize("other", ["key", "shape"])
+def test_only_hosts_of_this_start_are_let_in(tmp_path: Path, other: str) -> None:
+    with cluster(tmp_path, 0, 1) as made:
+        key, spec = KEY, made.gateway.spec
+        if other == "key":
+            key = b"x" * 32
+        else:
+            spec = Plane.create(2, SLOTS + 1, VOCABULARY, POSITIONS).spec
+            Plane.attach(spec).unlink()
+        address = made.relays[1, 0]._target
+        with socket.create_connection(address, 5) as sock, pytest.raises((NotOfUs, OSError)):
+            introduce(sock, links._key_for(key, spec), 1)
+        before = made.gateway.fields["running"].copy()
+        for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 4096, random.Random(1).randbytes(4096)):
+            with socket.create_connection(address, 5) as sock:
+                sock.sendall(said)
+                sock.shutdown(socket.SHUT_WR)
+                sock.settimeout(10)
+                answer = b""
+                with contextlib.suppress(OSError):
+                    while more := sock.recv(4096):
+                        answer += more
+                assert len(answer) in (0, 64), "a challenge at most"
+        np.testing.assert_array_equal(made.gateway.fields["running"], before)
+        for _ in decide(made, 5, [0]):
+            pass
+
+
+def test_a_listener_without_the_key_learns_nothing_of_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        heard: list[bytes] = []
+
+        def pretend() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                heard.append(sock.recv(64))
+                sock.sendall(bytes(64))
+                heard.append(sock.recv(64))
+
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        with socket.create_connection(listener.getsockname(), 5) as sock, pytest.raises(NotOfUs):
+            introduce(sock, KEY, 1)
+        thread.join(10)
+        assert KEY not in b"".join(heard)
+        assert heard[1] == b"", "it says nothing more"
+
+
+def test_a_proof_is_no_use_another_time() -> None:
+    """Whoever has listened to a connection cannot repeat it."""
+    left, right = socket.socketpair()
+    recorded: list[bytes] = []
+    with left, right:
+        accepted: list[int] = []
+        thread = threading.Thread(target=lambda: accepted.append(accept_peer(right, KEY)))
+        thread.start()
+        real = left.sendall
+
+        class Recorder:
+            def sendall(self, data: bytes) -> None:
+                recorded.append(data)
+                real(data)
+
+            recv_into = left.recv_into
+
+        introduce(Recorder(), KEY, 3)  # type: ignore[arg-type]
+        thread.join(10)
+        assert accepted == [3]
+    left, right = socket.socketpair()
+    with left, right:
+        left.sendall(b"".join(recorded))
+        with pytest.raises(NotOfUs):
+            accept_peer(right, KEY)
+
+
+def test_what_is_no_message_is_refused() -> None:
+    plane = Plane.create(3, SLOTS, VOCABULARY, POSITIONS)
+    plane.unlink()
+    hosts = Hosts((0, 1, 2))
+    plane.blocks[1].running[2] = stamp_of(4, 2)
+    good = memoryview(Outgoing(plane, 1, hosts, GATEWAY).news(True)[0])[LENGTH.size :]
+    header = memoryview(OutgoingHeader(plane).news(True))[LENGTH.size :]
+    Incoming(plane, hosts, 1).apply(good)
+    with pytest.raises(WireError):
+        Incoming(plane, hosts, 2).apply(good)  # another host's expert
+    with pytest.raises(WireError):
+        Incoming(plane, hosts, 1).apply(header)  # which is the gateway's to write
+    Incoming(plane, hosts, GATEWAY).apply(header)
+    for size in range(len(good)):
+        with pytest.raises(WireError):
+            Incoming(plane, hosts, 1).apply(good[:size])
+    with pytest.raises(WireError):
+        Incoming(plane, hosts, 1).apply(memoryview(bytes(good) + b"x"))
+    chance, before = random.Random(0), plane.alive.copy()
+    for _ in range(3_000):
+        changed = bytearray(good)
+        for _ in range(chance.randint(1, 6)):
+            changed[chance.randrange(len(changed))] = chance.randrange(256)
+        with contextlib.suppress(WireError):
+            Incoming(plane, hosts, 1).apply(memoryview(changed))
+    np.testing.assert_array_equal(plane.alive, before)
+    assert len(good) < longest_message(plane.spec)
