@@ -88,7 +88,9 @@ async def test_mirrors_that_are_killed_are_back_and_nothing_is_lost(server: Serv
     await check(server, trio, routed("posterior"), "velocity", SOME)
 
 
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize(
+    "which", [pytest.param(0, marks=pytest.mark.soak), 1, pytest.param(2, marks=pytest.mark.soak)]
+)
 async def test_an_engine_that_is_killed_is_back(server: Server, trio: Reference, which: int) -> None:
     lost = trio.experts[which]
     before = pid_of(server, lost)

@@ -98,6 +98,13 @@ def serve(
             help="Have experts on so many parts of this machine that share no memory, to try what hosts would do.",
         ),
     ] = 1,
+    wire_rows: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Have only the best logits of a row go to another host, so many; 0: all. Answers bound the change.",
+        ),
+    ] = 0,
     log_file: Annotated[
         Path | None,
         typer.Option(
@@ -135,6 +142,7 @@ def serve(
         reload_timeout_s=reload_timeout,
         max_experts=max_experts,
         simulated_hosts=simulated_hosts,
+        wire_rows=wire_rows,
         log_file=log_file,
         verbose=verbose,
         own_flags=[name for option in context.command.params for name in option.opts],

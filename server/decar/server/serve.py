@@ -63,6 +63,7 @@ def serve(
     reload_timeout_s: float = 30.0,
     max_experts: int | None = None,
     simulated_hosts: int = 1,
+    wire_rows: int = 0,
     log_file: Path | None = None,
     verbose: bool = False,
     own_flags: Iterable[str] = (),
@@ -82,6 +83,7 @@ def serve(
         reload_timeout_s: how long running answers are waited for before an expert is exchanged.
         max_experts: how many there is room for, those included that a reload may add; None: for those that there are.
         simulated_hosts: experts are dealt out over so many parts of this machine, which share no memory.
+        wire_rows: how many logits of a row go to another host; 0: all.
         log_file: vLLM's log is added to it; None: to a file of its own, see `default_log`.
         verbose: vLLM's log goes to standard output instead.
         own_flags: of decar itself, which a user may have meant by one that is none.
@@ -168,6 +170,7 @@ def serve(
             engine_timeout_s,
             max_queued,
             dealt(max_experts, simulated_hosts),
+            wire_rows,
             folder,
             terminal,
             start,
@@ -271,6 +274,7 @@ async def _running_ensemble(
     engine_timeout_s: float,
     max_queued: int | None,
     hosts: Hosts,
+    wire_rows: int,
     folder: Path,
     terminal: Terminal,
     start: Start,
@@ -287,6 +291,10 @@ async def _running_ensemble(
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
     places = _placed(ensemble, configs, placement, len(hosts.of), args)
+    if len(hosts.all) > 1 and places[0].gpus:
+        raise StartError(
+            "--simulated-hosts is for CPUs: rows that lie on a GPU cannot go to another host yet"
+        )
     failures, progress = Failures(), Progress()
 
     def make_plane(bell: str) -> Plane:
@@ -300,6 +308,7 @@ async def _running_ensemble(
             ),
             device_dtype=row_dtype(configs) if places[0].gpus else None,
             bell=bell,
+            wire_rows=wire_rows,
         )
         plane.alive[len(experts) :] = 0
         return plane
@@ -311,7 +320,15 @@ async def _running_ensemble(
             start.heard = progress.heard
             try:
                 client, image = await _warm(
-                    ensemble, args, engines, planes.gateways, started, start, failures, min_experts, max_queued
+                    ensemble,
+                    args,
+                    engines,
+                    planes.gateways,
+                    started,
+                    start,
+                    failures,
+                    min_experts,
+                    max_queued,
                 )
             except StartError:
                 start.done()

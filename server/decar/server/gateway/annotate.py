@@ -103,6 +103,8 @@ class Annotated:
         if not body.startswith(b"data: {") or body.startswith(b'data: {"error"'):
             return body
         known = self._summary_sent and self._degraded == len(self._call.degraded)
+        if self._call.wire_rows and b'"finish_reason":"' in body:  # what is known of the whole answer
+            known = False
         self._summary_sent, self._degraded = True, len(self._call.degraded)
         if self._call.trace:
             data = json.loads(body.removeprefix(b"data: "))

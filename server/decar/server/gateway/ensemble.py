@@ -170,6 +170,7 @@ class EnsembleClient(AllEngines):
         call = parse_call(self.ensemble, model, options)
         call.log_weights = self.seats.seated(call.log_weights)
         call.seats, call.trained_routers = self.seats, self.trained_routers
+        call.wire_rows = self.plane.spec.wire_rows
         return call
 
     def generate(
@@ -569,6 +570,8 @@ class EnsembleClient(AllEngines):
                 reader.begin(trace)
             if call.trace:
                 reader.extend(trace, read, until)
+            if call.wire_rows:
+                trace.tails += reader.tails(read, until)
             read = until
 
         try:

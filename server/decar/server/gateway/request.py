@@ -68,6 +68,7 @@ class ChoiceTrace:
     leader: str
     weights: list[list[float]] = field(default_factory=list)  # [T][K] by place; 0: not active
     leaders: list[str] = field(default_factory=list)  # [T]
+    tails: list[float] = field(default_factory=list)  # [T], see `WeightsReader.tails`
     sent: int = 0  # tokens whose weights a stream has already sent
 
 
@@ -86,6 +87,7 @@ class Call:
         model: the id that was asked for; None: the gateway's own.
         beams: vLLM searches for beams, and asks for each one's next token as for a new prompt's.
         counts_shown: whether the client of a stream that is traced sees the usage in each chunk.
+        wire_rows: how many logits of a row go to another host; 0: all.
         seats: the experts' places, if they are not in manifest order.
         trained_routers: those of the ensemble that the request is for.
         warms: an expert that may take part though it is not up yet, since this warms it.
@@ -106,6 +108,7 @@ class Call:
     beams: bool = False
     counts_shown: bool = False
     on_expert_loss: OnExpertLoss = "renormalise"
+    wire_rows: int = 0
     seats: Seats | None = None
     trained_routers: TrainedRouters | None = field(default=None, repr=False)
     warms: int | None = None
@@ -126,7 +129,16 @@ class Call:
         traces = self._in_turn()
         experts = dict.fromkeys(name for trace in traces for name in trace.experts)
         leader = traces[0].leader if traces else None
-        return {"experts": self.in_order(experts), "leader": leader, "degraded": list(self.degraded)}
+        summary = {"experts": self.in_order(experts), "leader": leader, "degraded": list(self.degraded)}
+        return {**summary, "wire": self._wire(traces)} if self.wire_rows else summary
+
+    def _wire(self, traces: list[ChoiceTrace]) -> dict[str, Any]:
+        """What rows that went in part may have changed, so far: of the token and of the choice where that is most."""
+        return {
+            "rows": self.wire_rows,
+            "token": max((max(trace.tails, default=0.0) for trace in traces), default=0.0),
+            "answer": max((sum(trace.tails) for trace in traces), default=0.0),
+        }
 
     def whole(self) -> dict[str, Any]:
         """The `decar` object of a response that has no choices: with the trace, if one is asked for.

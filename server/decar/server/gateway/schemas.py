@@ -19,6 +19,18 @@ class _Described(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+class Wire(_Described):
+    """What rows that went to another host in part may have changed in an answer, so far: upper bounds of the total
+    variation of distributions that tokens were drawn from. In a stream, the last chunk has the whole answer's."""
+
+    rows: int
+    """Logits that went of a row, the best ones."""
+    token: float
+    """Of one token's distribution, where that is most."""
+    answer: float
+    """Of all tokens of a choice, added up."""
+
+
 class DecarAnswer(_Described):
     """The `decar` object of an answer."""
 
@@ -28,6 +40,8 @@ class DecarAnswer(_Described):
     """Who began to lead the first choice; null before anything has been generated."""
     degraded: list[str]
     """Those that should have taken part and were down."""
+    wire: Wire | None = Field(default=None)
+    """Of a server with `--wire-rows`."""
     weights: list[list[float]] = Field(default=[])
     """With `trace`, where an answer has no choices: [tokens][experts], in the manifest's order."""
     leaders: list[str] = Field(default=[])

@@ -30,6 +30,7 @@ class WeightsReader:
         self._ring = plane.spec.ring
         self._weights = np.zeros((start + self._ring, plane.spec.experts))
         self._end = start  # up to which positions have been read
+        self._tails: list[float] = []  # of those that nobody has taken
         self._let_go_on()
 
     def keep_up(self, produced: int) -> int:
@@ -44,6 +45,13 @@ class WeightsReader:
         if end > self._end:
             self._read(end)
         return self._weights[start:end]
+
+    def tails(self, start: int, end: int) -> list[float]:
+        """What rows that came in part may have changed in the tokens from ``start`` to ``end``, by total variation.
+        To be asked of each once, in order."""
+        self.between(start, end)
+        taken, self._tails = self._tails[: end - start], self._tails[end - start :]
+        return taken
 
     def begin(self, trace: ChoiceTrace) -> None:
         """A prompt has been scored as it was computed: only now is it known who takes part."""
@@ -74,6 +82,9 @@ class WeightsReader:
             positions = np.arange(self._end, min(until, end))
             said = blocks[leader].log_weights[member.slot, positions % self._ring]
             self._weights[positions] = np.exp(said.astype(np.float64))
+            tails = blocks[leader].tails
+            if tails is not None:
+                self._tails += tails[member.slot, positions % self._ring].tolist()
             self._end = max(self._end, min(until, end))
         if member.alone_from is not None:
             self._weights[member.alone_from : end] = np.eye(len(blocks))[member.leader]

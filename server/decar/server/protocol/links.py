@@ -79,9 +79,7 @@ class Mirror:
         self._listener = listener
         self._stopped = threading.Event()
         heard_fd = os.open(heard, os.O_RDWR | os.O_NONBLOCK) if heard else None
-        self._peers = {
-            peer: _Peer(plane, host, hosts, peer, heard_fd) for peer in hosts.all if peer != host
-        }
+        self._peers = {peer: _Peer(plane, host, hosts, peer, heard_fd) for peer in hosts.all if peer != host}
         self._addresses = {peer: address for peer, address in addresses.items() if peer < host}
         self._strangers = threading.Semaphore(_STRANGERS)
         self._bell = os.open(plane.spec.bell, os.O_RDWR)
@@ -93,6 +91,8 @@ class Mirror:
 
     def close(self) -> None:
         self._stopped.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # which wakes who waits there
         self._listener.close()
         for peer in self._peers.values():
             peer.cut()

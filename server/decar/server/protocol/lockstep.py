@@ -25,6 +25,7 @@ from decar.server.protocol.cores import yield_core
 from decar.server.protocol.member import Member
 from decar.server.protocol.plane import (
     NOTHING,
+    WHOLE,
     Block,
     Plane,
     entry_of,
@@ -164,6 +165,7 @@ class Lockstep:
         self._posterior = np.zeros(slots, bool)
         self._unweighed = np.zeros(slots, bool)  # the prompt has still to move the weights
         self._rules = np.zeros(slots, np.int64)
+        self._whole = np.zeros(slots, np.int64)  # `WHOLE` where a product of experts needs every logit
         self._members: list[Member | None] = [None] * slots
 
     # --- who takes part -----------------------------------------------------------------------------------
@@ -184,6 +186,7 @@ class Lockstep:
         self._posterior[slot] = member.posterior
         self._unweighed[slot] = member.scored is not None
         self._rules[slot] = RULES.index(member.rule)
+        self._whole[slot] = WHOLE if member.rule == "logit" else 0
         self._load(slot)
 
     def holds_slot(self, member: Member) -> bool:
@@ -245,7 +248,7 @@ class Lockstep:
         if not np.array_equal(new.rows, np.arange(len(rows))):  # else the whole batch is posted, as it lies
             rows = rows.index_select(0, torch.from_numpy(new.rows).to(logits.device))
         self.transport.post(new.entries, rows)
-        self._own["row_for"][new.entries] = new.leaders
+        self._own["row_for"][new.entries] = new.leaders | self._whole[new.slots]
         self._own["row_stamp"][new.entries] = new.stamps
         self._tell_others()
 
@@ -297,7 +300,12 @@ class Lockstep:
             for i, rule in enumerate(RULES):
                 chosen = torch.from_numpy(np.flatnonzero(rules == i)).to(device)
                 result[chosen] = mix_rows(rows, entries[chosen], weights[chosen], rule)
-        self._own["log_weights"][turns.slots, turns.positions % self._ring] = log_weights
+        places = turns.slots, turns.positions % self._ring
+        self._own["log_weights"][places] = log_weights
+        if "tails" in self._own:
+            self._own["tails"][places] = (
+                np.exp(log_weights) * self._fields["row_tail"][:, turns.entries].T
+            ).sum(1)
         self.mine.count("mixed_tokens", len(turns))
         return result
 

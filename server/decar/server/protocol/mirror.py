@@ -9,6 +9,10 @@ round, stamps first, and told data first.
 A message is a head and some writes; a write is a field, indices [n] of its cells and their values [n, ...]. Everybody
 gets the words; a row goes to its leader's host alone, the weights that mixed go to the gateway's.
 
+Where `PlaneSpec.wire_rows` is N, a row is its N best logits, its log-normaliser, and its *tail*, the probability of
+the other tokens, over which it is spread evenly at the other end. So a row stays a distribution, at most its tail away
+from what it was, and a mixture of such rows at most the weighted sum of their tails: total variation is convex.
+
 Shapes: K experts, S slots, V vocabulary, R positions of a ring, U units of a prompt.
 """
 
@@ -19,17 +23,21 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from decar.server.protocol.plane import NOTHING, Plane, PlaneSpec
+from decar.server.protocol.plane import NOTHING, WHOLE, Plane, PlaneSpec
 
 GATEWAY = 0
 """The gateway's host."""
 LENGTH = struct.Struct("<I")  # of what follows
-_HEAD = struct.Struct("<HHd")  # whose block (K: the gateway's own part), how many writes, and when: by that host's clock
+_HEAD = struct.Struct(
+    "<HHd"
+)  # whose block (K: the gateway's own part), how many writes, and when: by that host's clock
 _WRITE = struct.Struct("<HI")  # which field, how many cells
 _INDEX = np.dtype("<u4")
+_BEST = "best of a row"
 
 Write = tuple[str, np.ndarray, np.ndarray]
 """Field, indices [n], values [n, ...]."""
@@ -57,13 +65,19 @@ class Hosts:
         return [expert for expert, its in enumerate(self.of) if its == host]
 
 
+def best_of(spec: PlaneSpec) -> np.dtype[Any]:
+    """What is told of a row that does not go whole."""
+    n = (spec.wire_rows,)
+    return np.dtype([("ids", "<u4", n), ("logits", "<f4", n), ("log_normaliser", "<f4"), ("tail", "<f4")])
+
+
 def cells_of(plane: Plane, expert: int) -> dict[str, np.ndarray]:
     """The fields of a block as cells [n] or [n, width], in place; for expert K, what is the gateway's own."""
     if expert == plane.spec.experts:
         return {"alive": plane.alive, "weights_read": plane.weights_read}
     spec, cells = plane.spec, {}
     for name, (shape, _) in spec.fields().items():
-        width = {"membership_weights": 1, "log_weights": 1, "prompt_sums": 1, "rows": 1}.get(name, 0)
+        width = int(name in ("membership_weights", "log_weights", "prompt_sums", "rows"))
         flat = (math.prod(shape[: len(shape) - width]), *shape[len(shape) - width :])
         cells[name] = plane.fields[name][expert].reshape(flat)
     return cells
@@ -71,7 +85,7 @@ def cells_of(plane: Plane, expert: int) -> dict[str, np.ndarray]:
 
 def _names(spec: PlaneSpec) -> list[str]:
     """Of fields, by number on the wire."""
-    return [*spec.fields(), "alive", "weights_read"]
+    return [*spec.fields(), "alive", "weights_read", _BEST]
 
 
 def longest_message(spec: PlaneSpec) -> int:
@@ -82,7 +96,14 @@ def longest_message(spec: PlaneSpec) -> int:
         for name, (shape, dtype) in spec.fields().items()
         if name != "rows"
     )
-    return _HEAD.size + 8 * (spec.experts + spec.slots) + 12 * cells + words + 4 * spec.vocab_size
+    return (
+        _HEAD.size
+        + 8 * (spec.experts + spec.slots)
+        + 12 * cells
+        + words
+        + 4 * spec.vocab_size
+        + best_of(spec).itemsize
+    )
 
 
 class Outgoing:
@@ -135,7 +156,7 @@ class Outgoing:
         new_rows = np.flatnonzero(row_stamps != self._row_stamps)
         if len(new_rows):
             writes += self._prompts(new_rows, row_stamps)
-            here = self._leads_there[row_for[new_rows]]
+            here = self._leads_there[row_for[new_rows] & ~WHOLE]
             elsewhere = new_rows[~here]
             self._row_stamps[elsewhere] = row_stamps[elsewhere]
             new_rows = new_rows[here]
@@ -163,16 +184,29 @@ class Outgoing:
         """A message with the row of ``entry``; None where it has been overwritten meanwhile, and nobody needs it."""
         cells, stamp = self._cells, int(self._cells["row_stamp"][entry])
         at, one = np.array([entry]), slice(entry, entry + 1)
-        writes: list[Write] = [
-            ("rows", at, cells["rows"][one]),
-            ("log_normaliser", at, cells["log_normaliser"][one]),
-            ("row_stamp", at, np.array([stamp])),
-        ]
-        message = self._message(0.0, writes)
+        log_normaliser = cells["log_normaliser"][entry]
+        whole = not self._spec.wire_rows or cells["row_for"][entry] & WHOLE or not np.isfinite(log_normaliser)
+        writes: list[Write] = [("log_normaliser", at, cells["log_normaliser"][one])]
+        if whole:
+            writes.append(("rows", at, cells["rows"][one]))
+            if self._spec.wire_rows:
+                writes.append(("row_tail", at, np.zeros(1, np.float32)))
+        else:
+            writes = [(_BEST, at, self._best(cells["rows"][entry], log_normaliser))]
+        message = self._message(0.0, [*writes, ("row_stamp", at, np.array([stamp]))])
         if cells["row_stamp"][entry] != stamp:
             return None
         self._row_stamps[entry] = stamp
         return message
+
+    def _best(self, row: np.ndarray, log_normaliser: np.float32) -> np.ndarray:
+        """What is told of a ``row`` [V], as one value of `best_of`."""
+        best = np.zeros(1, best_of(self._spec))
+        ids = np.argpartition(row, -self._spec.wire_rows)[-self._spec.wire_rows :]
+        tail = 1.0 - np.exp(row[ids].astype(np.float64) - log_normaliser).sum()
+        best["ids"], best["logits"] = ids, row[ids]
+        best["log_normaliser"], best["tail"] = log_normaliser, max(tail, 0.0)
+        return best
 
     def _prompts(self, entries: np.ndarray, row_stamps: np.ndarray) -> Iterator[Write]:
         """What the prompts said whose first rows are new: it is there before those."""
@@ -200,6 +234,8 @@ class Outgoing:
         places = np.repeat(slots * ring, counts) + (np.repeat(begins, counts) + positions) % ring
         self._weighed = latest
         yield "log_weights", places, self._cells["log_weights"][places]
+        if self._spec.wire_rows:
+            yield "tails", places, self._cells["tails"][places]
 
     def _message(self, now: float, writes: Sequence[Write]) -> bytes:
         return message_of(self._numbers, self.expert, now, writes)
@@ -252,6 +288,7 @@ class Incoming:
         self._experts = hosts.experts_on(peer)
         theirs = [*self._experts, *([plane.spec.experts] if peer == GATEWAY else [])]
         self._cells = {expert: cells_of(plane, expert) for expert in theirs}
+        self._best = best_of(plane.spec)
 
     def apply(self, message: memoryview) -> None:
         """Write what a message says, in its order.
@@ -265,23 +302,35 @@ class Incoming:
             for _ in range(count):
                 number, length = _WRITE.unpack_from(message, end)
                 name = self._names[number]
-                cells = self._cells[expert][name]
+                cells = self._cells[expert]["row_stamp" if name == _BEST else name]
                 end += _WRITE.size
                 indices = np.frombuffer(message, _INDEX, length, end)
                 end += indices.nbytes
-                width = math.prod(cells.shape[1:])
-                values = np.frombuffer(message, cells.dtype, length * width, end)
+                width, dtype = math.prod(cells.shape[1:]), self._best if name == _BEST else cells.dtype
+                values = np.frombuffer(message, dtype, length * width, end)
                 end += values.nbytes
-                values = values.reshape(length, *cells.shape[1:])
+                if name == _BEST:
+                    self._spread(self._cells[expert], indices, values)
+                    continue
                 if name == "alive":
                     self._bury(indices[(values == 0) & (cells[indices] != 0)])
-                cells[indices] = values
+                cells[indices] = values.reshape(length, *cells.shape[1:])
         except (struct.error, ValueError, LookupError) as error:
             raise WireError(f"no message of a peer: {error}") from error
         if end != len(message):
             raise WireError(f"a message is longer than it says, by {len(message) - end} bytes")
         if told and expert < self._plane.spec.experts:
             self._plane.mirrored[expert] = told
+
+    def _spread(self, cells: dict[str, np.ndarray], entries: np.ndarray, bests: np.ndarray) -> None:
+        """Make whole rows of their best logits."""
+        others = self._plane.spec.vocab_size - self._plane.spec.wire_rows
+        for entry, best in zip(entries, bests, strict=True):
+            row = cells["rows"][entry]
+            with np.errstate(divide="ignore"):  # without a tail, there is nothing to spread
+                row[:] = best["log_normaliser"] + np.log(best["tail"] / others)
+            row[best["ids"]] = best["logits"]
+            cells["log_normaliser"][entry], cells["row_tail"][entry] = best["log_normaliser"], best["tail"]
 
     def _bury(self, experts: np.ndarray) -> None:
         """What these were running does not come."""

@@ -49,6 +49,8 @@ COUNTERS = (
 HANDLE_BYTES = 128  # of memory on a device, as CUDA IPC names it
 RING_POSITIONS = 256
 """R: how far the weights of a request may run ahead of the gateway, which reads them as the tokens come."""
+WHOLE = 1 << 16
+"""Of `row_for`: a row that is needed to the last logit, whatever `PlaneSpec.wire_rows` says."""
 PROMPT_UNITS = 512
 """U: places in a prompt up to which its log-likelihood is given, so that a longer one may begin there."""
 _ALIGNMENT = 64
@@ -100,6 +102,7 @@ class PlaneSpec:
         dtype: of rows on a device; in the plane they are float32.
         bell: a pipe that is written to when there is something new, where other hosts have planes that are to learn of
             it: see `decar.server.protocol.mirror`; "" where this is the only one.
+        wire_rows: how many of a row's logits go to another host, the best ones, unless it has to be whole; 0: all.
     """
 
     name: str
@@ -111,6 +114,7 @@ class PlaneSpec:
     on_device: bool = False
     dtype: str = "float32"
     bell: str = ""
+    wire_rows: int = 0
 
     @property
     def ring(self) -> int:
@@ -131,10 +135,15 @@ class PlaneSpec:
                 np.int64,
             ),  # how many there have been: one for each engine that the expert has had
         }
+        # Of a row that has come in part, its probability beyond that; and what that makes of each position's mixture.
+        parts: dict[str, tuple[tuple[int, ...], type]] = {
+            "row_tail": ((2 * s,), np.float32),
+            "tails": ((s, self.ring), np.float32),
+        }
         return {
             "running": ((s,), np.int64),  # the stamp whose row this engine is computing now
             "row_stamp": ((2 * s,), np.int64),
-            "row_for": ((2 * s,), np.int64),  # the expert that needs it, as its leader
+            "row_for": ((2 * s,), np.int64),  # the expert that needs it, as its leader; see `WHOLE`
             "token_stamp": ((2 * s,), np.int64),
             "token": ((2 * s,), np.int64),
             "counters": ((len(COUNTERS),), np.int64),
@@ -150,6 +159,7 @@ class PlaneSpec:
             "prompt_sums": ((s, -(-self.positions // self.prompt_unit)), np.float64),
             "prompt_sum": ((s,), np.float64),
             **(handle if self.on_device else rows),
+            **(parts if self.wire_rows else {}),
         }
 
     @property
@@ -190,6 +200,7 @@ class Block:
         self.membership_from = self._fields["membership_from"].data
         self.membership_weights = self._fields["membership_weights"]
         self.log_weights = self._fields["log_weights"]
+        self.tails = self._fields.get("tails")
         self.prompt_sums = self._fields["prompt_sums"]
         self.prompt_sum = self._fields["prompt_sum"].data
         self._counters = self._fields["counters"]
@@ -270,6 +281,7 @@ class Plane:
         prompt_unit: int = 16,
         device_dtype: str | None = None,
         bell: str = "",
+        wire_rows: int = 0,
     ) -> Plane:
         """Make the segment, owner-only readable; with ``device_dtype``, for rows of that dtype in GPU memory.
 
@@ -279,7 +291,16 @@ class Plane:
         name = new_name()
         on_device = device_dtype is not None
         spec = PlaneSpec(
-            name, experts, slots, vocab_size, positions, prompt_unit, on_device, device_dtype or "float32", bell
+            name,
+            experts,
+            slots,
+            vocab_size,
+            positions,
+            prompt_unit,
+            on_device,
+            device_dtype or "float32",
+            bell,
+            wire_rows if wire_rows < vocab_size else 0,
         )
         free = os.statvfs(DIRECTORY).f_bavail * os.statvfs(DIRECTORY).f_frsize
         if spec.size_bytes > free:

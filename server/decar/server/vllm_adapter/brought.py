@@ -34,8 +34,8 @@ class Brought:
             asyncio.get_running_loop().add_reader(self._pipe, self._hear)
 
     def hold_back(self, expert: int, llm: Any) -> None:
-        """Have an `AsyncLLM`, which has heard nothing yet, hear each step's outputs when all that its engine has written
-        before is here. What that does not come of, since the engine has died, is not heard: others go on from there.
+        """Have an `AsyncLLM`, which has heard nothing yet, hear each step's outputs when all that its engine has
+        written before is here. What that does not come of, since the engine has died, is not heard: others go on from there.
         """
         if self._plane.mirrored[expert] == float("inf"):
             return  # it writes here itself
