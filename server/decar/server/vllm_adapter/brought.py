@@ -35,7 +35,8 @@ class Brought:
 
     def hold_back(self, expert: int, llm: Any) -> None:
         """Have an `AsyncLLM`, which has heard nothing yet, hear each step's outputs when all that its engine has
-        written before is here. What that does not come of, since the engine has died, is not heard: others go on from there.
+        written before is here. What that does not come of, since the engine has died, is not heard: others go on
+        from there.
         """
         if self._plane.mirrored[expert] == float("inf"):
             return  # it writes here itself
