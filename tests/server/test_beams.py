@@ -64,7 +64,7 @@ class Search:
             if member.scored is not None:
                 said = OF_TOKEN[beam[-1]] if beam else OF_PROMPT
                 for k in member.active:
-                    self.server.plane.blocks[k].prompt_sum[member.slot] = said[k]
+                    self.server.plane.blocks[k].say_of_prompt(member.slot, member.generation, said[k])
             relayed = next(
                 r
                 for r in self.server.relay.begun

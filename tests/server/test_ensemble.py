@@ -372,7 +372,7 @@ async def test_a_prompt_that_nobody_has_scored_is_scored_once_and_known_to_the_n
     assert given.member.scored == [(1, 0.0), (1, 0.0)]
     assert (A, request_id) in server.relay.followed, "the first token of the leader is news"
     for block, said in zip(server.plane.blocks, (-3.0, -1.0), strict=True):
-        block.prompt_sum[given.member.slot] = said
+        block.say_of_prompt(given.member.slot, given.member.generation, said)
     [relayed] = server.relay.begun
     relayed.on_tokens(1)
     await settle()

@@ -378,8 +378,10 @@ def test_a_prompt_that_is_scored_as_it_is_computed_sets_the_weights_of_the_first
     leaders: tuple[int, int],
 ) -> None:
     leader, follower = engines
-    leader.mine.prompt_sum[0] = math.log(0.25) - 3.0  # with the -2.0 that was known: a quarter of the other's
-    follower.mine.prompt_sum[0] = math.log(0.75) - 5.0
+    leader.mine.say_of_prompt(
+        0, 1, math.log(0.25) - 3.0
+    )  # with the -2.0 that was known: a quarter of the other's
+    follower.mine.say_of_prompt(0, 1, math.log(0.75) - 5.0)
     led, followed = (scoring_member(**options) for _ in range(2))
     turn = decide_first_token(leader, follower, torch.zeros(2, 1, VOCABULARY), 3, led, followed)
     np.testing.assert_allclose(np.exp(plane.blocks[0].log_weights[0, 0]), first, atol=1e-6)
@@ -454,7 +456,7 @@ def test_an_engine_goes_on_after_tokens_that_others_have_said(
     leader.join(scored, 3)
     assert leader.produced[scored.slot] == 3
     for block, said in zip(plane.blocks, (-3.0, -1.0), strict=True):
-        block.prompt_sum[scored.slot] = said
+        block.say_of_prompt(scored.slot, scored.generation, said)
     turns = leader.turns(np.array([scored.slot]), np.array([3]))
     leader.weigh(turns)
     assert np.isinf(leader.log_weights[scored.slot]).sum() == 1, "the weights are those after the whole text"
@@ -486,7 +488,7 @@ def test_who_takes_a_lead_over_does_not_weigh_the_prompt_anew(
     member = scoring_member(prune=0.25)
     follower.join(member)
     for block, said in zip(plane.blocks, (-3.0, -1.0), strict=True):
-        block.prompt_sum[member.slot] = said
+        block.say_of_prompt(member.slot, member.generation, said)
     follower.log_weights[member.slot] = np.log([0.6, 0.4])  # as its leader has left them
     follower.weigh(follower.turns(np.array([member.slot]), np.array([3])))
     assert np.exp(follower.log_weights[member.slot]) == pytest.approx([0.6, 0.4])

@@ -398,13 +398,14 @@ def test_what_an_engine_runs_is_told_no_longer_than_its_row_is_missing() -> None
     assert (here.blocks[1].running[0], rows) == (stamp, [])
     there.fields["rows"][1, entry] = 7.0
     there.fields["row_for"][1, entry] = 0
-    there.fields["prompt_sum"][1, 0] = -3.0
+    mine.say_of_prompt(0, 1, -3.0)
     mine.row_stamp[entry] = stamp
     mine.running[0] = NOTHING
     message, rows = told.news(False)
     bring(message)
     assert (here.blocks[1].running[0], rows) == (stamp, [entry])
     assert here.fields["prompt_sum"][1, 0] == -3.0, "which is there before the first row"
+    assert here.fields["prompt_of"][1, 0] == 1
     assert not here.blocks[1].has_row(0, stamp)
     row = told.row(entry)
     assert row is not None
@@ -505,7 +506,7 @@ def test_a_proof_is_no_use_another_time() -> None:
                 recorded.append(data)
                 real(data)
 
-            recv_into = left.recv_into
+            recv, settimeout = left.recv, left.settimeout
 
         introduce(Recorder(), KEY, 3)  # type: ignore[arg-type]
         thread.join(10)

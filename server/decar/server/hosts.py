@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from decar.server.protocol.links import Address, Mirror, make_bell
@@ -26,6 +27,8 @@ from decar.server.protocol.runtime import ignore_stops
 logger = logging.getLogger("decar")
 
 LOOPBACK = "127.0.0.1"
+MIRROR = "mirror"
+"""With which the names of their processes begin."""
 _AGAIN_S = 1.0
 
 
@@ -108,10 +111,11 @@ class _Keeper(threading.Thread):
     """Has a mirror's process run until `end`."""
 
     def __init__(self, arguments: _Arguments):
-        super().__init__(name=f"mirror-{arguments.host}", daemon=True)
+        super().__init__(name=f"{MIRROR}-{arguments.host}", daemon=True)
         self._arguments = arguments
         self._ended = threading.Event()
         self._starting = threading.Lock()
+        self._process: BaseProcess | None = None
 
     def run(self) -> None:
         while True:
@@ -119,16 +123,23 @@ class _Keeper(threading.Thread):
                 if self._ended.is_set():
                     return
                 spawn = multiprocessing.get_context("spawn")
-                self._process = spawn.Process(target=_mirror, args=(self._arguments,), daemon=True)
-                self._process.start()
-            self._process.join()
+                process = spawn.Process(target=_mirror, args=(self._arguments,), name=self.name, daemon=True)
+                try:
+                    process.start()
+                except OSError as error:
+                    logger.error("the mirror of host %d does not start: %s", self._arguments.host, error)
+                else:
+                    self._process = process
+            if self._process is not None:
+                self._process.join()
             if not self._ended.wait(_AGAIN_S):
                 logger.error("the mirror of host %d has ended: it is started again", self._arguments.host)
 
     def end(self) -> None:
         self._ended.set()
         with self._starting:
-            self._process.kill()
+            if self._process is not None:
+                self._process.kill()
         self.join()
 
 

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -358,15 +359,20 @@ async def _running_ensemble(
 def _ended() -> Iterator[None]:
     """What is told to end within ends: engines with their ranks, which are theirs to start, and gone before what they
     have made is removed."""
+    from decar.server.hosts import MIRROR
+
+    def engines() -> list[BaseProcess]:
+        return [child for child in multiprocessing.active_children() if not child.name.startswith(MIRROR)]
+
     processes = []
-    for child in multiprocessing.active_children():
+    for child in engines():
         with contextlib.suppress(psutil.NoSuchProcess):
             engine = psutil.Process(child.pid)
             processes += [engine, *engine.children(recursive=True)]
     try:
         yield
     finally:
-        for child in multiprocessing.active_children():
+        for child in engines():
             child.kill()
         psutil.wait_procs(processes, _GONE_WITHIN_S)
 

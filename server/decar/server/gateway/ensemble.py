@@ -554,6 +554,8 @@ class EnsembleClient(AllEngines):
             nonlocal learn
             if learn is not None:
                 fields = self.plane.fields
+                if (fields["prompt_of"][list(active), slot] != member.generation).any():
+                    return produced + 1  # that of an expert on another host is still under way
                 learn(fields["prompt_sums"][:, slot], fields["prompt_sum"][:, slot])
                 learn = None
             return reader.keep_up(produced)

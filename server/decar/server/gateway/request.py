@@ -134,10 +134,13 @@ class Call:
 
     def _wire(self, traces: list[ChoiceTrace]) -> dict[str, Any]:
         """What rows that went in part may have changed, so far: of the token and of the choice where that is most."""
+        answers = [sum(trace.tails) for trace in traces]
+        if self.beams:  # of which each token is an answer
+            answers = [sum(answers)]
         return {
             "rows": self.wire_rows,
             "token": max((max(trace.tails, default=0.0) for trace in traces), default=0.0),
-            "answer": max((sum(trace.tails) for trace in traces), default=0.0),
+            "answer": max(answers, default=0.0),
         }
 
     def whole(self) -> dict[str, Any]:
@@ -145,11 +148,13 @@ class Call:
 
         What is generated for it in several turns, between which tools are called, is one answer.
         """
+        traces, summary = self._in_turn(), self.summary()
+        if self.wire_rows:
+            summary["wire"]["answer"] = sum(sum(trace.tails) for trace in traces)
         if not self.trace:
-            return self.summary()
-        traces = self._in_turn()
+            return summary
         return {
-            **self.summary(),
+            **summary,
             "weights": self.by_expert([row for trace in traces for row in trace.weights]),
             "leaders": [name for trace in traces for name in trace.leaders],
             "active": self.in_order(dict.fromkeys(name for trace in traces for name in trace.experts)),

@@ -21,14 +21,15 @@ class _Described(BaseModel):
 
 class Wire(_Described):
     """What rows that went to another host in part may have changed in an answer, so far: upper bounds of the total
-    variation of distributions that tokens were drawn from. In a stream, the last chunk has the whole answer's."""
+    variation of mixtures, before temperature, penalties, grammar and truncation act on them. In a stream, the chunk
+    with the finish reason has the whole answer's."""
 
     rows: int
     """Logits that went of a row, the best ones."""
     token: float
-    """Of one token's distribution, where that is most."""
+    """Of one token's mixture, where that is most."""
     answer: float
-    """Of all tokens of a choice, added up."""
+    """Of all tokens of a choice, added up, where that is most; of beams, of all together."""
 
 
 class DecarAnswer(_Described):

@@ -84,7 +84,10 @@ class WeightsReader:
             self._weights[positions] = np.exp(said.astype(np.float64))
             tails = blocks[leader].tails
             if tails is not None:
-                self._tails += tails[member.slot, positions % self._ring].tolist()
+                found = tails[member.slot, positions % self._ring]
+                if member.alone_from is not None:
+                    found[positions >= member.alone_from] = 0.0  # which nobody has mixed
+                self._tails += found.tolist()
             self._end = max(self._end, min(until, end))
         if member.alone_from is not None:
             self._weights[member.alone_from : end] = np.eye(len(blocks))[member.leader]

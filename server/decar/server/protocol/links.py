@@ -86,6 +86,8 @@ class Mirror:
 
     def start(self) -> None:
         """Begin, in threads that end with the process."""
+        for peer in self._peers:  # as a mirror before this one may have left it
+            Incoming(self._plane, self._hosts, peer).lost()
         for work in (self._listen, self._hear_bell, *(self._dialer(peer) for peer in self._addresses)):
             threading.Thread(target=work, daemon=True).start()
 
@@ -108,14 +110,15 @@ class Mirror:
         while not self._stopped.is_set():
             try:
                 sock, address = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if not self._stopped.wait(AGAIN_S):
+                    logger.warning("host %d lets nobody in: %s", self._host, error)
+                continue
             self._strangers.acquire()
             threading.Thread(target=self._welcome, args=(sock, address), daemon=True).start()
 
     def _welcome(self, sock: socket.socket, address: Address) -> None:
         try:
-            sock.settimeout(SILENT_S)
             peer = accept_peer(sock, self._key)
             if peer not in self._peers or peer < self._host:
                 raise NotOfUs(f"no host {peer} is to connect here")
@@ -135,7 +138,6 @@ class Mirror:
             while not self._stopped.is_set():
                 try:
                     sock = socket.create_connection(address, SILENT_S)
-                    sock.settimeout(SILENT_S)
                     introduce(sock, self._key, self._host)
                 except (NotOfUs, OSError) as error:
                     if str(error) != said:
@@ -176,6 +178,7 @@ class _Peer:
         self.cut()
         with self._one_at_a_time, sock:
             self._sock = sock
+            sock.settimeout(SILENT_S)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
             logger.info("host %d is connected to host %d", self._host, self._peer)
@@ -186,12 +189,13 @@ class _Peer:
                 self._listen(sock, incoming)
             except (OSError, WireError) as error:
                 logger.warning("host %d has lost host %d: %s", self._host, self._peer, error or repr(error))
-            self._sock = None
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            self.bell.set()
-            telling.join()
-            incoming.lost()
+            finally:
+                self._sock = None
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                self.bell.set()
+                telling.join()
+                incoming.lost()
 
     def _listen(self, sock: socket.socket, incoming: Incoming) -> None:
         longest = longest_message(self._plane.spec)
@@ -240,12 +244,13 @@ def accept_peer(sock: socket.socket, key: bytes) -> int:
 
     Raises:
         NotOfUs: it has not.
-        OSError: it does not speak.
+        OSError: it does not say so within `SILENT_S`.
     """
-    theirs = _received(sock, len(_HELLO) + _NONCE_BYTES)
+    end = time.monotonic() + SILENT_S
+    theirs = _received(sock, len(_HELLO) + _NONCE_BYTES, end)
     ours = secrets.token_bytes(_NONCE_BYTES)
     sock.sendall(ours + _proof(key, b"accept", theirs, ours))
-    proof, host = _received(sock, 32), _received(sock, _HOST.size)
+    proof, host = _received(sock, 32, end), _received(sock, _HOST.size, end)
     if not hmac.compare_digest(proof, _proof(key, b"dial", ours, theirs, host)):
         raise NotOfUs("it has another key, or another ensemble")
     return int(_HOST.unpack(host)[0])
@@ -256,11 +261,12 @@ def introduce(sock: socket.socket, key: bytes, host: int) -> None:
 
     Raises:
         NotOfUs: it has not.
-        OSError: it does not speak.
+        OSError: it does not say so within `SILENT_S`.
     """
+    end = time.monotonic() + SILENT_S
     ours = _HELLO + secrets.token_bytes(_NONCE_BYTES)
     sock.sendall(ours)
-    theirs, proof = _received(sock, _NONCE_BYTES), _received(sock, 32)
+    theirs, proof = _received(sock, _NONCE_BYTES, end), _received(sock, 32, end)
     if not hmac.compare_digest(proof, _proof(key, b"accept", ours, theirs)):
         raise NotOfUs("it has another key, or another ensemble")
     number = _HOST.pack(host)
@@ -284,10 +290,20 @@ def _proof(key: bytes, who: bytes, *parts: bytes) -> bytes:
     return hmac.digest(key, b"\x00".join((who, *parts)), "sha256")
 
 
-def _received(sock: socket.socket, size: int) -> bytes:
-    view = memoryview(bytearray(size))
-    _receive(sock, view)
-    return bytes(view)
+def _received(sock: socket.socket, size: int, end: float) -> bytes:
+    """So many bytes.
+
+    Raises:
+        OSError: they have not come by ``end`` (`time.monotonic`).
+    """
+    said = b""
+    while len(said) < size:
+        sock.settimeout(max(end - time.monotonic(), 1e-3))
+        more = sock.recv(size - len(said))
+        if not more:
+            raise ConnectionError("it has closed the connection")
+        said += more
+    return said
 
 
 def _receive(sock: socket.socket, view: memoryview) -> None:

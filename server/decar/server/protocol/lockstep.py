@@ -303,9 +303,7 @@ class Lockstep:
         places = turns.slots, turns.positions % self._ring
         self._own["log_weights"][places] = log_weights
         if "tails" in self._own:
-            self._own["tails"][places] = (
-                np.exp(log_weights) * self._fields["row_tail"][:, turns.entries].T
-            ).sum(1)
+            self._own["tails"][places] = self._tails(turns, log_weights)
         self.mine.count("mixed_tokens", len(turns))
         return result
 
@@ -392,6 +390,16 @@ class Lockstep:
         entries = turns.entries[chosen]
         self._own["token"][entries] = tokens[chosen]
         self._own["token_stamp"][entries] = turns.stamps[chosen]
+
+    def _tails(self, turns: Turns, log_weights: np.ndarray) -> np.ndarray:
+        """How far, in total variation, mixtures [n] may be from those of whole rows: see `mirror`."""
+        there = np.isfinite(
+            self._fields["log_normaliser"][:, turns.entries].T
+        )  # others do not count in the mixture
+        weights = np.exp(log_weights) * there
+        tails = np.where(there, self._fields["row_tail"][:, turns.entries].T, 0.0)
+        found: np.ndarray = (weights * tails).sum(1) / np.maximum(weights.sum(1), 1e-300)
+        return found
 
     def _move_weights(self, turns: Turns, tokens: np.ndarray) -> None:
         """Bayes. Experts that are not active have no weight to move, whatever their rows hold."""

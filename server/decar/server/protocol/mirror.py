@@ -38,6 +38,7 @@ _HEAD = struct.Struct(
 _WRITE = struct.Struct("<HI")  # which field, how many cells
 _INDEX = np.dtype("<u4")
 _BEST = "best of a row"
+_LEAST = 1e-30
 
 Write = tuple[str, np.ndarray, np.ndarray]
 """Field, indices [n], values [n, ...]."""
@@ -119,6 +120,9 @@ class Outgoing:
         self._numbers = {name: i for i, name in enumerate(_names(plane.spec))}
         self._cells = cells_of(plane, expert)
         self._to_gateway = peer == GATEWAY
+        self._decided = plane.fields[
+            "token_stamp"
+        ]  # by whoever led: after a new connection, most rows are old
         self._leads_there = np.array([host == peer for host in hosts.of])
         slots = plane.spec.slots
         self._running = np.full(slots, -1)
@@ -156,10 +160,11 @@ class Outgoing:
         new_rows = np.flatnonzero(row_stamps != self._row_stamps)
         if len(new_rows):
             writes += self._prompts(new_rows, row_stamps)
-            here = self._leads_there[row_for[new_rows] & ~WHOLE]
-            elsewhere = new_rows[~here]
-            self._row_stamps[elsewhere] = row_stamps[elsewhere]
-            new_rows = new_rows[here]
+            leaders, stamps = row_for[new_rows] & ~WHOLE, row_stamps[new_rows]
+            needed = self._leads_there[leaders] & (self._decided[leaders, new_rows] != stamps)
+            self._row_stamps[new_rows[~needed]] = stamps[~needed]
+            waited_for = running[new_rows // 2] == stamps
+            new_rows = np.concatenate([new_rows[needed & waited_for], new_rows[needed & ~waited_for]])
 
         said = np.flatnonzero(steady & (token_stamps != self._token_stamps))
         if len(said):
@@ -203,9 +208,12 @@ class Outgoing:
         """What is told of a ``row`` [V], as one value of `best_of`."""
         best = np.zeros(1, best_of(self._spec))
         ids = np.argpartition(row, -self._spec.wire_rows)[-self._spec.wire_rows :]
-        tail = 1.0 - np.exp(row[ids].astype(np.float64) - log_normaliser).sum()
+        others = np.exp(row - log_normaliser)
+        others[ids] = 0.0
+        # Nobody loses an expert for good over a token that is merely unlikely to it.
+        tail = max(others.sum(dtype=np.float64), _LEAST) if np.isfinite(row).sum() > len(ids) else 0.0
         best["ids"], best["logits"] = ids, row[ids]
-        best["log_normaliser"], best["tail"] = log_normaliser, max(tail, 0.0)
+        best["log_normaliser"], best["tail"] = log_normaliser, tail
         return best
 
     def _prompts(self, entries: np.ndarray, row_stamps: np.ndarray) -> Iterator[Write]:
@@ -217,7 +225,9 @@ class Outgoing:
         self._begun[slots] = row_stamps.reshape(-1, 2)[slots].max(axis=1) >> 32
         if self._to_gateway:
             yield "prompt_sums", slots, self._cells["prompt_sums"][slots]
+        generations = self._cells["prompt_of"][slots]
         yield "prompt_sum", slots, self._cells["prompt_sum"][slots]
+        yield "prompt_of", slots, generations
 
     def _weights(self, token_stamps: np.ndarray) -> Iterator[Write]:
         """The weights of positions that have been decided since they were last told."""
@@ -326,10 +336,13 @@ class Incoming:
         """Make whole rows of their best logits."""
         others = self._plane.spec.vocab_size - self._plane.spec.wire_rows
         for entry, best in zip(entries, bests, strict=True):
-            row = cells["rows"][entry]
             with np.errstate(divide="ignore"):  # without a tail, there is nothing to spread
-                row[:] = best["log_normaliser"] + np.log(best["tail"] / others)
+                least = best["log_normaliser"] + np.log(best["tail"] / others)
+            row = np.full(self._plane.spec.vocab_size, least, np.float32)
             row[best["ids"]] = best["logits"]
+            cells["rows"][entry] = (
+                row  # at once: one that is told again, being read, gets the bits that it has
+            )
             cells["log_normaliser"][entry], cells["row_tail"][entry] = best["log_normaliser"], best["tail"]
 
     def _bury(self, experts: np.ndarray) -> None:

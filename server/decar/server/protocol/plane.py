@@ -24,8 +24,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from decar.kernels.rows import MAX_EXPERTS
 from decar.router.errors import StartError
+from decar.router.manifest import MAX_EXPERTS
 from decar.server.protocol.runtime import DIRECTORY, new_name
 
 NOTHING = 0
@@ -158,6 +158,7 @@ class PlaneSpec:
             # and up to its own end, which is there before the row of position 0.
             "prompt_sums": ((s, -(-self.positions // self.prompt_unit)), np.float64),
             "prompt_sum": ((s,), np.float64),
+            "prompt_of": ((s,), np.int64),  # the slot's generation whose prompt that is
             **(handle if self.on_device else rows),
             **(parts if self.wire_rows else {}),
         }
@@ -202,7 +203,8 @@ class Block:
         self.log_weights = self._fields["log_weights"]
         self.tails = self._fields.get("tails")
         self.prompt_sums = self._fields["prompt_sums"]
-        self.prompt_sum = self._fields["prompt_sum"].data
+        self._prompt_sum = self._fields["prompt_sum"].data
+        self._prompt_of = self._fields["prompt_of"].data
         self._counters = self._fields["counters"]
         self.beats = self._fields["beats"].data
 
@@ -210,6 +212,11 @@ class Block:
         """Tell the peers where on its device this engine's rows lie."""
         self._fields["handle"][: len(handle)] = np.frombuffer(handle, np.uint8)
         self._fields["handles"][0] += 1
+
+    def say_of_prompt(self, slot: int, generation: int, total: float) -> None:
+        """Leave what this engine says of a whole prompt, Σ log p of the tokens that had to be scored."""
+        self._prompt_sum[slot] = total
+        self._prompt_of[slot] = generation
 
     def beat(self) -> None:
         """Say that this engine gets on, if only with waiting."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from typing import Any
 
 from decar.server.protocol.plane import Plane
 
 _LOOK_FOR_END_S = 0.1
+_LAST_WORDS_S = 2.0
 
 
 class Brought:
@@ -35,8 +37,8 @@ class Brought:
 
     def hold_back(self, expert: int, llm: Any) -> None:
         """Have an `AsyncLLM`, which has heard nothing yet, hear each step's outputs when all that its engine has
-        written before is here. What that does not come of, since the engine has died, is not heard: others go on
-        from there.
+        written before is here. Where that does not come any more, since the engine's host is gone, neither they nor
+        what follows is heard, and others go on from there.
         """
         if self._plane.mirrored[expert] == float("inf"):
             return  # it writes here itself
@@ -44,11 +46,15 @@ class Brought:
         next_outputs, mirrored = core.get_output_async, self._plane.mirrored
 
         async def outputs_when_brought() -> Any:
-            outputs = await next_outputs()
+            outputs, dead_since = await next_outputs(), None
             while mirrored[expert] < outputs.timestamp:
                 if core.resources.engine_dead:
-                    outputs = await next_outputs()  # at the end, the error
-                    continue
+                    dead_since = dead_since or time.monotonic()
+                    if time.monotonic() - dead_since > _LAST_WORDS_S:
+                        while (
+                            True
+                        ):  # up to the error that ends them: later ones would not follow what was heard
+                            await next_outputs()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_FOR_END_S):
                         await self._news.wait()

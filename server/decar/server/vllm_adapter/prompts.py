@@ -100,7 +100,8 @@ class PromptReader:
             self._add(unscored, first + 1, said.double().cpu().numpy())
         if unscored.end < len(tokens):
             return False
-        self._lockstep.mine.prompt_sum[unscored.member.slot] = unscored.total
+        member = unscored.member
+        self._lockstep.mine.say_of_prompt(member.slot, member.generation, unscored.total)
         return True
 
     def _add(self, unscored: _Unscored, start: int, said: np.ndarray) -> None:

@@ -172,16 +172,21 @@ class Relay:
                 touched.append(relayed)
             if relayed.speaker != expert and output.finish_reason == FinishReason.ERROR:
                 failed.append(relayed)
-            elif output.new_token_ids and (moves or relayed.speaker == expert):
-                relayed.heard += len(output.new_token_ids)
-                if relayed.on_tokens is not None and relayed.heard >= relayed.tell_at:
-                    relayed.tell_at = relayed.on_tokens(relayed.heard)
+            elif relayed.speaker == expert:
+                self._count(relayed, output)
         processed = self._process[expert](now, *args, **kwargs)
         for relayed in failed:
             self._fail(relayed)
         for relayed in touched:
             self._hand_over(relayed, *args, **kwargs)
         return processed
+
+    def _count(self, relayed: RelayedRequest, output: Any) -> None:
+        """Know of tokens that follow those which were heard before."""
+        if output.new_token_ids:
+            relayed.heard += len(output.new_token_ids)
+            if relayed.on_tokens is not None and relayed.heard >= relayed.tell_at:
+                relayed.tell_at = relayed.on_tokens(relayed.heard)
 
     def _fail(self, relayed: RelayedRequest) -> None:
         """End a request with an error for its user, as if its speaker said so."""
@@ -210,4 +215,7 @@ class Relay:
             old[old_id], new[new_id] = new[new_id], state
             old[old_id].request_id, state.request_id = old_id, new_id
             relayed.speaker = speaker
-            self._process[speaker](relayed.early.pop(speaker, []), *args, **kwargs)
+            early = relayed.early.pop(speaker, [])
+            for output in early:
+                self._count(relayed, output)
+            self._process[speaker](early, *args, **kwargs)
