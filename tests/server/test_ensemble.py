@@ -383,3 +383,26 @@ async def test_a_prompt_that_nobody_has_scored_is_scored_once_and_known_to_the_n
         asked.task.cancel()
     await settle()
     assert_nothing_is_left(server)
+
+
+async def test_what_an_expert_on_another_host_says_of_a_prompt_may_come_late() -> None:
+    """Until then, what lies in its place is an earlier request's."""
+    server = FakeServer(1, 1)
+    first, second = (Asked(server, name, {"route": "posterior"}) for name in "rs")
+    await settle()
+    [(_, given)] = server.engines[A].requests.items()
+    here, there = server.plane.blocks
+    there.say_of_prompt(given.member.slot, given.member.generation - 1, 100.0)
+    here.say_of_prompt(given.member.slot, given.member.generation, -1.0)
+    [relayed] = server.relay.begun
+    assert relayed.on_tokens(1) == 2, "it is looked again with the next token"
+    await settle()
+    assert "s-0@1" not in server.engines[B].requests
+    there.say_of_prompt(given.member.slot, given.member.generation, -3.0)
+    relayed.on_tokens(2)
+    await settle()
+    assert server.engines[A].requests["s-0@0"].member.leader == A, "the prompt says so"
+    for asked in (first, second):
+        asked.task.cancel()
+    await settle()
+    assert_nothing_is_left(server)

@@ -7,6 +7,7 @@ and the gateway reads the same weights, whatever the links between them do.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import socket
 import sys
@@ -613,6 +614,25 @@ def test_a_product_of_experts_has_its_rows_whole(tmp_path: Path) -> None:
         assert torch.from_numpy(part).logsumexp(0).item() == pytest.approx(
             rows[0].logsumexp(0).item(), abs=1e-5
         )
+
+
+def test_no_token_is_impossible_for_being_outside_of_what_was_told(tmp_path: Path) -> None:
+    """However sure an expert is of others: it would be lost for good if it were said."""
+    with cluster(tmp_path, 0, 1, wire_rows=2) as made:
+        there = Lockstep(made.planes[1], 1, HostTransport(made.planes[1], 1))
+        there.join(members_of(2, [0])[0])
+        turns = there.turns(np.array([0]), np.array([0]))
+        turns.rows[:] = 0
+        sure = torch.zeros(1, VOCABULARY)
+        sure[0, 3] = 40.0
+        there.announce(turns)
+        there.post(turns, sure)
+        wait_until(lambda: made.gateway.blocks[1].has_row(0, stamp_of(1, 0)), 10, "it is there")
+        here = HostTransport(made.gateway, 0)
+        said = [here.log_likelihoods(turns.entries, np.array([token]))[0, 1] for token in range(VOCABULARY)]
+        assert said == pytest.approx(sure[0].log_softmax(-1).tolist(), abs=1e-4)
+        tail = made.gateway.fields["row_tail"][1, turns.entries[0]]
+        assert tail == pytest.approx((VOCABULARY - 1) * math.exp(-40), rel=0.1)
 
 
 def test_an_expert_without_a_distribution_is_told_as_it_is(tmp_path: Path) -> None:

@@ -107,6 +107,18 @@ def test_the_user_hears_every_token_once_and_in_order(ensemble: Ensemble, early:
     assert "r-1" not in ensemble.processors[NEW].request_states
 
 
+def test_tokens_that_come_early_are_not_there_yet(ensemble: Ensemble) -> None:
+    """The weights of those before them may not have been brought here, nor who led them."""
+    counted: list[int] = []
+    ensemble.relayed.on_tokens = lambda heard: counted.append(heard) or heard + 1
+    ensemble.hand_over(2)
+    ensemble.says(OLD, [10])
+    ensemble.says(NEW, [12])
+    assert counted == [1]
+    ensemble.says(OLD, [11])
+    assert counted == [1, 2, 3]
+
+
 def test_a_budget_that_is_used_up_does_not_keep_the_next_leader_from_being_heard(ensemble: Ensemble) -> None:
     half = math.log(0.5)
     ensemble.hand_over(1, (half, half))

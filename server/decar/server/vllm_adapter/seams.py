@@ -383,6 +383,18 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.engine.exceptions", "", "EngineDeadError"),
     ),
     *used_by(
+        "brought",
+        replaces(
+            _CLIENT,
+            "AsyncMPClient.get_output_async",
+            "async ",
+            called_in=f"{_ENGINE}:AsyncLLM._run_output_handler",
+        ),
+        reads(_CLIENT, "AsyncMPClient", "resources"),
+        reads(_CLIENT, "BackgroundResources", "engine_dead"),
+        reads("vllm.v1.engine", "EngineCoreOutputs", "timestamp"),
+    ),
+    *used_by(
         "tracing",
         replaces(
             _PROCESSOR,
