@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from decar.router.errors import StartError
-from decar.server.vllm_adapter import flags as flags_module
+from decar.server.vllm_adapter import cache as cache_module
 from decar.server.vllm_adapter.arguments import make_parser, offered_flags, refuse_reserved_early
 from decar.server.vllm_adapter.flags import (
     SAMPLES,
@@ -49,7 +49,7 @@ def test_they_are_described_once(
 def test_another_vllm_has_another_description(
     flags: tuple[Flag, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flags_module, "installed_version", lambda: "0.31.0")
+    monkeypatch.setattr(cache_module, "installed_version", lambda: "0.31.0")
     assert known_flags() is None
 
 
@@ -62,9 +62,9 @@ def test_a_changed_source_has_another_description(
     source.write_text("a = 1")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
-    before = flags_module._file()
+    before = cache_module.cache_file("flags")
     source.write_text("a = 10")
-    assert flags_module._file() != before
+    assert cache_module.cache_file("flags") != before
 
 
 def test_what_cannot_be_read_is_described_anew(flags: tuple[Flag, ...], cache: Path) -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from decar.server.protocol.plane import Plane
     from decar.server.vllm_adapter.engine import EnginePlan
     from decar.server.vllm_adapter.failures import Failures, Progress
+    from decar.server.vllm_adapter.fork_server import ForkServer
 
 logger = logging.getLogger("decar")
 
@@ -149,8 +150,11 @@ def serve(
         start.phase("importing vLLM")
 
         from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment
+        from decar.server.vllm_adapter.fork_server import ForkServer
 
         prepare_environment()  # before anything imports vLLM
+        fork_server = ForkServer(folder)
+        fork_server.start_early()
 
         import uvloop
 
@@ -173,6 +177,7 @@ def serve(
             dealt(max_experts, simulated_hosts),
             wire_rows,
             folder,
+            fork_server,
             terminal,
             start,
         )
@@ -277,6 +282,7 @@ async def _running_ensemble(
     hosts: Hosts,
     wire_rows: int,
     folder: Path,
+    fork_server: ForkServer,
     terminal: Terminal,
     start: Start,
 ) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
@@ -297,6 +303,7 @@ async def _running_ensemble(
             "--simulated-hosts is for CPUs: rows that lie on a GPU cannot go to another host yet"
         )
     failures, progress = Failures(), Progress()
+    fork_server.use()
 
     def make_plane(bell: str) -> Plane:
         plane = Plane.create(

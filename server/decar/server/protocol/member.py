@@ -17,6 +17,7 @@ REQUEST_KEY = "decar"
 """Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""
 ROWS_KEY = "decar_rows"
 """The same of a request for rows of its prompt: see `PromptRows`."""
+_ENVIRONMENT = "environment"
 SPOKEN_KEY = "decar_spoken"
 """The same of a request that goes on where another one was broken off: see `Spoken`."""
 
@@ -41,11 +42,23 @@ class LockstepConfig:
     gateway_pid: int
     engine: str = field(default="", kw_only=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, _ENVIRONMENT: dict(os.environ)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickling is the first that a new engine process does: from here on it ends with its gateway,
-        and CUDA, which has not started, will find the engine's own GPU first."""
+        and CUDA, which has not started, will find the engine's own GPU first. A process that a fork server has made,
+        with which it ends too, has that one's environment until now."""
+        environment = state.pop(_ENVIRONMENT)
         self.__dict__.update(state)
         if os.getpid() != self.gateway_pid:
+            for name in {*os.environ, *environment}:
+                if name not in environment:
+                    del os.environ[name]
+                elif os.environ.get(name) != environment[name]:
+                    os.environ[name] = environment[name]
+            if os.getppid() != self.gateway_pid:
+                end_with(os.getppid(), new_name())
             if self.devices:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self.devices
             end_with(self.gateway_pid, self.plane.name)

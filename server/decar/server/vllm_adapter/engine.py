@@ -92,7 +92,8 @@ class LLMEngine:
         return bool(self.llm.output_processor.request_states)
 
     def end(self) -> None:
-        self._process.kill()  # vLLM notices, and gives back the rest
+        if self._process.is_alive():  # else its id may be another's by now: it is no child of this process
+            self._process.kill()  # vLLM notices, and gives back the rest
 
     def keep_images(self, key: str) -> None:
         renderer = self.llm.renderer

@@ -9,11 +9,7 @@ goes stale. What a description cannot tell it lets pass: vLLM's own parser, whic
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -27,12 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from decar.router.errors import StartError, did_you_mean
-from decar.server.vllm_adapter.versions import installed_version
-
-FORMAT = 1
-"""Of a description; another one has files of other names."""
-SOURCES = ("config/**/*.py", "engine/arg_utils.py", "utils/argparse_utils.py", "entrypoints/**/cli_args.py")
-"""What vLLM's parser is made of, in its folder."""
+from decar.server.vllm_adapter.cache import cache_file, keep
 
 SAMPLES = {
     "integer": "1",
@@ -142,7 +133,7 @@ def _shape_of(text: str) -> str:
 def known_flags() -> tuple[Flag, ...] | None:
     """vLLM's, if the installed one has been described before."""
     try:
-        return _read(_file())
+        return _read(cache_file("flags"))
     except (OSError, ValueError, TypeError, LookupError):
         return None
 
@@ -166,12 +157,7 @@ def described_flags() -> tuple[Flag, ...]:
                 f"vLLM cannot be imported: {(done.stderr.strip() or 'it says nothing').splitlines()[-1]}"
             )
         flags = _read(written)
-        with suppress(OSError):  # without a folder to write to, the next start asks vLLM again
-            file = _file()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            copy = file.with_name(f"{file.name}.{os.getpid()}")
-            copy.write_text(written.read_text())
-            copy.replace(file)  # another start may read it now
+        keep("flags", written.read_text())
     return flags
 
 
@@ -194,26 +180,6 @@ def describe(file: str) -> None:
         if action.option_strings and action.dest != "help"
     ]
     Path(file).write_text(json.dumps([asdict(flag) for flag in flags]))
-
-
-def _file() -> Path:
-    spec = importlib.util.find_spec("vllm")
-    home = Path(*(spec.submodule_search_locations or ())[:1]) if spec is not None else Path("nowhere")
-    plugins = sorted(
-        entry.value
-        for group in ("vllm.general_plugins", "vllm.platform_plugins")
-        for entry in importlib.metadata.entry_points(group=group)
-    )
-    sources = [
-        (str(path), stat.st_size, stat.st_mtime_ns)
-        for pattern in SOURCES
-        for path in sorted(home.glob(pattern))
-        for stat in [path.stat()]
-    ]
-    of = repr((FORMAT, installed_version(), sys.version_info[:2], plugins, sources))
-    name = f"vllm-{installed_version()}-flags-{hashlib.sha256(of.encode()).hexdigest()[:16]}.json"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "decar" / name
 
 
 # ---------------------------------------------------------------------------------------------- checking

@@ -1,0 +1,103 @@
+"""Where engines' processes come from on CPUs: each is a fork of a process that has imported vLLM, which takes longer
+than all the rest of a small engine's start. So a server starts sooner, and an engine that has died is back in seconds.
+
+Python's own fork server does it. It gets its environment when it starts, libraries read theirs when they are imported,
+and vLLM sets some of it when it knows what is to be served: so what it has set the last time is kept in the user's
+cache, which lets the fork server begin to import while the gateway does. If vLLM sets something else this time, the
+fork server is started anew.
+
+With GPUs an engine's process is started by vLLM's own means: nobody has seen yet that nothing that is imported there
+touches CUDA, which no fork survives.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Mapping
+from multiprocessing import forkserver
+from pathlib import Path
+
+from decar.server.vllm_adapter.cache import cache_file, keep
+
+_PRELOADED = "decar.server.vllm_adapter.preloaded"
+_KIND = "environment"
+
+
+class ForkServer:
+    """Python's fork server of this process, with what engines need.
+
+    Args:
+        folder: for its socket.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._before = dict(os.environ)
+        self._given: dict[str, str] | None = None
+
+    def start_early(self) -> None:
+        """Let it import beside this process, if it is known in which environment."""
+        changes = _kept()
+        if changes is not None:
+            given = {**self._before, **changes}
+            self._launch({name: value for name, value in given.items() if value is not None})
+
+    def use(self) -> None:
+        """Have engines come from it. To be called when vLLM knows what is to be served."""
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            self._end()
+            return
+        now = dict(os.environ)
+        if now != self._given:
+            self._end()
+            self._launch(now)
+            changed = {name for name in {*now, *self._before} if now.get(name) != self._before.get(name)}
+            keep(_KIND, json.dumps({name: now.get(name) for name in sorted(changed)}))
+        from vllm.v1.engine import utils
+
+        utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+
+    def _launch(self, environment: Mapping[str, str]) -> None:
+        before, folder = dict(os.environ), tempfile.tempdir
+        multiprocessing.set_forkserver_preload([_PRELOADED])
+        try:
+            _become(environment)
+            tempfile.tempdir = str(self._folder)
+            forkserver.ensure_running()
+        finally:
+            tempfile.tempdir = folder
+            _become(before)
+        self._given = dict(environment)
+
+    def _end(self) -> None:
+        if self._given is not None:
+            os.kill(_pid(), signal.SIGKILL)  # it imports, and hears nothing else
+            os.waitid(os.P_PID, _pid(), os.WEXITED | os.WNOWAIT)  # else it might be taken for alive
+            self._given = None
+
+
+def _pid() -> int:
+    return int(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]  # Python tells nobody
+
+
+def _become(environment: Mapping[str, str]) -> None:
+    for name in {*os.environ, *environment}:
+        if name not in environment:
+            del os.environ[name]
+        elif os.environ.get(name) != environment[name]:
+            os.environ[name] = environment[name]
+
+
+def _kept() -> dict[str, str | None] | None:
+    """What vLLM has changed of the environment the last time; None: not known."""
+    try:
+        kept: dict[str, str | None] = json.loads(cache_file(_KIND).read_text())
+        return {str(name): value for name, value in kept.items()}
+    except (OSError, ValueError, AttributeError):
+        return None
