@@ -306,6 +306,22 @@ async def test_two_engines_die_at_once_and_one_answers(server: Server, trio: Ref
     assert_equal(trio, alone, answer)
 
 
+async def test_what_engines_are_forked_from_is_killed_and_all_are_back(
+    server: Server, trio: Reference
+) -> None:
+    """They end with it: nobody could tell any more when one of them does."""
+    before = {name: pid_of(server, name) for name in trio.experts}
+    forked_from = {psutil.Process(pid).ppid() for pid in before.values()}
+    assert len(forked_from) == 1
+    assert server.process.pid not in forked_from
+    os.kill(forked_from.pop(), signal.SIGKILL)
+    for name in trio.experts:
+        wait_until(lambda: pid_of(server, name) != before[name], BACK_WITHIN_S, f"{name} is new")  # noqa: B023
+        wait_until_back(server, name)
+    assert not any(psutil.pid_exists(pid) for pid in before.values())
+    await check_exact(server, trio, weighted(code=2, prose=5, maths=3), "velocity", 4)
+
+
 async def test_who_wants_nobody_missing_is_told(server: Server, trio: Reference) -> None:
     victim = pid_of(server, "maths")
     kind = Kind("fail", {"route": "prior", "on_expert_loss": "fail"})

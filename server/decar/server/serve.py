@@ -292,8 +292,9 @@ async def _running_ensemble(
     from decar.server.hosts import planes_on
     from decar.server.protocol.plane import Plane, prompt_unit
     from decar.server.vllm_adapter.app import keep_environment
-    from decar.server.vllm_adapter.arguments import engine_config, row_dtype
+    from decar.server.vllm_adapter.arguments import engine_config, on_cpu, row_dtype
     from decar.server.vllm_adapter.failures import Failures, Progress
+    from decar.server.vllm_adapter.fork_server import fork_engines
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
@@ -303,7 +304,11 @@ async def _running_ensemble(
             "--simulated-hosts is for CPUs: rows that lie on a GPU cannot go to another host yet"
         )
     failures, progress = Failures(), Progress()
-    fork_server.use()
+    if on_cpu():
+        fork_server.use()
+        fork_engines()
+    else:
+        fork_server.end()
 
     def make_plane(bell: str) -> Plane:
         plane = Plane.create(

@@ -47,21 +47,13 @@ class ForkServer:
             self._launch({name: value for name, value in given.items() if value is not None})
 
     def use(self) -> None:
-        """Have engines come from it. To be called when vLLM knows what is to be served."""
-        from vllm.platforms import current_platform
-
-        if not current_platform.is_cpu():
-            self._end()
-            return
+        """Have it right, from when vLLM knows what is to be served."""
         now = dict(os.environ)
         if now != self._given:
-            self._end()
+            self.end()
             self._launch(now)
             changed = {name for name in {*now, *self._before} if now.get(name) != self._before.get(name)}
             keep(_KIND, json.dumps({name: now.get(name) for name in sorted(changed)}))
-        from vllm.v1.engine import utils
-
-        utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
 
     def _launch(self, environment: Mapping[str, str]) -> None:
         before, folder = dict(os.environ), tempfile.tempdir
@@ -75,11 +67,19 @@ class ForkServer:
             _become(before)
         self._given = dict(environment)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """It is not needed, or not as it is."""
         if self._given is not None:
             os.kill(_pid(), signal.SIGKILL)  # it imports, and hears nothing else
             os.waitid(os.P_PID, _pid(), os.WEXITED | os.WNOWAIT)  # else it might be taken for alive
             self._given = None
+
+
+def fork_engines() -> None:
+    """Have vLLM take engines' processes from this process's fork server."""
+    from vllm.v1.engine import utils
+
+    utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
 
 
 def _pid() -> int:

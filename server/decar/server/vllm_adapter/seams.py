@@ -383,6 +383,10 @@ SEAMS: tuple[Seam, ...] = (
         reads("vllm.v1.engine.exceptions", "", "EngineDeadError"),
     ),
     *used_by(
+        "fork_server",
+        replaces("vllm.v1.engine.utils", "get_mp_context", called_in="CoreEngineProcManager.__init__"),
+    ),
+    *used_by(
         "brought",
         replaces(
             _CLIENT,
