@@ -228,7 +228,8 @@ class Server:
 
         def tell(what: signal.Signals) -> None:
             for pid in pids:
-                os.kill(pid, what)
+                with suppress(ProcessLookupError):  # it has been ended meanwhile
+                    os.kill(pid, what)
 
         def move(seconds: float) -> None:
             tell(signal.SIGCONT)

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,26 +81,32 @@ async def client_of(server: Server) -> Any:
         yield client
 
 
-async def in_their_midst(client: httpx.AsyncClient, duo: Reference) -> list[asyncio.Task[Ended]]:
-    """Streams, first, and whole answers that all are under way."""
+@contextlib.asynccontextmanager
+async def in_their_midst(
+    server: Server, client: httpx.AsyncClient, duo: Reference
+) -> AsyncIterator[list[asyncio.Task[Ended]]]:
+    """Streams, first, and whole answers that all are under way, and get on once the context is left: while clients are
+    slow, answers may else be whole when the last has begun."""
     underway = asyncio.Semaphore(0)
     names = models(duo)
-    tasks = [asyncio.create_task(whole(client, names[i % len(names)])) for i in range(WHOLE)]
-    tasks = [
-        *(asyncio.create_task(stream(client, names[i % len(names)], underway)) for i in range(STREAMS)),
-        *tasks,
-    ]
-    for _ in range(STREAMS):
-        await asyncio.wait_for(underway.acquire(), 60)
-    return tasks
+    with server.standing_still() as move:
+        tasks = [asyncio.create_task(whole(client, names[i % len(names)])) for i in range(WHOLE)]
+        tasks = [
+            *(asyncio.create_task(stream(client, names[i % len(names)], underway)) for i in range(STREAMS)),
+            *tasks,
+        ]
+        for _ in range(STREAMS):
+            while underway.locked():
+                await asyncio.to_thread(move, 0.02)
+            await underway.acquire()
+        yield tasks
 
 
 async def test_what_runs_is_finished_and_nothing_new_begins(duo: Reference, tmp_path: Path) -> None:
     """SIGTERM to all processes at once, as a service manager sends it."""
     with started(duo, tmp_path) as server:
         async with client_of(server) as client:
-            tasks = await in_their_midst(client, duo)
-            with server.standing_still():  # until it has been asked for more, however fast they are
+            async with in_their_midst(server, client, duo) as tasks:
                 os.killpg(server.process.pid, signal.SIGTERM)
                 wait_until(lambda: server.health() == 503, 5, "/health says that the server stops")
                 refused = await client.post("/v1/completions", json={**LONG, "model": duo.name})
@@ -119,11 +125,7 @@ async def test_what_runs_is_finished_and_nothing_new_begins(duo: Reference, tmp_
 async def test_what_runs_for_too_long_is_told(duo: Reference, tmp_path: Path) -> None:
     """Its engines stand still, so that it does; an answer that was whole by then is one."""
     with started(duo, tmp_path, "--shutdown-timeout", "1") as server:
-        engines = [expert["pid"] for expert in server.ensemble()["experts"]]
-        async with client_of(server) as client:
-            tasks = await in_their_midst(client, duo)
-            for pid in engines:
-                os.kill(pid, signal.SIGSTOP)
+        async with client_of(server) as client, in_their_midst(server, client, duo) as tasks:
             server.process.send_signal(signal.SIGTERM)
             told = time.monotonic()
             ended = await asyncio.gather(*tasks)
@@ -144,10 +146,7 @@ async def test_what_runs_for_too_long_is_told(duo: Reference, tmp_path: Path) ->
 
 async def test_a_second_signal_ends_at_once(duo: Reference, tmp_path: Path) -> None:
     with started(duo, tmp_path) as server:
-        async with client_of(server) as client:
-            tasks = await in_their_midst(client, duo)
-            for expert in server.ensemble()["experts"]:
-                os.kill(expert["pid"], signal.SIGSTOP)  # or all might be answered after the first one
+        async with client_of(server) as client, in_their_midst(server, client, duo) as tasks:
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: server.health() == 503, 5, "the first one is heard")
             server.process.send_signal(signal.SIGINT)

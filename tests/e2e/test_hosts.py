@@ -81,8 +81,8 @@ async def test_an_expert_alone(server: Server, trio: Reference) -> None:
 async def test_mirrors_that_are_killed_are_back_and_nothing_is_lost(server: Server, trio: Reference) -> None:
     expected = clear_answers(trio, {}, SOME)
     for mirror in mirrors_of(server):
-        under_way = await answers_under_way(server, trio, [one.prompt for one in expected])
-        os.kill(mirror.pid, signal.SIGKILL)
+        async with answers_under_way(server, trio, [one.prompt for one in expected]) as under_way:
+            os.kill(mirror.pid, signal.SIGKILL)
         for answer, summary in await under_way:
             assert len(answer.tokens) == 200
             assert summary["degraded"] == []
@@ -96,8 +96,9 @@ async def test_mirrors_that_are_killed_are_back_and_nothing_is_lost(server: Serv
 async def test_an_engine_that_is_killed_is_back(server: Server, trio: Reference, which: int) -> None:
     lost = trio.experts[which]
     before = pid_of(server, lost)
-    under_way = await answers_under_way(server, trio, [one.prompt for one in clear_answers(trio, {}, SOME)])
-    os.kill(before, signal.SIGKILL)
+    prompts = [one.prompt for one in clear_answers(trio, {}, SOME)]
+    async with answers_under_way(server, trio, prompts) as under_way:
+        os.kill(before, signal.SIGKILL)
     for answer, summary in await under_way:
         assert len(answer.tokens) == 200
         assert summary["degraded"] == [lost]

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,26 +124,28 @@ async def test_prompts_that_are_scored(server: Server, mixed: Reference) -> None
     assert len(logprobs.token_logprobs) == len(one.prompt) + 1
 
 
+@contextlib.asynccontextmanager
 async def answers_under_way(
-    server: Server, mixed: Reference, prompts: list[list[int]]
-) -> asyncio.Task[list[tuple[Answer, dict[str, Any]]]]:
-    """Answers of 200 tokens that have begun."""
-    running = asyncio.create_task(
-        complete_all(server, mixed.name, prompts, {"route": "prior"}, max_tokens=200, logprobs=None)
-    )
+    server: Server, reference: Reference, prompts: list[list[int]]
+) -> AsyncIterator[asyncio.Task[list[tuple[Answer, dict[str, Any]]]]]:
+    """Answers of 200 tokens that have begun, and get on once the context is left."""
+    asked = complete_all(server, reference.name, prompts, {"route": "prior"}, max_tokens=200, logprobs=None)
+    with server.standing_still() as move:
+        running = asyncio.create_task(asked)
 
-    def begun() -> bool:
-        return bool(server.ensemble()["slots"]["in_use"])
+        def begun() -> bool:
+            move(0.02)
+            return bool(server.ensemble()["slots"]["in_use"] == len(prompts))
 
-    await asyncio.to_thread(wait_until, begun, 30, "answers are under way")
-    return running
+        await asyncio.to_thread(wait_until, begun, 30, "answers are under way")
+        yield running
 
 
 async def lose_rank(server: Server, mixed: Reference, which: int, prompts: list[list[int]]) -> None:
     lost = mixed.experts[0]
     before, ranks = pid_of(server, lost), ranks_of(server, lost)
-    running = await answers_under_way(server, mixed, prompts)
-    os.kill(ranks[which].pid, signal.SIGKILL)
+    async with answers_under_way(server, mixed, prompts) as running:
+        os.kill(ranks[which].pid, signal.SIGKILL)
     for answer, _ in await running:
         assert len(answer.tokens) == 200
 
@@ -181,8 +184,8 @@ async def test_a_signal_to_all_of_its_processes_lets_answers_finish(mixed: Refer
     server = Server.start(mixed.directory, tmp_path / "server.log", LOADED)
     try:
         prompts = [one.prompt for one in clear_answers(mixed, {}, SOME)]
-        running = await answers_under_way(server, mixed, prompts)
-        os.killpg(server.process.pid, signal.SIGTERM)
+        async with answers_under_way(server, mixed, prompts) as running:
+            os.killpg(server.process.pid, signal.SIGTERM)
         for answer, summary in await running:
             assert len(answer.tokens) == 200
             assert summary["degraded"] == []
