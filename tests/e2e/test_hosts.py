@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,8 @@ def mirrors_of(server: Server) -> list[psutil.Process]:
     return [
         child
         for child in children
-        if child.pid not in engines and "resource_tracker" not in " ".join(child.cmdline())
+        if child.pid not in engines
+        and not re.search("resource_tracker|forkserver", " ".join(child.cmdline()))
     ]
 
 

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import signal
-import tempfile
 from collections.abc import Mapping
 from multiprocessing import forkserver
 from pathlib import Path
@@ -56,14 +55,14 @@ class ForkServer:
             keep(_KIND, json.dumps({name: now.get(name) for name in sorted(changed)}))
 
     def _launch(self, environment: Mapping[str, str]) -> None:
-        before, folder = dict(os.environ), tempfile.tempdir
+        before = dict(os.environ)
         multiprocessing.set_forkserver_preload([_PRELOADED])
+        # Python would make a folder in /tmp, and remove it at the end, if it gets there.
+        multiprocessing.current_process()._config["tempdir"] = str(self._folder)  # type: ignore[attr-defined]
         try:
             _become(environment)
-            tempfile.tempdir = str(self._folder)
             forkserver.ensure_running()
         finally:
-            tempfile.tempdir = folder
             _become(before)
         self._given = dict(environment)
 
