@@ -35,7 +35,7 @@ BEGIN = """
         os.environ["DROPPED"] = "yes"
         server = fork_server.ForkServer(folder)
         server.start_early()
-        early = fork_server.forkserver._forkserver._forkserver_pid
+        early = fork_server._pid()
         os.environ["SET_LATER"] = sys.argv[2]
         del os.environ["DROPPED"]
         before = dict(os.environ)
@@ -74,7 +74,7 @@ def test_what_vllm_sets_is_known_the_next_time(tmp_path: Path, monkeypatch: pyte
         assert (said["SET_LATER"], said["SET_BEFORE"], said["DROPPED"]) == (value, "as it was", None)
 
 
-@pytest.mark.parametrize("broken", ["", "[]", "{"])
+@pytest.mark.parametrize("broken", ["", "[]", "{", '{"SET_LATER": 1}'])
 def test_what_cannot_be_read_is_not_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

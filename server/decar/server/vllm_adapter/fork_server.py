@@ -17,8 +17,11 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
+
+import psutil
 
 from decar.server.vllm_adapter.cache import cache_file, keep
 
@@ -68,10 +71,11 @@ class ForkServer:
 
     def end(self) -> None:
         """It is not needed, or not as it is."""
-        if self._given is not None:
-            os.kill(_pid(), signal.SIGKILL)  # it imports, and hears nothing else
-            os.waitid(os.P_PID, _pid(), os.WEXITED | os.WNOWAIT)  # else it might be taken for alive
-            self._given = None
+        pid = _pid()
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)  # it imports, and hears nothing else
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # else it might be taken for alive
+        self._given = None
 
 
 def fork_engines() -> None:
@@ -81,8 +85,13 @@ def fork_engines() -> None:
     utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
 
 
-def _pid() -> int:
-    return int(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]  # Python tells nobody
+def _pid() -> int | None:
+    """Of this process's fork server."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has just ended
+            if "forkserver" in " ".join(child.cmdline()):
+                return child.pid
+    return None
 
 
 def _become(environment: Mapping[str, str]) -> None:
@@ -97,6 +106,7 @@ def _kept() -> dict[str, str | None] | None:
     """What vLLM has changed of the environment the last time; None: not known."""
     try:
         kept: dict[str, str | None] = json.loads(cache_file(_KIND).read_text())
-        return {str(name): value for name, value in kept.items()}
+        known = all(value is None or isinstance(value, str) for value in kept.values())
     except (OSError, ValueError, AttributeError):
         return None
+    return kept if known else None
