@@ -11,7 +11,7 @@ from playwright.async_api import Browser
 from decar.server.vllm_adapter.versions import installed_version, numbers_of
 from tests.browser import chromium
 from tests.e2e.collector import Collector, running_collector
-from tests.helpers import EXACT, Server
+from tests.helpers import EXACT, SHARED_MEMORY, Server
 from tests.reference import Reference
 from tests.training.new_command import run_new
 
@@ -50,6 +50,15 @@ def running(
         assert server.stop() == 0, server.log_tail()
     finally:
         server.kill()
+
+
+@contextmanager
+def leaving_nothing(reference: Reference, log: Path, flags: tuple[str, ...]) -> Iterator[Server]:
+    """As `running`; and nothing is left in shared memory, whoever has made it: no other server may start meanwhile."""
+    left = {path.name for path in SHARED_MEMORY.iterdir()}
+    with running(reference, log, flags) as server:
+        yield server
+    assert {path.name for path in SHARED_MEMORY.iterdir()} <= left
 
 
 @pytest.fixture(scope="session")

@@ -130,6 +130,16 @@ async def check(server: Server, reference: Reference, case: Case, rule: Rule, co
             assert_trace(reference, one, answer, summary, known=known)
 
 
+async def check_alone(server: Server, alone: Reference, count: int = PROMPTS) -> list[list[int]]:
+    """One expert's own answers, by its own name; returns the prompts."""
+    expected = clear_answers(alone, {}, count)
+    prompts = [one.prompt for one in expected]
+    answers = await complete_all(server, alone.name, prompts, None)
+    for one, (answer, _) in zip(expected, answers, strict=True):
+        assert_equal(alone, one, answer)
+    return prompts
+
+
 ways_of_two = pytest.mark.parametrize(
     "case",
     [routed("posterior"), routed("prior"), weighted(code=0.7, prose=0.3)],

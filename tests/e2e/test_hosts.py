@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.e2e.conftest import LOADED, running
+from tests.e2e.conftest import LOADED, leaving_nothing, running
 from tests.e2e.test_active import (
     PENALTIES,
     check_pruned,
@@ -24,10 +24,10 @@ from tests.e2e.test_active import (
     check_what_depends_on_the_answer_so_far,
     clear,
 )
-from tests.e2e.test_exact import RULES, assert_equal, check, clear_answers, complete_all, routed
-from tests.e2e.test_loss import BACK_WITHIN_S, is_up, pid_of
+from tests.e2e.test_exact import RULES, check, check_alone, clear_answers, complete_all, routed
+from tests.e2e.test_loss import pid_of, wait_until_another
 from tests.e2e.test_ranks import answers_under_way
-from tests.helpers import EXACT, SHARED_MEMORY, Server, in_batches, wait_until
+from tests.helpers import EXACT, Server, in_batches
 from tests.reference import Reference, Rule, logits_of, prompt_texts
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -38,15 +38,9 @@ SOME = 8
 @pytest.fixture(scope="module")
 def server(trio: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """K=3, each on a host of its own; the gateway is on the first one's."""
-    left = {path.name for path in SHARED_MEMORY.iterdir()}
     flags = (*LOADED, "--simulated-hosts", "3")
-    started = Server.start(trio.directory, tmp_path_factory.mktemp("logs") / "hosts.log", flags)
-    try:
-        yield started
-        assert started.stop() == 0, started.log_tail()
-        assert {path.name for path in SHARED_MEMORY.iterdir()} <= left
-    finally:
-        started.kill()
+    with leaving_nothing(trio, tmp_path_factory.mktemp("logs") / "hosts.log", flags) as server:
+        yield server
 
 
 def mirrors_of(server: Server) -> list[psutil.Process]:
@@ -73,11 +67,7 @@ async def test_also_where_experts_leave_and_hand_over(server: Server, trio: Refe
 
 async def test_an_expert_alone(server: Server, trio: Reference) -> None:
     for name in trio.experts:
-        alone = trio.alone(name)
-        expected = clear_answers(alone, {}, SOME)
-        answers = await complete_all(server, alone.name, [one.prompt for one in expected], None)
-        for one, (answer, _) in zip(expected, answers, strict=True):
-            assert_equal(alone, one, answer)
+        await check_alone(server, trio.alone(name), SOME)
 
 
 async def test_mirrors_that_are_killed_are_back_and_nothing_is_lost(server: Server, trio: Reference) -> None:
@@ -104,11 +94,7 @@ async def test_an_engine_that_is_killed_is_back(server: Server, trio: Reference,
     for answer, summary in await under_way:
         assert len(answer.tokens) == 200
         assert summary["degraded"] == [lost]
-
-    def back() -> bool:
-        return is_up(server, lost) and pid_of(server, lost) != before
-
-    await asyncio.to_thread(wait_until, back, BACK_WITHIN_S, "the expert is back")
+    await asyncio.to_thread(wait_until_another, server, lost, before)
     await check(server, trio, routed("posterior"), "velocity", SOME)
 
 

@@ -64,6 +64,15 @@ def wait_until_back(server: Server, expert: str) -> None:
     )
 
 
+def wait_until_another(server: Server, expert: str, before: int) -> None:
+    """Until an expert is back, by another process than ``before``."""
+    wait_until(
+        lambda: is_up(server, expert) and pid_of(server, expert) != before,
+        BACK_WITHIN_S,
+        lambda: f"{expert} is back:\n{server.log_tail()}",
+    )
+
+
 @dataclass
 class Kind:
     """A kind of request, and what the reference decodes in its place; None where its answer is not compared."""
@@ -316,8 +325,7 @@ async def test_what_engines_are_forked_from_is_killed_and_all_are_back(
     assert server.process.pid not in forked_from
     os.kill(forked_from.pop(), signal.SIGKILL)
     for name in trio.experts:
-        wait_until(lambda: pid_of(server, name) != before[name], BACK_WITHIN_S, f"{name} is new")  # noqa: B023
-        wait_until_back(server, name)
+        wait_until_another(server, name, before[name])
     assert not any(psutil.pid_exists(pid) for pid in before.values())
     await check_exact(server, trio, weighted(code=2, prose=5, maths=3), "velocity", 4)
 

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.conftest import LOADED
+from tests.e2e.conftest import LOADED, leaving_nothing
 from tests.e2e.test_active import (
     PENALTIES,
     check_pruned,
@@ -26,8 +26,8 @@ from tests.e2e.test_active import (
     check_what_depends_on_the_answer_so_far,
     clear,
 )
-from tests.e2e.test_exact import RULES, assert_equal, check, clear_answers, complete_all, routed
-from tests.e2e.test_loss import BACK_WITHIN_S, is_up, pid_of
+from tests.e2e.test_exact import RULES, check, check_alone, clear_answers, complete_all, routed
+from tests.e2e.test_loss import pid_of, wait_until_another
 from tests.helpers import SHARED_MEMORY, Answer, Server, wait_until
 from tests.reference import Reference, Rule
 from tests.router.test_manifest import edit_json
@@ -49,14 +49,8 @@ def mixed(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Reference
 
 @pytest.fixture(scope="module")
 def server(mixed: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    left = {path.name for path in SHARED_MEMORY.iterdir()}
-    started = Server.start(mixed.directory, tmp_path_factory.mktemp("logs") / "ranks.log", LOADED)
-    try:
-        yield started
-        assert started.stop() == 0, started.log_tail()
-        assert {path.name for path in SHARED_MEMORY.iterdir()} <= left
-    finally:
-        started.kill()
+    with leaving_nothing(mixed, tmp_path_factory.mktemp("logs") / "ranks.log", LOADED) as server:
+        yield server
 
 
 def ranks_of(server: Server, expert: str) -> list[psutil.Process]:
@@ -101,11 +95,7 @@ async def test_also_where_experts_leave_and_hand_over(server: Server, mixed: Ref
 
 async def test_the_expert_alone(server: Server, mixed: Reference) -> None:
     alone = mixed.alone(mixed.experts[0])
-    expected = clear_answers(alone, {}, SOME)
-    prompts = [one.prompt for one in expected]
-    answers = await complete_all(server, alone.name, prompts, None)
-    for one, (answer, _) in zip(expected, answers, strict=True):
-        assert_equal(alone, one, answer)
+    prompts = await check_alone(server, alone, SOME)
     sampled = [
         [a.tokens for a, _ in await complete_all(server, alone.name, prompts, None, temperature=1.0, seed=7)]
         for _ in range(2)
@@ -149,10 +139,7 @@ async def lose_rank(server: Server, mixed: Reference, which: int, prompts: list[
     for answer, _ in await running:
         assert len(answer.tokens) == 200
 
-    def back() -> bool:
-        return is_up(server, lost) and pid_of(server, lost) != before
-
-    await asyncio.to_thread(wait_until, back, BACK_WITHIN_S, "the expert is back")
+    await asyncio.to_thread(wait_until_another, server, lost, before)
     assert not any(map(lives, ranks))
 
 

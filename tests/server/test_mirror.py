@@ -25,7 +25,7 @@ from decar.router import moved_on
 from decar.server.gateway.weights import WeightsReader
 from decar.server.protocol import links
 from decar.server.protocol.links import Mirror, NotOfUs, accept_peer, introduce, make_bell
-from decar.server.protocol.lockstep import HELD, Lockstep, Observer
+from decar.server.protocol.lockstep import HELD, Lockstep, Observer, Turns
 from decar.server.protocol.member import Member
 from decar.server.protocol.mirror import (
     GATEWAY,
@@ -616,18 +616,24 @@ def test_a_product_of_experts_has_its_rows_whole(tmp_path: Path) -> None:
         )
 
 
+def posted_there(made: Cluster, row: torch.Tensor) -> Turns:
+    """A request's first turn, of which the other host's expert has given its ``row`` [1, V], which is here."""
+    there = Lockstep(made.planes[1], 1, HostTransport(made.planes[1], 1))
+    there.join(members_of(2, [0])[0])
+    turns = there.turns(np.array([0]), np.array([0]))
+    turns.rows[:] = 0
+    there.announce(turns)
+    there.post(turns, row)
+    wait_until(lambda: made.gateway.blocks[1].has_row(0, stamp_of(1, 0)), 10, "it is there")
+    return turns
+
+
 def test_no_token_is_impossible_for_being_outside_of_what_was_told(tmp_path: Path) -> None:
     """However sure an expert is of others: it would be lost for good if it were said."""
     with cluster(tmp_path, 0, 1, wire_rows=2) as made:
-        there = Lockstep(made.planes[1], 1, HostTransport(made.planes[1], 1))
-        there.join(members_of(2, [0])[0])
-        turns = there.turns(np.array([0]), np.array([0]))
-        turns.rows[:] = 0
         sure = torch.zeros(1, VOCABULARY)
         sure[0, 3] = 40.0
-        there.announce(turns)
-        there.post(turns, sure)
-        wait_until(lambda: made.gateway.blocks[1].has_row(0, stamp_of(1, 0)), 10, "it is there")
+        turns = posted_there(made, sure)
         here = HostTransport(made.gateway, 0)
         said = [here.log_likelihoods(turns.entries, np.array([token]))[0, 1] for token in range(VOCABULARY)]
         assert said == pytest.approx(sure[0].log_softmax(-1).tolist(), abs=1e-4)
@@ -637,11 +643,5 @@ def test_no_token_is_impossible_for_being_outside_of_what_was_told(tmp_path: Pat
 
 def test_an_expert_without_a_distribution_is_told_as_it_is(tmp_path: Path) -> None:
     with cluster(tmp_path, 0, 1, wire_rows=2) as made:
-        there = Lockstep(made.planes[1], 1, HostTransport(made.planes[1], 1))
-        there.join(members_of(2, [0])[0])
-        turns = there.turns(np.array([0]), np.array([0]))
-        turns.rows[:] = 0
-        there.announce(turns)
-        there.post(turns, torch.full((1, VOCABULARY), torch.nan))
-        wait_until(lambda: made.gateway.blocks[1].has_row(0, stamp_of(1, 0)), 10, "it is there")
+        turns = posted_there(made, torch.full((1, VOCABULARY), torch.nan))
         assert np.isnan(made.gateway.fields["rows"][1, turns.entries]).all()

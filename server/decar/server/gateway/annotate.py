@@ -102,9 +102,8 @@ class Annotated:
             return self._response_event(body)
         if not body.startswith(b"data: {") or body.startswith(b'data: {"error"'):
             return body
-        known = self._summary_sent and self._degraded == len(self._call.degraded)
-        if self._call.wire_rows and b'"finish_reason":"' in body:  # what is known of the whole answer
-            known = False
+        ends = self._call.wire_rows and b'"finish_reason":"' in body  # with what is known of the whole answer
+        known = self._summary_sent and self._degraded == len(self._call.degraded) and not ends
         self._summary_sent, self._degraded = True, len(self._call.degraded)
         if self._call.trace:
             data = json.loads(body.removeprefix(b"data: "))

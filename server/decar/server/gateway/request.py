@@ -124,35 +124,35 @@ class Call:
         """Some experts' names, in manifest order."""
         return list(names) if self.seats is None else self.seats.in_order(names)
 
-    def summary(self) -> dict[str, Any]:
-        """The `decar` object of a response."""
+    def summary(self, one_answer: bool = False) -> dict[str, Any]:
+        """The `decar` object of a response, whose choices are ``one_answer`` or so many."""
         traces = self._in_turn()
         experts = dict.fromkeys(name for trace in traces for name in trace.experts)
         leader = traces[0].leader if traces else None
-        summary = {"experts": self.in_order(experts), "leader": leader, "degraded": list(self.degraded)}
-        return {**summary, "wire": self._wire(traces)} if self.wire_rows else summary
-
-    def _wire(self, traces: list[ChoiceTrace]) -> dict[str, Any]:
-        """What rows that went in part may have changed, so far: of the token and of the choice where that is most."""
-        answers = [sum(trace.tails) for trace in traces]
-        if self.beams:  # of which each token is an answer
-            answers = [sum(answers)]
-        return {
-            "rows": self.wire_rows,
-            "token": max((max(trace.tails, default=0.0) for trace in traces), default=0.0),
-            "answer": max(answers, default=0.0),
+        summary: dict[str, Any] = {
+            "experts": self.in_order(experts),
+            "leader": leader,
+            "degraded": list(self.degraded),
         }
+        if self.wire_rows:
+            answers = [sum(trace.tails) for trace in traces]
+            summary["wire"] = {
+                "rows": self.wire_rows,
+                "token": max((tail for trace in traces for tail in trace.tails), default=0.0),
+                # Of beams each token is a choice.
+                "answer": sum(answers) if one_answer or self.beams else max(answers, default=0.0),
+            }
+        return summary
 
     def whole(self) -> dict[str, Any]:
         """The `decar` object of a response that has no choices: with the trace, if one is asked for.
 
         What is generated for it in several turns, between which tools are called, is one answer.
         """
-        traces, summary = self._in_turn(), self.summary()
-        if self.wire_rows:
-            summary["wire"]["answer"] = sum(sum(trace.tails) for trace in traces)
+        summary = self.summary(one_answer=True)
         if not self.trace:
             return summary
+        traces = self._in_turn()
         return {
             **summary,
             "weights": self.by_expert([row for trace in traces for row in trace.weights]),

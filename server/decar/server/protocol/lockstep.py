@@ -393,9 +393,8 @@ class Lockstep:
 
     def _tails(self, turns: Turns, log_weights: np.ndarray) -> np.ndarray:
         """How far, in total variation, mixtures [n] may be from those of whole rows: see `mirror`."""
-        there = np.isfinite(
-            self._fields["log_normaliser"][:, turns.entries].T
-        )  # others do not count in the mixture
+        # A row that is no distribution does not count in the mixture.
+        there = np.isfinite(self._fields["log_normaliser"][:, turns.entries].T)
         weights = np.exp(log_weights) * there
         tails = np.where(there, self._fields["row_tail"][:, turns.entries].T, 0.0)
         found: np.ndarray = (weights * tails).sum(1) / np.maximum(weights.sum(1), 1e-300)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from decar.router.manifest import Rule
 from decar.server.protocol.plane import PlaneSpec
-from decar.server.protocol.runtime import new_name, remove_all_of
+from decar.server.protocol.runtime import become, new_name, remove_all_of
 
 REQUEST_KEY = "decar"
 """Key of a request's part in the lockstep, in ``SamplingParams.extra_args``."""
@@ -52,11 +52,7 @@ class LockstepConfig:
         environment = state.pop(_ENVIRONMENT)
         self.__dict__.update(state)
         if os.getpid() != self.gateway_pid:
-            for name in {*os.environ, *environment}:
-                if name not in environment:
-                    del os.environ[name]
-                elif os.environ.get(name) != environment[name]:
-                    os.environ[name] = environment[name]
+            become(environment)
             if os.getppid() != self.gateway_pid:
                 end_with(os.getppid(), new_name())
             if self.devices:

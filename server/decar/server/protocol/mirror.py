@@ -89,6 +89,10 @@ def _names(spec: PlaneSpec) -> list[str]:
     return [*spec.fields(), "alive", "weights_read", _BEST]
 
 
+def _numbers(spec: PlaneSpec) -> dict[str, int]:
+    return {name: number for number, name in enumerate(_names(spec))}
+
+
 def longest_message(spec: PlaneSpec) -> int:
     """Bytes that no message is longer than."""
     cells = 2 * spec.slots + 1
@@ -116,13 +120,11 @@ class Outgoing:
     """
 
     def __init__(self, plane: Plane, expert: int, hosts: Hosts, peer: int):
-        self._spec, self.expert = plane.spec, expert
-        self._numbers = {name: i for i, name in enumerate(_names(plane.spec))}
+        self._spec, self._expert = plane.spec, expert
+        self._numbers = _numbers(plane.spec)
         self._cells = cells_of(plane, expert)
         self._to_gateway = peer == GATEWAY
-        self._decided = plane.fields[
-            "token_stamp"
-        ]  # by whoever led: after a new connection, most rows are old
+        self._decided = plane.fields["token_stamp"]  # after a new connection, most rows are old
         self._leads_there = np.array([host == peer for host in hosts.of])
         slots = plane.spec.slots
         self._running = np.full(slots, -1)
@@ -182,7 +184,11 @@ class Outgoing:
         if len(moved_slots):
             writes.append(("running", moved_slots, running[moved_slots]))
             self._running[moved_slots] = running[moved_slots]
-        message = self._message(now, writes) if due or self._to_gateway or len(writes) > 2 else b""
+        message = (
+            message_of(self._numbers, self._expert, now, writes)
+            if due or self._to_gateway or len(writes) > 2
+            else b""
+        )
         return message, new_rows.tolist()
 
     def row(self, entry: int) -> bytes | None:
@@ -198,7 +204,8 @@ class Outgoing:
                 writes.append(("row_tail", at, np.zeros(1, np.float32)))
         else:
             writes = [(_BEST, at, self._best(cells["rows"][entry], log_normaliser))]
-        message = self._message(0.0, [*writes, ("row_stamp", at, np.array([stamp]))])
+        writes.append(("row_stamp", at, np.array([stamp])))
+        message = message_of(self._numbers, self._expert, 0.0, writes)
         if cells["row_stamp"][entry] != stamp:
             return None
         self._row_stamps[entry] = stamp
@@ -247,16 +254,13 @@ class Outgoing:
         if self._spec.wire_rows:
             yield "tails", places, self._cells["tails"][places]
 
-    def _message(self, now: float, writes: Sequence[Write]) -> bytes:
-        return message_of(self._numbers, self.expert, now, writes)
-
 
 class OutgoingHeader:
     """The same of the gateway's own part: who lives, and how far weights have been read."""
 
     def __init__(self, plane: Plane):
         self._cells = cells_of(plane, plane.spec.experts)
-        self._numbers = {name: i for i, name in enumerate(_names(plane.spec))}
+        self._numbers = _numbers(plane.spec)
         self._expert = plane.spec.experts
         self._told = {name: np.full_like(cells, -1) for name, cells in self._cells.items()}
 

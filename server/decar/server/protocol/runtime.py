@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +74,15 @@ def make_folder() -> Path:
     folder = DIRECTORY / new_name()
     folder.mkdir(0o700)
     return folder
+
+
+def become(environment: Mapping[str, str]) -> None:
+    """Have this process's environment be that one, and nothing else."""
+    for name in {*os.environ, *environment}:
+        if name not in environment:
+            del os.environ[name]
+        elif os.environ.get(name) != environment[name]:
+            os.environ[name] = environment[name]
 
 
 def ignore_stops() -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import psutil
 
+from decar.server.protocol.runtime import become
 from decar.server.vllm_adapter.cache import cache_file, keep
 
 _PRELOADED = "decar.server.vllm_adapter.preloaded"
@@ -63,10 +64,10 @@ class ForkServer:
         # Python would make a folder in /tmp, and remove it at the end, if it gets there.
         multiprocessing.current_process()._config["tempdir"] = str(self._folder)  # type: ignore[attr-defined]
         try:
-            _become(environment)
+            become(environment)
             forkserver.ensure_running()
         finally:
-            _become(before)
+            become(before)
         self._given = dict(environment)
 
     def end(self) -> None:
@@ -92,14 +93,6 @@ def _pid() -> int | None:
             if "forkserver" in " ".join(child.cmdline()):
                 return child.pid
     return None
-
-
-def _become(environment: Mapping[str, str]) -> None:
-    for name in {*os.environ, *environment}:
-        if name not in environment:
-            del os.environ[name]
-        elif os.environ.get(name) != environment[name]:
-            os.environ[name] = environment[name]
 
 
 def _kept() -> dict[str, str | None] | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import signal
 
-signal.signal(
-    signal.SIGTERM, signal.SIG_IGN
-)  # a whole group may be told to stop, and its engines go on for a while
+# A whole group may be told to stop, and its engines go on for a while.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 import vllm.model_executor.model_loader  # noqa: E402
 import vllm.v1.engine.core  # noqa: E402, F401
