@@ -124,10 +124,11 @@ async def answers_under_way(
         running = asyncio.create_task(asked)
 
         def begun() -> bool:
-            move(0.02)
             return bool(server.ensemble()["slots"]["in_use"] == len(prompts))
 
-        await asyncio.to_thread(wait_until, begun, 30, "answers are under way")
+        # While engines move, the first may be whole before the last has begun.
+        await asyncio.to_thread(wait_until, begun, 30, lambda: f"answers are under way: {server.ensemble()}")
+        await asyncio.to_thread(move, 0.02)
         yield running
 
 

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing import forkserver
@@ -90,7 +91,9 @@ def _pid() -> int | None:
     """Of this process's fork server."""
     for child in psutil.Process().children():
         with suppress(psutil.Error):  # it has just ended
-            if "forkserver" in " ".join(child.cmdline()):
+            while not (arguments := child.cmdline()):
+                time.sleep(0)  # it is about to run: the kernel has not put its arguments in their place yet
+            if "forkserver" in " ".join(arguments):
                 return child.pid
     return None
 
