@@ -11,11 +11,12 @@ import random
 import signal
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import openai
 import psutil
@@ -35,6 +36,7 @@ LOWEST = 0.4  # of the median throughput, in any window but around a kill
 GROWTH = 0.03  # of the gateway's memory, in the second half
 MEANS_SOMETHING_S = 1200  # before, caches fill
 AFTER_BACK_S = 4
+T = TypeVar("T")
 OF_THE_FIRST = 10  # descriptors of the first expert's first engine, whose renderer is kept
 
 
@@ -45,6 +47,7 @@ class Soak:
     tokens: Counter[int] = field(
         default_factory=Counter
     )  # by window; of whole answers, when they may have been said
+    asked: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))  # by window
     requests: int = 0
     cancelled: int = 0
     failed: list[str] = field(default_factory=list)
@@ -76,56 +79,98 @@ class Soak:
         }
 
     def said_of(self, window: int) -> str:
-        """What the machine's cores did around a window, a second each: who was slow, if not the ensemble."""
+        """What was asked and what the machine's cores did around a window, a second each: who was slow, if not the
+        ensemble."""
         begin = window * WINDOW_S
         shares = [share for at, share in self.cores if begin - 1 <= at <= begin + WINDOW_S + 1]
-        return f"at {begin} s, {self.tokens[window]} tokens; cores: {'; '.join(shares)}"
-
-
-def some_request(rng: random.Random, trio: Reference) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of a completion, and its `decar` object."""
-    prompt = [rng.randrange(5, 95) for _ in range(rng.choice((3, 20, 120)))]
-    options: dict[str, Any] = rng.choice(
-        [
-            {"temperature": 0},
-            {"temperature": 1.0, "seed": rng.randrange(99)},
-            {"temperature": 1.0, "n": 3},
-            {"temperature": 0, "logprobs": 3},
-            {"temperature": 0, "stop": ["never said"]},
-            {"temperature": 0, "presence_penalty": 0.5},
+        asked = [
+            f"{len(self.asked[i])} ({', '.join(self.asked[i])})" for i in (window - 1, window, window + 1)
         ]
-    )
-    decar: dict[str, Any] = rng.choice(
-        [
-            *({"route": "posterior"}, {"route": "prior"}, {"rule": "logit"}, {"prune": 0.02}, {"top_k": 2}),
-            *({"scope": "output"}, {"trace": True}, {"weights": {"code": 2, "prose": 1}}),
-        ]
-    )
-    return {"prompt": prompt, "max_tokens": rng.randint(10, 60), **options}, decar
+        return (
+            f"at {begin} s, {[self.tokens[window + i] for i in range(-2, 3)]} tokens in it and its neighbours; "
+            f"cores: {'; '.join(shares)}; asked: {'; '.join(asked)}"
+        )
 
 
-async def client_of(soak: Soak, client: openai.AsyncOpenAI, trio: Reference, seed: int) -> None:
-    rng = random.Random(seed)
+class Deck(Generic[T]):
+    """Deals all of its cards, shuffled, before any comes again: mixed, and as much of each at any time."""
+
+    def __init__(self, rng: random.Random, cards: Sequence[T]):
+        self._rng, self._cards = rng, cards
+        self._left: list[T] = []
+
+    def deal(self) -> T:
+        if not self._left:
+            self._left = self._rng.sample(self._cards, len(self._cards))
+        return self._left.pop()
+
+
+class Traffic:
+    """What all clients ask for."""
+
+    def __init__(self, seed: int = 0):
+        self.rng = random.Random(seed)
+        self._prompts = Deck(self.rng, (3, 20, 120))
+        self._lengths = Deck(self.rng, (10, 20, 30, 40, 50, 60))
+        self._options = Deck[dict[str, Any]](
+            self.rng,
+            [
+                {"temperature": 0},
+                {"temperature": 1.0},
+                {"temperature": 1.0, "n": 3},
+                {"temperature": 0, "logprobs": 3},
+                {"temperature": 0, "stop": ["never said"]},
+                {"temperature": 0, "presence_penalty": 0.5},
+            ],
+        )
+        self._decar = Deck[dict[str, Any]](
+            self.rng,
+            [
+                *(
+                    {"route": "posterior"},
+                    {"route": "prior"},
+                    {"rule": "logit"},
+                    {"prune": 0.02},
+                    {"top_k": 2},
+                ),
+                *({"scope": "output"}, {"trace": True}, {"weights": {"code": 2, "prose": 1}}),
+            ],
+        )
+        kinds = {"alone": 2, "scored": 2, "whole": 4, "stream": 9, "leaves": 3}
+        self._kinds = Deck(self.rng, [kind for kind, count in kinds.items() for _ in range(count)])
+
+    def request(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Of which kind it is, a completion's arguments, and its `decar` object."""
+        prompt = [self.rng.randrange(5, 95) for _ in range(self._prompts.deal())]
+        options = {"prompt": prompt, "max_tokens": self._lengths.deal(), **self._options.deal()}
+        if options["temperature"] and "n" not in options:
+            options["seed"] = self.rng.randrange(99)
+        return self._kinds.deal(), options, self._decar.deal()
+
+
+async def client_of(soak: Soak, client: openai.AsyncOpenAI, trio: Reference, traffic: Traffic) -> None:
     while soak.now < LENGTH_S:
-        options, decar = some_request(rng, trio)
-        kind, asked = rng.random(), soak.now
+        kind, options, decar = traffic.request()
+        asked = soak.now
+        soak.asked[int(asked // WINDOW_S)].append(f"{kind} {options.get('n', 1)}x{options['max_tokens']}")
         try:
-            if kind < 0.1:  # one expert, which may be the one that was killed
+            if kind == "alone":  # one expert, which may be the one that was killed
                 with suppress(openai.InternalServerError):
                     answer = await client.completions.create(model=f"{trio.name}/code", **options)
                     soak.answered(answer.usage.completion_tokens, asked)
-            elif kind < 0.2:
+            elif kind == "scored":
                 answer = await client.completions.create(
                     model=trio.name,
                     **{**options, "n": 1, "extra_body": {"prompt_logprobs": 1, "ignore_eos": True}},
                 )
                 soak.answered(answer.usage.completion_tokens, asked)
-            elif kind < 0.4:
+            elif kind == "whole":
                 extra = {"ignore_eos": True, "decar": decar}
                 answer = await client.completions.create(model=trio.name, extra_body=extra, **options)
                 soak.answered(answer.usage.completion_tokens, asked)
             else:
-                await read(soak, client, trio, options, decar, rng.randint(1, 9) if kind > 0.85 else None)
+                leaves_after = traffic.rng.randint(1, 9) if kind == "leaves" else None
+                await read(soak, client, trio, options, decar, leaves_after)
         except openai.APIError as error:
             soak.failed.append(f"{error!r}: {options} {decar}")
         soak.requests += 1
@@ -196,10 +241,10 @@ async def test_mixed_traffic_with_cancels_and_kills(trio: Reference, tmp_path: P
         segments, descriptors = server.shared_memory, gateway.num_fds()
         samples: list[tuple[float, int]] = []
         async with server.async_openai() as client:
-            soak = Soak()
+            soak, traffic = Soak(), Traffic()
             killing = asyncio.create_task(kill_now_and_then(soak, server, trio))
             memory = asyncio.create_task(sample_each_second(soak, gateway, samples))
-            await asyncio.gather(*(client_of(soak, client, trio, seed) for seed in range(CLIENTS)))
+            await asyncio.gather(*(client_of(soak, client, trio, traffic) for _ in range(CLIENTS)))
             await memory
             length_s = soak.now
             await killing
