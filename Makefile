@@ -36,6 +36,7 @@ test-clients: dev  ## others' clients against a running ensemble, each in its ow
 soak: dev  ## what takes too long for every change: thousands of requests, faults under load
 	$(BIN)/python -m pytest -m soak
 	DECAR_RANKS=2 $(BIN)/python -m pytest $(addprefix tests/e2e/test_,exact.py active.py prompts.py seeds.py)
+	DECAR_NODES=3 $(BIN)/python -m pytest -m "soak or not soak" tests/e2e/test_ray.py
 	DECAR_HOSTS=2 $(BIN)/python -m pytest $(addprefix tests/e2e/test_,exact.py active.py prompts.py seeds.py load.py loss.py)
 
 lint: dev  ## formatting, style, types, the Dockerfile

@@ -99,6 +99,7 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    host: str = "127.0.0.1"
 
     @classmethod
     def launch(
@@ -107,20 +108,26 @@ class Server:
         log: Path,
         flags: Sequence[str] = EXACT,
         environment: Mapping[str, str] | None = None,
+        inside: Sequence[str] = (),
+        host: str = "127.0.0.1",
     ) -> Server:
         """Start a server, and return at once. ``environment`` is added to this process's own, and ``log`` has what the
-        server prints, and vLLM's log."""
+        server prints, and vLLM's log. ``inside`` is what a command begins with to run where ``host`` is its address."""
         port = free_port()
+        listens = ("--host", host) if inside else ()
         log.unlink(missing_ok=True)
         with log.open("ab") as stream:  # at whose end others write as well
             process = subprocess.Popen(
-                serve_command(directory, "--port", str(port), "--log-file", str(log), *flags),
+                [
+                    *inside,
+                    *serve_command(directory, "--port", str(port), "--log-file", str(log), *flags, *listens),
+                ],
                 env={**serve_environment(), **(environment or {})},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        return cls(process, port, log)
+        return cls(process, port, log, host)
 
     @classmethod
     def start(
@@ -129,9 +136,11 @@ class Server:
         log: Path,
         flags: Sequence[str] = EXACT,
         environment: Mapping[str, str] | None = None,
+        inside: Sequence[str] = (),
+        host: str = "127.0.0.1",
     ) -> Server:
-        """Start a server and wait until it is healthy."""
-        server = cls.launch(directory, log, flags, environment)
+        """Start a server and wait until it is healthy; see `launch`."""
+        server = cls.launch(directory, log, flags, environment, inside, host)
         try:
             wait_until(
                 server._is_up, START_DEADLINE_S, lambda: f"it serves:\n{server.log_tail()}", poll_s=0.5
@@ -149,7 +158,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def processes(self) -> list[psutil.Process]:
         """Every living process that the server started, itself included, whatever its parent is by now."""

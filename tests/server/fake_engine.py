@@ -111,6 +111,7 @@ class FakeEngine:
         self.client: Any = self
         self.pid = 1000 + expert
         self.cores = cores or set()
+        self.files = None
         self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=2))
         self.model_config = SimpleNamespace(max_logprobs=MAX_LOGPROBS)
         self.renderer = SimpleNamespace(get_tokenizer=lambda: None)

@@ -455,7 +455,7 @@ def test_only_hosts_of_this_start_are_let_in(tmp_path: Path, other: str) -> None
             Plane.attach(spec).unlink()
         address = made.relays[1, 0]._target
         with socket.create_connection(address, 5) as sock, pytest.raises((NotOfUs, OSError)):
-            introduce(sock, links._key_for(key, spec), 1)
+            introduce(sock, links.key_for(key, spec), 1)
         before = made.gateway.fields["running"].copy()
         for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 4096, random.Random(1).randbytes(4096)):
             with socket.create_connection(address, 5) as sock:
@@ -497,7 +497,7 @@ def test_a_proof_is_no_use_another_time() -> None:
     left, right = socket.socketpair()
     recorded: list[bytes] = []
     with left, right:
-        accepted: list[int] = []
+        accepted: list[tuple[int, str]] = []
         thread = threading.Thread(target=lambda: accepted.append(accept_peer(right, KEY)))
         thread.start()
         real = left.sendall
@@ -511,7 +511,7 @@ def test_a_proof_is_no_use_another_time() -> None:
 
         introduce(Recorder(), KEY, 3)  # type: ignore[arg-type]
         thread.join(10)
-        assert accepted == [3]
+        assert accepted == [(3, "")]
     left, right = socket.socketpair()
     with left, right:
         left.sendall(b"".join(recorded))

@@ -121,6 +121,7 @@ class FakeRows:
 
     def __init__(self, rows: torch.Tensor, tokenizer: Any):
         self.client, self._rows, self._tokenizer = self, rows, tokenizer
+        self.files = None
         self.errored = False
 
     async def generate(self, prompt: Any, params: SamplingParams, request_id: str) -> AsyncIterator[None]:

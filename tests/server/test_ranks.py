@@ -80,9 +80,8 @@ def test_who_is_alone_tells_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cores_are_dealt_out_by_ranks(
     monkeypatch: pytest.MonkeyPatch, cores: int, counts: list[int], dealt: list[tuple[int, ...]]
 ) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(engine, "current_platform", SimpleNamespace(is_cpu=lambda: True))
-    found = engine._dealt_cores(counts)
+    found = engine.dealt_cores(range(cores), counts)
     assert found == dealt
     for theirs, count in zip(found, counts, strict=True):
         shares = [share_of(theirs, rank, count) for rank in range(count)]

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import decar
-from decar.server.commands import Commands, ServeCommand
+from decar.server.commands import Commands, InspectCommand, ServeCommand
 
 app = typer.Typer(
     cls=Commands,
@@ -43,7 +43,10 @@ def serve(
     context: typer.Context,
     placement: Annotated[
         str | None,
-        typer.Option(help="Which GPU each expert runs on: code=0,prose=1; on several: code=0+1,prose=2."),
+        typer.Option(
+            help="Which GPU each expert runs on: code=0,prose=1; on several: code=0+1,prose=2. With --ray, which node: "
+            "code=node:ada,prose=node:grace."
+        ),
     ] = None,
     allow_untested_vllm: Annotated[
         bool, typer.Option("--allow-untested-vllm", help="Try a vLLM that decar is not tested with.")
@@ -105,6 +108,13 @@ def serve(
             help="Have only the best logits of a row go to another host, so many; 0: all. Answers bound the change.",
         ),
     ] = 0,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Have the engines on the nodes of the Ray cluster at this address; auto: the one that this machine "
+            "is part of."
+        ),
+    ] = None,
     log_file: Annotated[
         Path | None,
         typer.Option(
@@ -143,6 +153,7 @@ def serve(
         max_experts=max_experts,
         simulated_hosts=simulated_hosts,
         wire_rows=wire_rows,
+        ray=ray,
         log_file=log_file,
         verbose=verbose,
         own_flags=[name for option in context.command.params for name in option.opts],
@@ -181,14 +192,25 @@ def reload(
     print(message)
 
 
-@app.command()
-def inspect(directory: Directory) -> None:
+@app.command(cls=InspectCommand)
+def inspect(
+    directory: Directory,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Show where the engines would run in the Ray cluster at this address, and what is missing there."
+        ),
+    ] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="With --ray: on which node, as for `decar serve`.")
+    ] = None,
+) -> None:
     """Show an ensemble's experts, sizes, priors, router and tokenizer, and every problem found."""
     from rich.console import Console
 
     from decar.server.inspection import inspect
 
-    if inspect(directory, Console(highlight=False)):
+    if inspect(directory, Console(highlight=False), ray, placement):
         raise typer.Exit(1)
 
 

@@ -47,6 +47,7 @@ class ServeCommand(TyperCommand):
     """`decar serve`, whose --help=all lists vLLM's flags as well."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = with_ray_address(args)
         if "--help=all" not in args:
             return super().parse_args(ctx, args)
         from decar.server.vllm_adapter.arguments import offered_flags
@@ -56,6 +57,23 @@ class ServeCommand(TyperCommand):
         print(help_text(offered_flags(), min(shutil.get_terminal_size().columns, 120)))
         ctx.exit()
         return []
+
+
+class InspectCommand(TyperCommand):
+    """`decar inspect`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_ray_address(args))
+
+
+def with_ray_address(args: list[str]) -> list[str]:
+    """``args`` in which --ray has a value: without one it means the cluster that this machine is part of."""
+    found = []
+    for i, arg in enumerate(args):
+        found.append(arg)
+        if arg == "--ray" and (args[i + 1 : i + 2] or ["-"])[0].startswith("-"):
+            found.append("auto")
+    return found
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The hosts that an ensemble's engines are on: a plane on each, and a process there that keeps it like the others'.
 
-So far other hosts are simulated: parts of this machine that share no memory for rows, and tell each other over TCP what
-they write. Knows planes and processes, no engines.
+Others are nodes of a Ray cluster, see `cluster`, or simulated: parts of this machine that share no memory for rows, and
+tell each other over TCP what they write. Knows planes and processes, no engines.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from decar.server.protocol.links import Address, Mirror, make_bell
 from decar.server.protocol.member import end_with
 from decar.server.protocol.mirror import GATEWAY, Hosts
 from decar.server.protocol.plane import Plane, PlaneSpec
 from decar.server.protocol.runtime import ignore_stops
+
+if TYPE_CHECKING:
+    from decar.server.cluster.hosts import ClusterHosts
 
 logger = logging.getLogger("decar")
 
@@ -93,6 +97,38 @@ def planes_on(hosts: Hosts, make: Callable[[str], Plane], folder: Path) -> Itera
         yield Planes(planes[GATEWAY], tuple(planes[host].spec for host in hosts.of), heard)
 
 
+@contextlib.contextmanager
+def planes_in(
+    cluster: ClusterHosts, key: bytes, make: Callable[[str], Plane], folder: Path
+) -> Iterator[Planes]:
+    """The same for hosts that are nodes of a Ray cluster; what has begun there ends with it."""
+    from decar.server.cluster.host import listen_at
+
+    hosts = cluster.hosts
+    alone = hosts.all == [GATEWAY]
+    with contextlib.ExitStack() as stack:
+        plane = make("" if alone else make_bell(folder, f"host-{GATEWAY}"))
+        stack.callback(plane.unlink)
+        stack.callback(cluster.close)
+        if alone:
+            cluster.begin(plane.spec, (cluster.address, 0))
+            yield Planes(plane, (plane.spec,) * len(hosts.of))
+            return
+        plane.mirrored[[k for k, host in enumerate(hosts.of) if host != GATEWAY]] = 0.0
+        heard = make_bell(folder, "heard")
+        listener = stack.enter_context(listen_at(cluster.address))
+        address = listener.getsockname()[:2]
+        channels = Path(cluster.own.facts().folder)
+        arguments = _Arguments(
+            plane.spec, GATEWAY, hosts, key, listener, {GATEWAY: address}, heard, os.getpid(), channels
+        )
+        keeper = _Keeper(arguments)
+        keeper.start()
+        stack.callback(keeper.end)
+        cluster.begin(plane.spec, address)
+        yield Planes(plane, (plane.spec,) * len(hosts.of), heard)
+
+
 @dataclass(frozen=True)
 class _Arguments:
     """Of a `Mirror`, for its process."""
@@ -105,6 +141,7 @@ class _Arguments:
     addresses: Mapping[int, Address]
     heard: str
     gateway_pid: int
+    channels: Path | None = None
 
 
 class _Keeper(threading.Thread):
@@ -157,6 +194,7 @@ def _mirror(arguments: _Arguments) -> None:
         arguments.listener,
         arguments.addresses,
         arguments.heard,
+        arguments.channels,
     )
     mirror.start()
     threading.Event().wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -15,11 +16,24 @@ from decar.router.errors import DecarError
 from decar.server.placement import Gpu, Place, gib, place, visible_gpus
 
 
-def inspect(directory: Path, console: Console) -> int:
-    """Show the ensemble in ``directory`` on ``console``, and its problems on standard error; returns how many."""
+def inspect(directory: Path, console: Console, ray: str | None = None, placement: str | None = None) -> int:
+    """Show the ensemble in ``directory`` on ``console``, and its problems on standard error; returns how many.
+
+    Args:
+        ray: the address of a Ray cluster that its engines are to be on; None: this machine.
+        placement: on which nodes there.
+
+    Raises:
+        StartError: there is no such cluster, or it does not fit.
+    """
     ensemble, problems = Ensemble.inspect(directory)
     if ensemble is not None:
         _describe(ensemble, console)
+        if ray is None:
+            _describe_places(ensemble, console)
+        elif not problems:
+            problems = _describe_nodes(ensemble, console, ray, placement)
+        _describe_tokenizers(ensemble, console)
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     if not problems:
@@ -33,14 +47,12 @@ def _describe(ensemble: Ensemble, console: Console) -> None:
     columns = ("expert", "architecture", "parameters", "size", "prior", "vocab", "positions")
     table = Table(*columns, box=box.SIMPLE_HEAD)
     total = sum(expert.prior for expert in manifest.experts)
-    fingerprints: dict[str, list[str]] = {}
     for expert in ensemble.experts:
         try:
-            parameters, fingerprint = f"{expert.num_parameters / 1e6:,.1f} M", expert.tokenizer_fingerprint
+            parameters = f"{expert.num_parameters / 1e6:,.1f} M"
             size = f"{expert.weight_bytes / 2**20:,.1f} MiB"
         except (DecarError, OSError, ValueError):
-            parameters = fingerprint = size = "unreadable"
-        fingerprints.setdefault(fingerprint, []).append(expert.name)
+            parameters = size = "unreadable"
         table.add_row(
             expert.name,
             expert.architecture,
@@ -51,9 +63,44 @@ def _describe(ensemble: Ensemble, console: Console) -> None:
             f"{expert.max_positions:,}" if expert.max_positions else "?",
         )
     console.print(table)
-    _describe_places(ensemble, console)
+
+
+def _describe_tokenizers(ensemble: Ensemble, console: Console) -> None:
+    fingerprints: dict[str, list[str]] = {}
+    for expert in ensemble.experts:
+        try:
+            fingerprint = expert.tokenizer_fingerprint
+        except (DecarError, OSError, ValueError):
+            fingerprint = "unreadable"
+        fingerprints.setdefault(fingerprint, []).append(expert.name)
     for fingerprint, names in fingerprints.items():
         console.print(f"tokenizer {fingerprint}: {', '.join(names)}")
+
+
+def _describe_nodes(ensemble: Ensemble, console: Console, ray: str, placement: str | None) -> list[str]:
+    """Where `decar serve --ray` would put the engines, with its defaults; returns what is wrong there."""
+    from decar.server.cluster.host import Host
+    from decar.server.cluster.hosts import HostElsewhere, wrong_with
+    from decar.server.cluster.nodes import Cluster, plan_on
+
+    cluster, gateway = Cluster(ray), Host()
+    try:
+        plan = plan_on(cluster.nodes(), ensemble, placement)
+        table = Table("expert", "node", "address", "free CPUs", "weights", box=box.SIMPLE_HEAD)
+        problems = []
+        for number, node in enumerate(plan.nodes):
+            host: Any = HostElsewhere(cluster.begin(node), node.name) if number else gateway
+            for expert, at in zip(ensemble.experts, plan.of, strict=True):
+                if at == number:
+                    wrong = wrong_with(node, host, gateway.facts(), [expert.path])
+                    problems += [problem for problem in wrong if problem not in problems]
+                    weights = "see below" if wrong else gib(expert.weight_bytes, 2)
+                    table.add_row(expert.name, node.name, node.address, f"{node.cpus:g}", weights)
+        console.print(table)
+        return problems
+    finally:
+        cluster.close()
+        gateway.close()
 
 
 def _describe_places(ensemble: Ensemble, console: Console) -> None:

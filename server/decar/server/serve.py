@@ -11,13 +11,14 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -36,13 +37,14 @@ from decar.server.terminal import Start, Terminal, default_log, terminal_of
 from decar.server.vllm_adapter.versions import check_version, installed_version
 
 if TYPE_CHECKING:
+    from decar.server.cluster.nodes import Cluster, Plan
     from decar.server.gateway.ensemble import EnsembleClient
     from decar.server.gateway.seats import Seats
     from decar.server.gateway.supervisor import Supervisor
     from decar.server.hosts import Planes
     from decar.server.protocol.mirror import Hosts
     from decar.server.protocol.plane import Plane
-    from decar.server.vllm_adapter.engine import EnginePlan
+    from decar.server.vllm_adapter.engine import EnginePlan, Launcher
     from decar.server.vllm_adapter.failures import Failures, Progress
     from decar.server.vllm_adapter.fork_server import ForkServer
 
@@ -66,6 +68,7 @@ def serve(
     max_experts: int | None = None,
     simulated_hosts: int = 1,
     wire_rows: int = 0,
+    ray: str | None = None,
     log_file: Path | None = None,
     verbose: bool = False,
     own_flags: Iterable[str] = (),
@@ -75,7 +78,8 @@ def serve(
 
     Args:
         flags: vLLM's own server and engine flags, given to every engine.
-        placement: "EXPERT=GPU,...", "EXPERT=GPU+GPU" for one on several; None leaves it to decar.
+        placement: "EXPERT=GPU,...", "EXPERT=GPU+GPU" for one on several; with ``ray``, "EXPERT=node:NAME,..."; None
+            leaves it to decar.
         allow_untested_vllm: go on with a vLLM of any version.
         min_experts: how many have to live for /health to say that the ensemble is served.
         engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
@@ -86,6 +90,7 @@ def serve(
         max_experts: how many there is room for, those included that a reload may add; None: for those that there are.
         simulated_hosts: experts are dealt out over so many parts of this machine, which share no memory.
         wire_rows: how many logits of a row go to another host; 0: all.
+        ray: the address of a Ray cluster whose nodes have the engines; "auto": the one that this machine is part of.
         log_file: vLLM's log is added to it; None: to a file of its own, see `default_log`.
         verbose: vLLM's log goes to standard output instead.
         own_flags: of decar itself, which a user may have meant by one that is none.
@@ -113,6 +118,10 @@ def serve(
     if simulated_hosts > len(ensemble.experts):
         raise StartError(
             f"--simulated-hosts is {simulated_hosts}; {ensemble.name!r} has {len(ensemble.experts)} experts"
+        )
+    if simulated_hosts > 1 and ray is not None:
+        raise StartError(
+            "--simulated-hosts is to try without other hosts what --ray does with them: leave one out"
         )
 
     given = _checked(flags, own_flags)
@@ -147,14 +156,27 @@ def serve(
         )
         record.write(folder)
         start = stack.enter_context(terminal.starting(ensemble.expert_names))
+        cluster, plan = None, None
+        if ray is not None:
+            from decar.server.cluster.nodes import Cluster, plan_on
+
+            start.phase("joining the Ray cluster")
+            cluster = Cluster(ray)
+            stack.callback(cluster.close)
+            ranks = int(getattr(given, "tensor_parallel_size", 1))
+            plan = plan_on(cluster.nodes(), ensemble, placement, ranks, max_experts)
+            for name, host in zip(ensemble.expert_names, plan.of, strict=False):
+                logger.info("expert %s: node %s", name, plan.nodes[host].name)
         start.phase("importing vLLM")
+        before = dict(os.environ)
 
         from decar.server.vllm_adapter.arguments import parse_flags, prepare_environment
         from decar.server.vllm_adapter.fork_server import ForkServer
 
         prepare_environment()  # before anything imports vLLM
         fork_server = ForkServer(folder)
-        fork_server.start_early()
+        if cluster is None:
+            fork_server.start_early()
 
         import uvloop
 
@@ -174,8 +196,7 @@ def serve(
             min_experts,
             engine_timeout_s,
             max_queued,
-            dealt(max_experts, simulated_hosts),
-            wire_rows,
+            Spread(dealt(max_experts, simulated_hosts), wire_rows, cluster, plan, before),
             folder,
             fork_server,
             terminal,
@@ -191,6 +212,24 @@ def serve(
                 running, reading, args, sock, listening, shutdown_timeout_s, admin_key, reload_timeout_s, ui
             )
         )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over which hosts an ensemble is served.
+
+    Attributes:
+        simulated: parts of this machine, where there is no cluster.
+        wire_rows: how many logits of a row go to another host; 0: all.
+        cluster, plan: Ray's, and what is to be where; None: it is served on this machine alone.
+        before: the environment as the user has set it.
+    """
+
+    simulated: Hosts
+    wire_rows: int
+    cluster: Cluster | None
+    plan: Plan | None
+    before: Mapping[str, str]
 
 
 def _checked(flags: Sequence[str], own_flags: Iterable[str]) -> Namespace:
@@ -279,8 +318,7 @@ async def _running_ensemble(
     min_experts: int,
     engine_timeout_s: float,
     max_queued: int | None,
-    hosts: Hosts,
-    wire_rows: int,
+    spread: Spread,
     folder: Path,
     fork_server: ForkServer,
     terminal: Terminal,
@@ -289,47 +327,66 @@ async def _running_ensemble(
     """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
     out."""
     from decar.server.gateway.supervisor import Supervisor
-    from decar.server.hosts import planes_on
+    from decar.server.hosts import planes_in, planes_on
+    from decar.server.protocol.mirror import Hosts
     from decar.server.protocol.plane import Plane, prompt_unit
     from decar.server.vllm_adapter.app import keep_environment
     from decar.server.vllm_adapter.arguments import engine_config, on_cpu, row_dtype
+    from decar.server.vllm_adapter.engine import OwnProcesses
     from decar.server.vllm_adapter.failures import Failures, Progress
     from decar.server.vllm_adapter.fork_server import fork_engines
 
     experts = range(len(ensemble.experts))
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
-    places = _placed(ensemble, configs, placement, len(hosts.of), args)
-    if len(hosts.all) > 1 and places[0].gpus:
+    cluster = spread.cluster
+    hosts = Hosts(spread.plan.of) if spread.plan else spread.simulated
+    places = _placed(ensemble, configs, None if cluster else placement, len(hosts.of), args, cluster is None)
+    if places[0].gpus and (cluster or len(hosts.all) > 1):
         raise StartError(
-            "--simulated-hosts is for CPUs: rows that lie on a GPU cannot go to another host yet"
+            "--ray and --simulated-hosts are for CPUs: rows that lie on a GPU stay on its host yet"
         )
     failures, progress = Failures(), Progress()
-    if on_cpu():
+    if on_cpu() and cluster is None:
         fork_server.use()
         fork_engines()
     else:
         fork_server.end()
 
+    shape = {
+        "experts": len(hosts.of),
+        "slots": configs[0].scheduler_config.max_num_seqs,
+        "vocab_size": ensemble.vocab_size,
+        "positions": configs[0].model_config.max_model_len,
+        "prompt_unit": prompt_unit(
+            configs[0].model_config.max_model_len, [config.cache_config.block_size for config in configs]
+        ),
+        "device_dtype": row_dtype(configs) if places[0].gpus else None,
+        "wire_rows": spread.wire_rows,
+    }
+
     def make_plane(bell: str) -> Plane:
-        plane = Plane.create(
-            experts=len(hosts.of),
-            slots=configs[0].scheduler_config.max_num_seqs,
-            vocab_size=ensemble.vocab_size,
-            positions=configs[0].model_config.max_model_len,
-            prompt_unit=prompt_unit(
-                configs[0].model_config.max_model_len, [config.cache_config.block_size for config in configs]
-            ),
-            device_dtype=row_dtype(configs) if places[0].gpus else None,
-            bell=bell,
-            wire_rows=wire_rows,
-        )
+        plane = Plane.create(**shape, bell=bell)
         plane.alive[len(experts) :] = 0
         return plane
 
-    with planes_on(hosts, make_plane, folder) as planes:
+    with contextlib.ExitStack() as stack:
+        launcher: Launcher
+        if spread.cluster is None or spread.plan is None:
+            planes = stack.enter_context(planes_on(hosts, make_plane, folder))
+            launcher = OwnProcesses(planes.of, [placed.ranks for placed in places[: len(experts)]])
+        else:
+            from decar.server.cluster.actors import Actors
+            from decar.server.cluster.hosts import ClusterHosts
+
+            start.phase("beginning on other hosts")
+            key = secrets.token_bytes(32)
+            there = ClusterHosts(spread.cluster, spread.plan, shape, key)
+            planes = stack.enter_context(planes_in(there, key, make_plane, folder))
+            ranks = [placed.ranks for placed in places]
+            launcher = Actors(there, ranks, spread.before, planes.gateways.mirrored)
         started: list[Any] = []
         try:
-            engines = Engines(args, configs, places, planes, failures, progress)
+            engines = Engines(args, configs, places, planes, launcher, failures, progress)
             start.heard = progress.heard
             try:
                 client, image = await _warm(
@@ -438,6 +495,7 @@ class Engines:
     Args:
         configs: vLLM's, one per expert.
         places: the experts', and those that later ones may have.
+        launcher: starts their processes.
     """
 
     def __init__(
@@ -446,6 +504,7 @@ class Engines:
         configs: Sequence[Any],
         places: Sequence[Place],
         planes: Planes,
+        launcher: Launcher,
         failures: Failures,
         progress: Progress,
     ):
@@ -457,7 +516,7 @@ class Engines:
         plans = [*_plans(configs, places[: len(configs)]), *[None] * (len(places) - len(configs))]
         brought = Brought(planes.gateways, planes.heard)
         brought.watch()
-        self.starter = Starter(plans, planes.of, brought, failures, progress, args.disable_log_stats)
+        self.starter = Starter(plans, launcher, brought, failures, progress, args.disable_log_stats)
 
     def of(self, ensemble: Ensemble, seats: Seats) -> list[EnginePlan]:
         """Of ``ensemble``'s experts, each to take the place of whoever is at its seat.
@@ -495,7 +554,12 @@ def _blamed(client: EnsembleClient, error: Exception) -> str:
 
 
 def _placed(
-    ensemble: Ensemble, configs: Sequence[Any], placement: str | None, max_experts: int, args: Namespace
+    ensemble: Ensemble,
+    configs: Sequence[Any],
+    placement: str | None,
+    max_experts: int,
+    args: Namespace,
+    all_here: bool,
 ) -> list[Place]:
     """Decide where each engine runs, and where later ones may; tell those that there are the KV size that goes with it.
 
@@ -523,7 +587,7 @@ def _placed(
     for placed in taken:
         for gpu in placed.gpus:
             logger.info("expert %s: GPU %d (%s)", placed.expert, gpu, gpus[gpu].name)
-    if not gpus and cache.kv_cache_memory_bytes is not None:
+    if all_here and not gpus and cache.kv_cache_memory_bytes is not None:
         check_memory(taken)
     return places
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from vllm.engine.protocol import EngineClient
 from vllm.logprobs import Logprob
@@ -41,18 +42,36 @@ class OutputQueue(Protocol):
         ...
 
 
+class FilesElsewhere(Protocol):
+    """Files under /dev/shm of another host, for an engine there to write to. Its methods block."""
+
+    def make_rows(self, size_bytes: int) -> str:
+        """Make one; its name."""
+        ...
+
+    def take_rows(self, name: str) -> np.ndarray:
+        """The bytes [size] of one."""
+        ...
+
+    def drop_rows(self, name: str) -> None:
+        """Remove one."""
+        ...
+
+
 class Engine(Protocol):
     """One expert's engine.
 
     Attributes:
         client: what vLLM's app may ask of an engine, for everything that is merely passed on.
         pid: of its process.
-        cores: that it computes on; empty where it computes on a device.
+        cores: that it computes on; empty where it computes on a device, or elsewhere.
+        files: on its host; None: it is the gateway's.
     """
 
     client: EngineClient
     pid: int
     cores: set[int]
+    files: FilesElsewhere | None
 
     async def submit(
         self,
@@ -131,6 +150,7 @@ class NoEngine:
     def __init__(self) -> None:
         self.client: Any = self
         self.cores: set[int] = set()
+        self.files = None
 
     async def died(self) -> None: ...
 

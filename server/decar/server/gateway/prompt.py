@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.kernels import mix
 from decar.router import active_experts, log_weights_after
+from decar.router.errors import StartError
 from decar.router.manifest import Rule
-from decar.server.gateway.engine import ExpertEngine, ExpertLost, PromptLogprobs
+from decar.server.gateway.engine import Engine, ExpertEngine, ExpertLost, FilesElsewhere, PromptLogprobs
 from decar.server.gateway.images import is_text
 from decar.server.gateway.queue import Places
 from decar.server.gateway.scores import PrefixScores
@@ -146,13 +147,20 @@ class PromptScorer:
                 # What comes after the window need not be computed; but a prompt with images stays as it is.
                 whole = end + 1 == len(ids) or not counted.all()
                 window = prompt if whole else {**prompt, "prompt_token_ids": ids[: end + 1]}
-                with _shared_rows(len(experts), (end - start, self._vocab_size)) as (names, rows):
+                async with contextlib.AsyncExitStack() as stack:
+                    shape = (end - start, self._vocab_size)
+                    files = [
+                        await stack.enter_async_context(_file_for(k, self._experts[k].engine, shape))
+                        for k in experts
+                    ]
                     await asyncio.gather(
                         *(
                             self._run(k, window, f"{request_id}-rows", kwargs, PromptRows(name, start, end))
-                            for k, name in zip(experts, names, strict=True)
+                            for k, (name, _) in zip(experts, files, strict=True)
                         )
                     )
+                    rows = [await read() for _, read in files]
+                    files.clear()
                     targets = torch.tensor(ids[start + 1 : end + 1])
                     entries, log_weights[experts] = await asyncio.to_thread(
                         _mixed,
@@ -217,20 +225,56 @@ def _salt_of(prompt: Any) -> bytes:
     return hashlib.blake2b(salt.encode(), digest_size=16).digest()
 
 
-@contextlib.contextmanager
-def _shared_rows(experts: int, shape: tuple[int, int]) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-    """Files under /dev/shm for ``experts`` engines to fill, and what they hold: float32 K x [W, V]."""
-    names = [new_name() for _ in range(experts)]
-    size_bytes = 4 * shape[0] * shape[1]
-    try:
-        rows = []
-        for name in names:
+@contextlib.asynccontextmanager
+async def _file_for(
+    expert: int, engine: Engine, shape: tuple[int, int]
+) -> AsyncIterator[tuple[str, Callable[[], Awaitable[torch.Tensor]]]]:
+    """A file under /dev/shm of an engine's host for it to fill, and what reads it: float32 [W, V].
+
+    Raises:
+        ExpertLost: its host is not there.
+    """
+    size_bytes, files = 4 * shape[0] * shape[1], engine.files
+    if files is None:
+        name = new_name()
+        try:
             memory = create_segment(name, size_bytes)
-            rows.append(torch.frombuffer(memory, dtype=torch.float32).view(shape))
-        yield names, rows
-    finally:
-        for name in names:
+
+            async def read() -> torch.Tensor:
+                return torch.frombuffer(memory, dtype=torch.float32).view(shape)
+
+            yield name, read
+        finally:
             unlink(name)
+        return
+    making = asyncio.ensure_future(asyncio.to_thread(files.make_rows, size_bytes))
+
+    async def bring() -> torch.Tensor:
+        try:
+            rows = await asyncio.to_thread(files.take_rows, name)
+        except StartError:
+            raise ExpertLost(expert) from None
+        return torch.from_numpy(rows.copy().view(np.float32)).view(shape)
+
+    try:
+        try:
+            name = await asyncio.shield(making)
+        except StartError:
+            raise ExpertLost(expert) from None
+        yield name, bring
+    finally:
+        dropping = asyncio.ensure_future(_drop(files, making))
+        _DROPPING.add(dropping)
+        dropping.add_done_callback(_DROPPING.discard)
+
+
+_DROPPING: set[asyncio.Future[None]] = set()
+
+
+async def _drop(files: FilesElsewhere, making: asyncio.Future[str]) -> None:
+    """Have a file removed, also one that nobody has waited for."""
+    with contextlib.suppress(StartError):  # with its host, it is gone
+        await asyncio.to_thread(files.drop_rows, await making)
 
 
 def _mixed(

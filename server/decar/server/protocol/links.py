@@ -3,6 +3,9 @@
 Every two hosts have one connection; the host with the larger number makes it, and makes it again when it breaks, or
 when the other has been silent for too long. Whoever cannot prove that it has this start's key is sent away before
 anything that it says is looked at.
+
+Others that prove it are let through to a socket in the gateway's folder: what an engine there says to its client, see
+`channels`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from decar.server.protocol.channels import lead_through
 from decar.server.protocol.mirror import (
     GATEWAY,
     LENGTH,
@@ -42,7 +46,9 @@ SILENT_S = 2.0
 AGAIN_S = 0.25
 _HELLO = b"decar\x00\x00\x01"
 _NONCE_BYTES = 32
-_HOST = struct.Struct("<H")
+_WHO = struct.Struct(
+    "<H64s"
+)  # a host, and the name of a channel; none: it is the connection of the two hosts
 _UNSENT_BYTES = 1 << 17  # in the kernel: what is new goes first, before rows that have still to be sent
 _STRANGERS = 16  # that may be asked for the key at a time
 
@@ -62,6 +68,7 @@ class Mirror:
         listener: where the others connect to; bound, and listening.
         addresses: of the hosts with smaller numbers.
         heard: a pipe that is written to when there is something new; "" for none.
+        channels: the folder with the sockets that others are let through to; None: there are none.
     """
 
     def __init__(
@@ -73,9 +80,10 @@ class Mirror:
         listener: socket.socket,
         addresses: Mapping[int, Address],
         heard: str = "",
+        channels: Path | None = None,
     ):
-        self._plane, self._host, self._hosts = plane, host, hosts
-        self._key = _key_for(key, plane.spec)
+        self._plane, self._host, self._hosts, self._channels = plane, host, hosts, channels
+        self._key = key_for(key, plane.spec)
         self._listener = listener
         self._stopped = threading.Event()
         heard_fd = os.open(heard, os.O_RDWR | os.O_NONBLOCK) if heard else None
@@ -90,6 +98,11 @@ class Mirror:
             Incoming(self._plane, self._hosts, peer).lost()
         for work in (self._listen, self._hear_bell, *(self._dialer(peer) for peer in self._addresses)):
             threading.Thread(target=work, daemon=True).start()
+
+    def moved(self, peer: int, address: Address) -> None:
+        """A host with a smaller number has begun anew, elsewhere."""
+        if peer < self._host:
+            self._addresses[peer] = address
 
     def close(self) -> None:
         self._stopped.set()
@@ -119,25 +132,29 @@ class Mirror:
 
     def _welcome(self, sock: socket.socket, address: Address) -> None:
         try:
-            peer = accept_peer(sock, self._key)
+            peer, channel = accept_peer(sock, self._key)
             if peer not in self._peers or peer < self._host:
                 raise NotOfUs(f"no host {peer} is to connect here")
+            if channel and (self._channels is None or not channel.isidentifier()):
+                raise NotOfUs(f"there is no channel {channel!r}")
         except (NotOfUs, OSError) as error:
             logger.warning("%s:%d is not let in: %s", *address[:2], error)
             sock.close()
             return
         finally:
             self._strangers.release()
-        self._peers[peer].serve(sock)
+        if channel:
+            assert self._channels is not None
+            lead_through(sock, self._channels / channel)
+        else:
+            self._peers[peer].serve(sock)
 
     def _dialer(self, peer: int) -> Callable[[], None]:
-        address = self._addresses[peer]
-
         def dial() -> None:
             said = ""
             while not self._stopped.is_set():
                 try:
-                    sock = socket.create_connection(address, SILENT_S)
+                    sock = socket.create_connection(self._addresses[peer], SILENT_S)
                     introduce(sock, self._key, self._host)
                 except (NotOfUs, OSError) as error:
                     if str(error) != said:
@@ -239,8 +256,9 @@ class _Peer:
                     self.bell.wait(HEARTBEAT_S)
 
 
-def accept_peer(sock: socket.socket, key: bytes) -> int:
-    """The number of the host that has connected, once it has proved to have the key.
+def accept_peer(sock: socket.socket, key: bytes) -> tuple[int, str]:
+    """The number of the host that has connected, once it has proved to have the key, and the channel that it wants; "":
+    to tell and be told.
 
     Raises:
         NotOfUs: it has not.
@@ -250,14 +268,19 @@ def accept_peer(sock: socket.socket, key: bytes) -> int:
     theirs = _received(sock, len(_HELLO) + _NONCE_BYTES, end)
     ours = secrets.token_bytes(_NONCE_BYTES)
     sock.sendall(ours + _proof(key, b"accept", theirs, ours))
-    proof, host = _received(sock, 32, end), _received(sock, _HOST.size, end)
-    if not hmac.compare_digest(proof, _proof(key, b"dial", ours, theirs, host)):
+    proof, who = _received(sock, 32, end), _received(sock, _WHO.size, end)
+    if not hmac.compare_digest(proof, _proof(key, b"dial", ours, theirs, who)):
         raise NotOfUs("it has another key, or another ensemble")
-    return int(_HOST.unpack(host)[0])
+    host, channel = _WHO.unpack(who)
+    return int(host), channel.rstrip(b"\0").decode("ascii", "replace")
 
 
-def introduce(sock: socket.socket, key: bytes, host: int) -> None:
+def introduce(sock: socket.socket, key: bytes, host: int, channel: str = "") -> None:
     """Prove to have the key, and to be ``host``; and have the other prove that it has it.
+
+    Args:
+        key: as `key_for` makes it.
+        channel: what of the other is wanted; "": to tell and be told.
 
     Raises:
         NotOfUs: it has not.
@@ -269,8 +292,8 @@ def introduce(sock: socket.socket, key: bytes, host: int) -> None:
     theirs, proof = _received(sock, _NONCE_BYTES, end), _received(sock, 32, end)
     if not hmac.compare_digest(proof, _proof(key, b"accept", ours, theirs)):
         raise NotOfUs("it has another key, or another ensemble")
-    number = _HOST.pack(host)
-    sock.sendall(_proof(key, b"dial", theirs, ours, number) + number)
+    who = _WHO.pack(host, channel.encode())
+    sock.sendall(_proof(key, b"dial", theirs, ours, who) + who)
 
 
 def make_bell(folder: Path, name: str) -> str:
@@ -280,7 +303,7 @@ def make_bell(folder: Path, name: str) -> str:
     return str(path)
 
 
-def _key_for(key: bytes, spec: PlaneSpec) -> bytes:
+def key_for(key: bytes, spec: PlaneSpec) -> bytes:
     """A key that fits planes of this shape only."""
     shape = {name: value for name, value in asdict(spec).items() if name not in ("name", "bell")}
     return hmac.digest(key, json.dumps(shape, sort_keys=True).encode(), "sha256")

@@ -33,6 +33,7 @@ class LockstepConfig:
         devices: CUDA_VISIBLE_DEVICES of its process, its own GPU first; empty on CPU.
         gateway_pid: the engine ends when this process does.
         engine: a name that the engine's process has made, where its ranks have processes of their own; else "".
+        own_environment: its process has an environment of its own, and not the gateway's.
     """
 
     expert: int
@@ -41,9 +42,10 @@ class LockstepConfig:
     devices: str
     gateway_pid: int
     engine: str = field(default="", kw_only=True)
+    own_environment: bool = field(default=False, kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, _ENVIRONMENT: dict(os.environ)}
+        return {**self.__dict__, _ENVIRONMENT: None if self.own_environment else dict(os.environ)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickling is the first that a new engine process does: from here on it ends with its gateway,
@@ -52,7 +54,8 @@ class LockstepConfig:
         environment = state.pop(_ENVIRONMENT)
         self.__dict__.update(state)
         if os.getpid() != self.gateway_pid:
-            become(environment)
+            if environment is not None:
+                become(environment)
             if os.getppid() != self.gateway_pid:
                 end_with(os.getppid(), new_name())
             if self.devices:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from vllm.engine.protocol import EngineClient
@@ -69,7 +69,12 @@ class LLMEngine:
         self.choose_grammar = GrammarChooser(llm).choose
         self._process = llm.engine_core.resources.engine_manager.processes[0]
         self.pid = int(self._process.pid)
-        self.cores = os.sched_getaffinity(self.pid) if current_platform.is_cpu() else set()
+        # An actor may be on another host.
+        self.files = getattr(self._process, "files", None)
+        self.cores = set() if self.files is not None else self._cores()
+
+    def _cores(self) -> set[int]:
+        return os.sched_getaffinity(self.pid) if current_platform.is_cpu() else set()
 
     async def submit(self, request_id: str, prompt: Any, params: SamplingParams, **kwargs: Any) -> Any:
         return await self.llm.add_request(request_id, prompt, params, **kwargs)
@@ -146,12 +151,70 @@ class EnginePlan:
         return int(self.config.parallel_config.tensor_parallel_size)
 
 
+@dataclass(frozen=True)
+class Site:
+    """What an engine has where it is started.
+
+    Attributes:
+        plane: what it attaches to.
+        cpus: cores that it computes on, rank by rank; empty leaves them alone.
+        ends_with: the process that it ends with.
+        own_environment: it does not get the gateway's.
+    """
+
+    plane: PlaneSpec
+    cpus: tuple[int, ...]
+    ends_with: int
+    own_environment: bool = False
+
+
+class Launcher(Protocol):
+    """Starts engines' processes."""
+
+    def site(self, expert: int) -> Site:
+        """Where the next engine of ``expert`` is going to be.
+
+        Raises:
+            StartError: it cannot be started now.
+        """
+        ...
+
+    def launch(self, expert: int, config: Any, log_stats: bool) -> tuple[dict[str, str], Any] | None:
+        """Start it, with vLLM's ``config``. Returns the addresses to hear it by, and what has vLLM's interface of a
+        manager of engine processes; None: vLLM is to start it.
+
+        Raises:
+            Exception: it does not start.
+        """
+        ...
+
+
+class OwnProcesses:
+    """Engines are processes of the gateway's, which vLLM starts.
+
+    Args:
+        specs: [K], of the plane of each place.
+        ranks: of each expert that there is.
+    """
+
+    def __init__(self, specs: Sequence[PlaneSpec], ranks: Sequence[int]):
+        self._specs = specs
+        # Experts that come later share them.
+        self._cores = dealt_cores(sorted(os.sched_getaffinity(0)), ranks)
+
+    def site(self, expert: int) -> Site:
+        return Site(self._specs[expert], self._cores[expert % len(self._cores)], os.getpid())
+
+    def launch(self, expert: int, config: Any, log_stats: bool) -> None:
+        return None
+
+
 class Starter:
     """Starts the engines of an ensemble, and starts them again.
 
     Args:
         plans: by place, None where there is no expert; an expert that is exchanged has another one from then on.
-        specs: [K], of the plane on the host of each place.
+        launcher: starts their processes.
         brought: waits for what other hosts' engines have written.
         failures: hears why an engine does not start.
         progress: hears what engines say while they start.
@@ -160,19 +223,17 @@ class Starter:
     def __init__(
         self,
         plans: list[EnginePlan | None],
-        specs: Sequence[PlaneSpec],
+        launcher: Launcher,
         brought: Brought,
         failures: Failures,
         progress: Progress,
         disable_log_stats: bool,
     ):
         self.plans = plans
-        self._specs, self._brought, self._disable_log_stats = specs, brought, disable_log_stats
+        self._launcher, self._brought, self._disable_log_stats = launcher, brought, disable_log_stats
         self._failures, self._progress = failures, progress
         self._metrics = SharedMetrics(len(plans))
         self._experts = [expert for expert, plan in enumerate(plans) if plan is not None]
-        # Those that come later share them.
-        self._cores = _dealt_cores([plan.ranks for plan in plans if plan is not None])
 
     async def start(self, expert: int) -> LLMEngine:
         """One expert's engine, in a process of its own.
@@ -215,31 +276,56 @@ class Starter:
         plan = self.plans[expert]
         assert plan is not None, "there is no expert"
         remove_stale()  # of an engine that it had before
+        site = self._launcher.site(expert)
         config = copy.deepcopy(plan.config)  # in which an engine's start leaves what it has found
         config.additional_config = ReportingConfig(
             expert=expert,
-            plane=self._specs[expert],
-            cpus=self._cores[expert % len(self._cores)],
+            plane=site.plane,
+            cpus=site.cpus,
             devices=plan.devices,
-            gateway_pid=os.getpid(),
+            gateway_pid=site.ends_with,
+            own_environment=site.own_environment,
             name=plan.name,
             failures=self._failures.address,
             progress=self._progress.address,
         )
         loggers = [self._metrics.factory_for(expert), named_log(plan.name)]
-        llm = AsyncLLM.from_vllm_config(
-            config,
-            stat_loggers=None if self._disable_log_stats else loggers,
-            disable_log_stats=self._disable_log_stats,
+        addresses, manager = self._launcher.launch(expert, config, not self._disable_log_stats) or (
+            None,
+            None,
         )
+        try:
+            llm = AsyncLLM.from_vllm_config(
+                config,
+                stat_loggers=None if self._disable_log_stats else loggers,
+                disable_log_stats=self._disable_log_stats,
+                client_addresses=addresses,
+            )
+        except BaseException as error:
+            if manager is None:
+                raise
+            manager.shutdown()
+            raise StartError(f"its engine has ended, or is not heard ({reason_of(error)})") from None
+        finally:
+            if manager is not None:
+                manager.heard_of.set()
+        if manager is not None:
+            watch_over(llm, manager)
         if llm.logger_manager is not None:
             without_nameless_log(llm.logger_manager)
         self._brought.hold_back(expert, llm)
         return LLMEngine(llm)
 
 
-def _dealt_cores(ranks: Sequence[int]) -> list[tuple[int, ...]]:
-    """On CPU, the cores of this process dealt out evenly over all ranks of engines: those that share cores drift apart.
+def watch_over(llm: AsyncLLM, manager: Any) -> None:
+    """Have an `AsyncLLM` whose engine it has not started end it, and hear of its death, by ``manager``."""
+    core = llm.engine_core
+    core.resources.engine_manager = manager
+    core.start_engine_core_monitor()
+
+
+def dealt_cores(cores: Sequence[int], ranks: Sequence[int]) -> list[tuple[int, ...]]:
+    """On CPU, a host's ``cores`` dealt out evenly over all ranks of engines there: those that share cores drift apart.
 
     Args:
         ranks: how many each engine has.
@@ -249,7 +335,6 @@ def _dealt_cores(ranks: Sequence[int]) -> list[tuple[int, ...]]:
     """
     if not current_platform.is_cpu():
         return [()] * len(ranks)
-    cores = sorted(os.sched_getaffinity(0))
     each = len(cores) // sum(ranks)
     dealt, begin = [], 0
     for count in ranks:

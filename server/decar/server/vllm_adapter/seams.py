@@ -339,7 +339,7 @@ SEAMS: tuple[Seam, ...] = (
         calls(
             _ENGINE,
             "AsyncLLM.from_vllm_config",
-            "vllm_config, *, stat_loggers, disable_log_stats",
+            "vllm_config, *, stat_loggers, disable_log_stats, client_addresses",
             used_by="starts engines",
         ),
         calls(_ENGINE, "AsyncLLM.generate", "async prompt, sampling_params, request_id, **kwargs"),
@@ -374,6 +374,7 @@ SEAMS: tuple[Seam, ...] = (
         reads(_CLIENT, "AsyncMPClient", "resources", used_by="engine processes"),
         reads(_CLIENT, "BackgroundResources", "engine_manager", used_by="engine processes"),
         reads("vllm.v1.engine.utils", "CoreEngineProcManager", "processes", used_by="engine processes"),
+        calls(_CLIENT, "AsyncMPClient.start_engine_core_monitor", used_by="engines that are actors"),
         calls(_CLIENT, "AsyncMPClient.abort_requests_async", "async request_ids"),
         calls(_PROCESSOR, "OutputProcessor.abort_requests", "request_ids, *, internal"),
         calls(_PROCESSOR, "RequestOutputCollector.get", "async "),
@@ -381,6 +382,27 @@ SEAMS: tuple[Seam, ...] = (
         calls(_PROCESSOR, "RequestOutputCollector.put", "output"),
         reads(_PROCESSOR, "RequestOutputCollector", "request_id"),
         reads("vllm.v1.engine.exceptions", "", "EngineDeadError"),
+    ),
+    *used_by(
+        "actor",
+        calls(
+            "vllm.v1.engine.core",
+            "EngineCoreActor.__init__",
+            "vllm_config, local_client, addresses, executor_class, log_stats",
+        ),
+        calls("vllm.v1.engine.core", "EngineCoreActor.run"),
+        reads("vllm.v1.engine.core", "", "EngineCoreActor"),
+        reads("vllm.v1.engine.utils", "EngineZmqAddresses", "inputs outputs"),
+        reads("vllm.v1.engine.utils", "", "EngineZmqAddresses"),
+        reads("vllm.v1.executor", "", "Executor"),
+        calls("vllm.v1.executor.abstract", "Executor.get_class", "vllm_config"),
+        # What vLLM's client asks of whoever manages its engine.
+        replaces(
+            "vllm.v1.engine.utils",
+            "CoreEngineProcManager.monitor_engine_liveness",
+            called_in=f"{_CLIENT}:MPClient.start_engine_core_monitor",
+        ),
+        replaces("vllm.v1.engine.utils", "CoreEngineProcManager.shutdown", "timeout="),
     ),
     *used_by(
         "fork_server",

@@ -1,0 +1,150 @@
+"""Ray clusters for tests: nodes on this machine, all in one place or each in a network namespace of its own.
+
+In namespaces, nodes share nothing but a switch: each has an address, and a /dev/shm, of its own. That needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.helpers import free_port, wait_until
+from tests.wires import Machine, Switch
+
+UP_WITHIN_S = 60
+NAMES = ("ada", "grace", "mary")
+
+
+@dataclass
+class RayNode:
+    """One node.
+
+    Attributes:
+        name: as Ray knows it.
+        address: its IP.
+        inside: what a command begins with to run there.
+        process: `ray start`, whose end is the node's.
+    """
+
+    name: str
+    address: str
+    inside: tuple[str, ...]
+    process: subprocess.Popen[bytes]
+
+    def processes(self) -> list[psutil.Process]:
+        """All that the node has started, itself included."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.process.pid)
+            return [process, *process.children(recursive=True)]
+        return []
+
+    def shared_memory(self) -> list[str]:
+        """What decar has under /dev/shm there."""
+        listed = subprocess.run([*self.inside, "ls", "/dev/shm"], capture_output=True, text=True, check=True)
+        return [name for name in listed.stdout.split() if name.startswith("decar-")]
+
+    def kill(self) -> None:
+        """At once, as when its machine loses power."""
+        processes = self.processes()
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        psutil.wait_procs(processes, 10)
+
+
+@dataclass
+class RayCluster:
+    """Nodes that know each other; the first is the head.
+
+    Attributes:
+        folder: for Ray's files; short, since they include sockets.
+        token: that nodes prove to each other to have.
+    """
+
+    folder: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(32))
+    port: int = field(default_factory=free_port)
+    nodes: list[RayNode] = field(default_factory=list)
+
+    @property
+    def head(self) -> RayNode:
+        return self.nodes[0]
+
+    @property
+    def address(self) -> str:
+        return f"{self.head.address}:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of whoever is to be in the cluster."""
+        # No proxy is asked the way from one machine to another.
+        direct = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        return {**direct, **_PATIENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    def start(self, name: str, address: str, inside: Sequence[str] = (), cpus: int = 4) -> RayNode:
+        """Add a node, and wait until the cluster knows it. Each keeps to one core, if there are enough."""
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[NAMES.index(name) % len(cores)]
+        joins = ["--head", f"--port={self.port}", "--include-dashboard=false"]
+        if self.nodes:
+            joins = [f"--address={self.address}"]
+        command = [
+            *inside,
+            *("taskset", "--cpu-list", str(core)),
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", *joins, f"--node-name={name}"),
+            *(f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0", "--block"),
+            *("--object-store-memory=200000000", "--disable-usage-stats", f"--temp-dir={self.folder}/{name}"),
+        ]
+        log = (self.folder / f"{name}.log").open("ab")
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=self.environment,
+        )
+        node = RayNode(name, address, tuple(inside), process)
+        self.nodes = [other for other in self.nodes if other.name != name] + [node]
+
+        def is_up() -> bool:
+            assert process.poll() is None, self.log_of(name)
+            return "Ray runtime started" in self.log_of(name)
+
+        wait_until(is_up, UP_WITHIN_S, lambda: self.log_of(name), 0.2)
+        return node
+
+    def log_of(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def stop(self) -> None:
+        for node in reversed(self.nodes):
+            node.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_PATIENT = {"RAY_health_check_failure_threshold": "30", "RAY_gcs_rpc_server_reconnect_timeout_s": "300"}
+"""Ray soon takes nodes that it has not heard for dead, and those end when they hear of that."""
+
+
+@contextlib.contextmanager
+def ray_cluster(count: int, switch: Switch | None = None) -> Iterator[RayCluster]:
+    """So many nodes: in one place, where they share what a machine has, or on the machines of a ``switch``."""
+    cluster = RayCluster(Path(tempfile.mkdtemp(prefix="ray", dir="/tmp")))
+    try:
+        for name in NAMES[:count]:
+            machine = switch.machines[name] if switch else Machine(name, "127.0.0.1", ())
+            cluster.start(name, machine.address, machine.inside)
+        yield cluster
+    finally:
+        cluster.stop()
