@@ -105,9 +105,13 @@ async def test_the_expert_alone(server: Server, mixed: Reference) -> None:
 
 async def test_prompts_that_are_scored(server: Server, mixed: Reference) -> None:
     """By rows of the whole mixture, which one rank of each engine writes out."""
-    [one] = clear_answers(mixed, {}, SOME)[:1]
+    await check_scored(server, mixed)
+
+
+async def check_scored(server: Server, reference: Reference) -> None:
+    [one] = clear_answers(reference, {}, SOME)[:1]
     async with server.async_openai() as client:
-        asked = {"model": mixed.name, "prompt": one.prompt, "max_tokens": 1, "temperature": 0}
+        asked = {"model": reference.name, "prompt": one.prompt, "max_tokens": 1, "temperature": 0}
         answer = await client.completions.create(**asked, echo=True, logprobs=1)
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
@@ -130,6 +134,15 @@ async def answers_under_way(
         await asyncio.to_thread(wait_until, begun, 30, lambda: f"answers are under way: {server.ensemble()}")
         await asyncio.to_thread(move, 0.02)
         yield running
+
+
+async def check_whole(
+    under_way: asyncio.Task[list[tuple[Answer, dict[str, Any]]]], degraded: list[str]
+) -> None:
+    """Answers of `answers_under_way` end as they should, and say whom they have lost."""
+    for answer, summary in await under_way:
+        assert len(answer.tokens) == 200
+        assert summary["degraded"] == degraded
 
 
 async def lose_rank(server: Server, mixed: Reference, which: int, prompts: list[list[int]]) -> None:

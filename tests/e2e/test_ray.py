@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,9 +26,10 @@ from tests.e2e.test_active import (
     clear,
 )
 from tests.e2e.test_exact import RULES, check, check_alone, clear_answers, routed
+from tests.e2e.test_hosts import check_killed
 from tests.e2e.test_load import check_cancelled, check_under_load
 from tests.e2e.test_loss import BACK_WITHIN_S, is_up, pid_of, wait_until_another
-from tests.e2e.test_ranks import answers_under_way
+from tests.e2e.test_ranks import answers_under_way, check_scored, check_whole
 from tests.helpers import Server, wait_until
 from tests.ray_nodes import NAMES, RayCluster, ray_cluster
 from tests.reference import Reference, Rule
@@ -118,13 +118,7 @@ async def test_an_expert_alone(server: Server, experts: Reference) -> None:
 
 async def test_prompts_that_are_scored(server: Server, experts: Reference) -> None:
     """By rows of the whole mixture, which come from another host's memory."""
-    [one] = clear_answers(experts, {}, SOME)[:1]
-    async with server.async_openai() as client:
-        asked = {"model": experts.name, "prompt": one.prompt, "max_tokens": 1, "temperature": 0}
-        answer = await client.completions.create(**asked, echo=True, logprobs=1)
-    logprobs = answer.choices[0].logprobs
-    assert logprobs is not None
-    assert len(logprobs.token_logprobs) == len(one.prompt) + 1
+    await check_scored(server, experts)
 
 
 @needs_network
@@ -155,9 +149,7 @@ async def test_a_partition_of_five_seconds_changes_no_answer(
     await asyncio.sleep(5)
     assert not under_way.done()
     switch.be()
-    for answer, summary in await under_way:
-        assert len(answer.tokens) == 200
-        assert summary["degraded"] == []
+    await check_whole(under_way, [])
     await check(server, experts, routed("posterior"), "velocity", SOME)
 
 
@@ -188,9 +180,7 @@ async def test_connections_that_are_reset_take_an_expert_away(
         reset = ["ss", "--kill", "--no-header", "dst", cluster.head.address, "dport", "=", str(port)]
         done = subprocess.run([*node.inside, *reset], capture_output=True, text=True, check=False)
         assert len(done.stdout.splitlines()) == 3, "one of the hosts, two of the engine and its client"
-    for answer, summary in await under_way:
-        assert len(answer.tokens) == 200
-        assert summary["degraded"] == [lost]
+    await check_whole(under_way, [lost])
     await asyncio.to_thread(wait_until_another, server, lost, before)
     await check(server, experts, routed("posterior"), "velocity", SOME)
 
@@ -230,16 +220,7 @@ async def test_a_partition_of_a_minute_takes_an_expert_away(
 @pytest.mark.soak
 @pytest.mark.parametrize("which", [0, NODES - 1])
 async def test_an_engine_that_is_killed_is_back(server: Server, experts: Reference, which: int) -> None:
-    lost = experts.experts[which]
-    before = pid_of(server, lost)
-    prompts = [one.prompt for one in clear_answers(experts, {}, SOME)]
-    async with answers_under_way(server, experts, prompts) as under_way:
-        os.kill(before, signal.SIGKILL)
-    for answer, summary in await under_way:
-        assert len(answer.tokens) == 200
-        assert summary["degraded"] == [lost]
-    await asyncio.to_thread(wait_until_another, server, lost, before)
-    await check(server, experts, routed("posterior"), "velocity", SOME)
+    await check_killed(server, experts, experts.experts[which])
 
 
 @pytest.mark.soak  # Ray takes its time to believe it
@@ -250,9 +231,7 @@ async def test_a_node_that_dies_and_comes_back(
     prompts = [one.prompt for one in clear_answers(experts, {}, SOME)]
     async with answers_under_way(server, experts, prompts) as under_way:
         node.kill()
-    for answer, summary in await under_way:
-        assert len(answer.tokens) == 200
-        assert summary["degraded"] == [lost]
+    await check_whole(under_way, [lost])
     assert not is_up(server, lost)
     await asyncio.to_thread(cluster.start, node.name, node.address, node.inside)
     await asyncio.to_thread(wait_until, lambda: is_up(server, lost), 2 * BACK_WITHIN_S, server.log_tail)

@@ -25,7 +25,7 @@ from decar.server.vllm_adapter.actor import ActorManager, ActorProcess
 from tests.helpers import SHARED_MEMORY, wait_until
 
 SHAPE = {"experts": 3, "slots": 2, "vocab_size": 8, "positions": 16}
-NODES = tuple(Node(str(i), name, "127.0.0.1", 2, 0) for i, name in enumerate(("ada", "grace", "mary")))
+NODES = tuple(Node(str(i), name, "127.0.0.1", 2) for i, name in enumerate(("ada", "grace", "mary")))
 
 
 @pytest.fixture
@@ -106,7 +106,6 @@ class Elsewhere:
     """A host whose files lie elsewhere."""
 
     def __init__(self, host: Host):
-        self.facts = host.facts
         self._wrong = host.wrong
 
     def wrong(self, directory: str, sizes: Any) -> str | None:
@@ -117,14 +116,14 @@ def test_a_checkpoint_has_to_be_the_same(host: Host, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text("{}")
     facts = host.facts()
-    assert wrong_with(NODES[1], host, facts, [tmp_path]) == []
+    assert wrong_with(NODES[1], host, facts, facts, [tmp_path]) == []
     assert host.wrong(str(tmp_path), {config.name: 3}) == f"{config} has 2 bytes, and 3 at the gateway"
-    [missing] = wrong_with(NODES[1], Elsewhere(host), facts, [tmp_path])  # type: ignore[arg-type]
+    [missing] = wrong_with(NODES[1], Elsewhere(host), facts, facts, [tmp_path])  # type: ignore[arg-type]
     assert missing.startswith(
         f"node 'grace': there is no /elsewhere{config}; weights have to be at the same path"
     )
     other = SimpleNamespace(versions={**facts.versions, "vLLM": "0.1"})
-    [said] = wrong_with(NODES[1], host, other, [])  # type: ignore[arg-type]
+    [said] = wrong_with(NODES[1], host, facts, other)  # type: ignore[arg-type]
     assert "node 'grace' has vLLM" in said
     assert "and the gateway 0.1: install the same there" in said
 
@@ -240,7 +239,7 @@ def test_a_node_that_is_lost_is_waited_for(three: Three) -> None:
     with pytest.raises(StartError, match="its node 'grace' is not in the cluster"):
         there.ready(1)
     assert there.ready(2).node is NODES[2]
-    again = Node("9", "grace", "127.0.0.1", 2, 0)
+    again = Node("9", "grace", "127.0.0.1", 2)
     cluster.there.append(again)
     assert there.ready(1).node is again
 
@@ -265,9 +264,9 @@ def test_a_beginning_that_fails_half_way_is_begun_again(
 
 def test_an_engine_without_a_free_cpu_is_not_waited_for(three: Three, tmp_path: Path) -> None:
     there, _ = three
-    there.check(1, tmp_path, 2)
+    there.check(there.ready(1), tmp_path, 2)
     with pytest.raises(StartError, match="node 'grace' has 2 free CPUs of Ray's, and 3 are needed"):
-        there.check(1, tmp_path, 3)
+        there.check(there.ready(1), tmp_path, 3)
 
 
 # --- engines that are actors ------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from decar.server.commands import with_ray_address
 from tests.server.test_placement import ensemble
 
 NODES = [
-    Node("1", "ada", "10.0.0.1", 2.0, 0.0),
-    Node("2", "grace", "10.0.0.2", 2.0, 0.0),
-    Node("3", "mary", "10.0.0.3", 1.0, 0.0),
+    Node("1", "ada", "10.0.0.1", 2.0),
+    Node("2", "grace", "10.0.0.2", 2.0),
+    Node("3", "mary", "10.0.0.3", 1.0),
 ]
 
 
@@ -71,7 +71,7 @@ def test_wishes_that_cannot_be(wish: str, said: str) -> None:
 
 
 def test_a_name_that_two_nodes_have_says_nothing() -> None:
-    twins = [*NODES, Node("4", "ada", "10.0.0.4", 2.0, 0.0)]
+    twins = [*NODES, Node("4", "ada", "10.0.0.4", 2.0)]
     with pytest.raises(StartError, match="several nodes"):
         plan_on(twins, ensemble(1), "e0=node:ada")
     assert where(plan_on(twins, ensemble(1), "e0=node:10.0.0.4")) == ["ada"]

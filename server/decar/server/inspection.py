@@ -90,9 +90,10 @@ def _describe_nodes(ensemble: Ensemble, console: Console, ray: str, placement: s
         problems = []
         for number, node in enumerate(plan.nodes):
             host: Any = HostElsewhere(cluster.begin(node), node.name) if number else gateway
+            facts = host.facts()
             for expert, at in zip(ensemble.experts, plan.of, strict=True):
                 if at == number:
-                    wrong = wrong_with(node, host, gateway.facts(), [expert.path])
+                    wrong = wrong_with(node, host, facts, gateway.facts(), [expert.path])
                     problems += [problem for problem in wrong if problem not in problems]
                     weights = "see below" if wrong else gib(expert.weight_bytes, 2)
                     table.add_row(expert.name, node.name, node.address, f"{node.cpus:g}", weights)

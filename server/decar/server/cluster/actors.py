@@ -44,13 +44,13 @@ class Actors:
         return Site(host.spec, cores[there.index(expert)], host.facts.pid, own_environment=True)
 
     def launch(self, expert: int, config: Any, log_stats: bool) -> tuple[dict[str, str], ActorManager]:
-        self._hosts.check(expert, Path(config.model_config.model), self._ranks[expert])
         host = self._hosts.ready(expert)
-        (hears_here, speaks_here), (hears, speaks) = self._hosts.open(expert, next(self._starts))
+        self._hosts.check(host, Path(config.model_config.model), self._ranks[expert])
+        (hears_here, speaks_here), (hears, speaks) = self._hosts.open(expert, next(self._starts), host)
         environment = {**_environment_for_actors(self._before), "VLLM_RPC_BASE_PATH": host.facts.folder}
         options = {
             "num_cpus": self._ranks[expert],
-            "scheduling_strategy": host.strategy(),
+            "scheduling_strategy": host.node.strategy(),
             "runtime_env": {"env_vars": environment},
         }
         actor, pid, run = begin(config, hears, speaks, log_stats, options)

@@ -12,11 +12,12 @@ from typing import Any, cast
 
 from decar.router.errors import StartError
 from decar.server.cluster.host import Facts, Host
-from decar.server.cluster.nodes import Cluster, Node, Plan, last_line
+from decar.server.cluster.nodes import Cluster, Node, Plan
 from decar.server.protocol.channels import channel_names
 from decar.server.protocol.links import Address
 from decar.server.protocol.mirror import GATEWAY, Hosts
 from decar.server.protocol.plane import PlaneSpec
+from decar.server.vllm_adapter.failures import last_line
 
 logger = logging.getLogger("decar")
 
@@ -40,12 +41,6 @@ class At:
     host: Host
     facts: Facts
     spec: PlaneSpec
-
-    def strategy(self) -> Any:
-        """For an actor to be on its node."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        return NodeAffinitySchedulingStrategy(self.node.id, soft=False)
 
 
 class HostGone(StartError):
@@ -83,15 +78,20 @@ class HostElsewhere:
         return ask
 
 
-def wrong_with(node: Node, host: Host, gateway: Facts, checkpoints: Iterable[Path]) -> list[str]:
-    """What would keep engines of ``checkpoints`` from running on a node; "": nothing.
+def wrong_with(
+    node: Node, host: Host, facts: Facts, gateway: Facts, checkpoints: Iterable[Path] = ()
+) -> list[str]:
+    """What would keep engines of ``checkpoints`` from running on a node.
+
+    Args:
+        facts, gateway: of its host, and of the gateway's.
 
     Raises:
         StartError: it does not answer.
     """
     found = [
         f"node {node.name!r} has {name} {version}, and the gateway {gateway.versions[name]}: install the same there"
-        for name, version in host.facts().versions.items()
+        for name, version in facts.versions.items()
         if version != gateway.versions[name]
     ]
     for checkpoint in checkpoints:
@@ -185,29 +185,29 @@ class ClusterHosts:
                     self._at[other].host.moved(number, self._addresses[number])
                     self._untold.discard((other, number))
 
-    def open(self, expert: int, start: int) -> tuple[list[str], list[str]]:
-        """The sockets for an expert's engine that is started as the ``start``-th: the gateway's ends, and its own."""
-        at, gateway = self.ready(expert), self._at[GATEWAY]
+    def open(self, expert: int, start: int, at: At) -> tuple[list[str], list[str]]:
+        """The sockets for an expert's engine that is started as the ``start``-th, ``at`` its host: the gateway's ends,
+        and its own."""
+        gateway = self._at[GATEWAY]
         mine = [f"ipc://{gateway.facts.folder}/{name}" for name in channel_names(expert, start)]
         if self.number(expert) == GATEWAY:
             at.host.end(expert)
             return mine, mine
         return mine, at.host.open(expert, start)
 
-    def check(self, expert: int, checkpoint: Path, ranks: int) -> None:
-        """Look whether an expert's checkpoint is on its host as it is here, and as many CPUs are free as it has ranks.
+    def check(self, at: At, checkpoint: Path, ranks: int) -> None:
+        """Look whether a checkpoint is on a host as it is here, and as many CPUs are free as its expert has ranks.
 
         Raises:
             StartError: says what is missing there.
         """
-        at = self.ready(expert)
         node = self._cluster.node(at.node.name)
         if node is not None and node.cpus < ranks:
             raise StartError(
                 f"node {node.name!r} has {node.cpus:g} free CPUs of Ray's, and {ranks} are needed: end what runs "
                 "there, or give it more (`ray start --num-cpus`)"
             )
-        wrong = wrong_with(at.node, at.host, self._at[GATEWAY].facts, [checkpoint])
+        wrong = wrong_with(at.node, at.host, at.facts, self._at[GATEWAY].facts, [checkpoint])
         if wrong:
             raise StartError("; ".join(wrong))
 
@@ -259,10 +259,10 @@ class ClusterHosts:
             self._cluster.end(self._actors[number])  # though its node be lost: two must not have one number
         actor = self._actors[number] = self._cluster.begin(node)
         host = cast(Host, HostElsewhere(actor, node.name))
-        wrong = wrong_with(node, host, self._at[GATEWAY].facts, ())
+        facts = host.facts()
+        wrong = wrong_with(node, host, facts, self._at[GATEWAY].facts)
         if wrong:
             raise StartError("; ".join(wrong))
-        facts = host.facts()
         spec, address = host.begin(self._shape, node.address)
         self._addresses[number] = (address[0], address[1])
         return At(node, host, facts, spec)

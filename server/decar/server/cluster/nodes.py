@@ -23,14 +23,19 @@ class Node:
         id: Ray's; another one when the node comes back.
         name: as `ray start --node-name` gives it, or its address.
         address: its IP.
-        cpus, gpus: what nobody has taken.
+        cpus: what nobody has taken.
     """
 
     id: str
     name: str
     address: str
     cpus: float
-    gpus: float
+
+    def strategy(self) -> Any:
+        """For an actor to be there."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return NodeAffinitySchedulingStrategy(self.id, soft=False)
 
 
 class Cluster:
@@ -77,7 +82,6 @@ class Cluster:
                 node.get("NodeName") or node["NodeManagerAddress"],
                 node["NodeManagerAddress"],
                 left.get(node["NodeID"], {}).get("CPU", 0.0),
-                left.get(node["NodeID"], {}).get("GPU", 0.0),
             )
             for node in self._ray.nodes()
             if node["Alive"]
@@ -90,15 +94,9 @@ class Cluster:
 
     def begin(self, node: Node) -> Any:
         """A `Host` on a node, as an actor."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         from decar.server.cluster.host import Host
 
-        options = {
-            "num_cpus": 0,
-            "max_concurrency": 16,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
-        }
+        options = {"num_cpus": 0, "max_concurrency": 16, "scheduling_strategy": node.strategy()}
         return self._ray.remote(Host).options(**options).remote(guarded=True)
 
     def end(self, actor: Any) -> None:
@@ -108,12 +106,6 @@ class Cluster:
 
     def close(self) -> None:
         self._ray.shutdown()
-
-
-def last_line(error: Exception) -> str:
-    """Of what Ray says of an error: after tracebacks, the end says what went wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:400] if lines else repr(error)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor import Executor
 
 from decar.router.errors import StartError
+from decar.server.vllm_adapter.failures import last_line
 
 logger = logging.getLogger("decar")
 
@@ -55,9 +56,7 @@ def begin(
     except Exception as error:
         with suppress(Exception):
             ray.kill(actor)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # The end of a traceback says what went wrong.
-        raise StartError(lines[-1][:400] if lines else repr(error)) from None
+        raise StartError(last_line(error)) from None
 
 
 class ActorProcess:

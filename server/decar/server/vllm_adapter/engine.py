@@ -69,12 +69,9 @@ class LLMEngine:
         self.choose_grammar = GrammarChooser(llm).choose
         self._process = llm.engine_core.resources.engine_manager.processes[0]
         self.pid = int(self._process.pid)
-        # An actor may be on another host.
-        self.files = getattr(self._process, "files", None)
-        self.cores = set() if self.files is not None else self._cores()
-
-    def _cores(self) -> set[int]:
-        return os.sched_getaffinity(self.pid) if current_platform.is_cpu() else set()
+        self.files = getattr(self._process, "files", None)  # of an actor, on another host
+        is_here = self.files is None and current_platform.is_cpu()
+        self.cores = os.sched_getaffinity(self.pid) if is_here else set()
 
     async def submit(self, request_id: str, prompt: Any, params: SamplingParams, **kwargs: Any) -> Any:
         return await self.llm.add_request(request_id, prompt, params, **kwargs)

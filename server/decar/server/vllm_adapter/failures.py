@@ -133,3 +133,9 @@ def reason_of(error: BaseException) -> str:
     if len(text) > _LONGEST:
         text = text[:_LONGEST] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """Of what Ray says of an error: after tracebacks, the end says what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:_LONGEST] if lines else repr(error)
