@@ -14,12 +14,12 @@ from decar.server.gateway.leaders import Leaders
 from decar.server.protocol.member import Member
 
 
-def member(slot: int, leader: int, prune: float = 0.0) -> Member:
+def member(slot: int, leader: int, prune: float = 0.0, active: tuple[int, ...] = (0, 1, 2)) -> Member:
     return Member(
         slot=slot,
         generation=1,
         leader=leader,
-        active=(0, 1, 2),
+        active=active,
         rule="velocity",
         log_weights=[0.0, 0.0, 0.0],
         posterior=False,
@@ -27,40 +27,75 @@ def member(slot: int, leader: int, prune: float = 0.0) -> Member:
     )
 
 
+def among(*active: int, prune: float = 0.0) -> Member:
+    """A request that is about to get its leader."""
+    return member(9, active[0], prune, active)
+
+
 def logs(*weights: float) -> np.ndarray:
     with np.errstate(divide="ignore"):
         return np.log(weights)
 
 
+ONE_HOST = (0, 0, 0)
+
+
 def test_the_heaviest_of_the_active_leads() -> None:
-    leaders = Leaders(3)
-    assert leaders.choose(logs(0.2, 0.5, 0.3), [0, 1, 2]) == 1
-    assert leaders.choose(logs(0.2, 0.5, 0.3), [0, 2]) == 2
+    leaders = Leaders(ONE_HOST)
+    assert leaders.choose(logs(0.2, 0.5, 0.3), among(0, 1, 2)) == 1
+    assert leaders.choose(logs(0.2, 0.5, 0.3), among(0, 2)) == 2
     leaders.begin(member(0, leader=0))
-    assert leaders.choose(logs(0.2, 0.5, 0.3), [0, 1, 2]) == 1, "whoever leads already does not outweigh it"
+    assert leaders.choose(logs(0.2, 0.5, 0.3), among(0, 1, 2)) == 1, (
+        "whoever leads already does not outweigh it"
+    )
 
 
 def test_among_equals_the_one_that_leads_most_does() -> None:
-    leaders = Leaders(3)
+    leaders = Leaders(ONE_HOST)
     equal = logs(1, 1, 1) - np.log(3)
-    assert leaders.choose(equal, [0, 1, 2]) == 0
+    assert leaders.choose(equal, among(0, 1, 2)) == 0
     leaders.begin(member(0, leader=2))
-    assert leaders.choose(equal, [0, 1, 2]) == 2
-    assert leaders.choose(equal, [0, 1]) == 0, "it has to take part"
+    assert leaders.choose(equal, among(0, 1, 2)) == 2
+    assert leaders.choose(equal, among(0, 1)) == 0, "it has to take part"
     leaders.begin(member(1, leader=1))
     leaders.begin(member(2, leader=1))
-    assert leaders.choose(equal, [0, 1, 2]) == 1
+    assert leaders.choose(equal, among(0, 1, 2)) == 1
 
 
 def test_weights_that_differ_by_rounding_are_equal() -> None:
-    leaders = Leaders(2)
+    leaders = Leaders(ONE_HOST[:2])
     leaders.begin(member(0, leader=0))
-    assert leaders.choose(np.array([np.log(0.5), np.log(0.5) + 1e-12]), [0, 1]) == 0
-    assert leaders.choose(np.array([np.log(0.5), np.log(0.5) + 1e-6]), [0, 1]) == 1
+    assert leaders.choose(np.array([np.log(0.5), np.log(0.5) + 1e-12]), among(0, 1)) == 0
+    assert leaders.choose(np.array([np.log(0.5), np.log(0.5) + 1e-6]), among(0, 1)) == 1
+
+
+def test_the_host_with_the_most_rows_leads_whatever_the_weights_are() -> None:
+    leaders = Leaders((0, 1, 1))
+    assert leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2)) == 1, "one row to bring, not two"
+    leaders.begin(member(0, leader=1))
+    assert leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2)) == 1
+    assert leaders.choose(logs(0.1, 0.2, 0.7), among(1, 2)) == 2, "on one host nothing is to bring: as on one"
+
+
+def test_hosts_that_are_as_near_take_turns() -> None:
+    leaders = Leaders((0, 1, 2))
+    skewed = logs(0.8, 0.1, 0.1)
+    led = []
+    for slot in range(6):
+        led.append(leaders.choose(skewed, among(0, 1, 2)))
+        leaders.begin(member(slot, led[-1]))
+    assert led == [0, 1, 2, 0, 1, 2]
+    assert leaders.choose(skewed, among(1, 2)) == 1
+
+
+def test_a_request_that_experts_leave_is_led_by_the_one_that_stays() -> None:
+    leaders = Leaders((0, 1, 1))
+    assert leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2, prune=0.1)) == 0
+    assert leaders.choose(logs(1, 1, 1), among(0, 1, 2, prune=0.1)) == 1, "among equals, the nearest"
 
 
 def test_who_leads_what_is_counted_while_it_runs() -> None:
-    leaders = Leaders(3)
+    leaders = Leaders(ONE_HOST)
     first, second = member(0, leader=1), member(1, leader=1, prune=0.1)
     leaders.begin(first)
     leaders.begin(second)
@@ -103,7 +138,7 @@ def policy_of(leaders: Leaders, thread: Thread) -> CorePolicy:
 
 
 def test_the_thread_computes_beside_the_engine_that_leads_least(thread: Thread) -> None:
-    leaders = Leaders(3)
+    leaders = Leaders(ONE_HOST)
     policy = policy_of(leaders, thread)
     policy.share_cores()
     leaders.begin(member(0, leader=0))
@@ -115,7 +150,7 @@ def test_the_thread_computes_beside_the_engine_that_leads_least(thread: Thread) 
 
 
 def test_where_experts_are_released_the_thread_is_free(thread: Thread) -> None:
-    leaders = Leaders(3)
+    leaders = Leaders(ONE_HOST)
     policy = policy_of(leaders, thread)
     leaders.begin(member(0, leader=0, prune=0.1))
     policy.share_cores()
@@ -129,4 +164,4 @@ def test_followers_are_told_first_and_whoever_shares_the_core_last(
     thread: Thread, monkeypatch: pytest.MonkeyPatch, here: int, told: list[int]
 ) -> None:
     monkeypatch.setattr(core_policy, "current_core", lambda: here)
-    assert policy_of(Leaders(3), thread).in_order([0, 1, 2], leader=0) == told
+    assert policy_of(Leaders(ONE_HOST), thread).in_order([0, 1, 2], leader=0) == told

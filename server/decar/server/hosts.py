@@ -43,11 +43,13 @@ class Planes:
     Attributes:
         gateways: the one that the gateway reads.
         of: [K], by place, what each expert's engine attaches to.
+        hosts: where those are.
         heard: a pipe that can be read when other hosts have told the gateway's something; "" where there are none.
     """
 
     gateways: Plane
     of: tuple[PlaneSpec, ...]
+    hosts: Hosts
     heard: str = ""
 
 
@@ -67,7 +69,7 @@ def planes_on(hosts: Hosts, make: Callable[[str], Plane], folder: Path) -> Itera
     if hosts.all == [GATEWAY]:
         plane = make("")
         try:
-            yield Planes(plane, (plane.spec,) * len(hosts.of))
+            yield Planes(plane, (plane.spec,) * len(hosts.of), hosts)
         finally:
             plane.unlink()
         return
@@ -94,7 +96,7 @@ def planes_on(hosts: Hosts, make: Callable[[str], Plane], folder: Path) -> Itera
             keeper = _Keeper(arguments)
             keeper.start()
             stack.callback(keeper.end)
-        yield Planes(planes[GATEWAY], tuple(planes[host].spec for host in hosts.of), heard)
+        yield Planes(planes[GATEWAY], tuple(planes[host].spec for host in hosts.of), hosts, heard)
 
 
 @contextlib.contextmanager
@@ -112,7 +114,7 @@ def planes_in(
         stack.callback(cluster.close)
         if alone:
             cluster.begin(plane.spec, (cluster.address, 0))
-            yield Planes(plane, (plane.spec,) * len(hosts.of))
+            yield Planes(plane, (plane.spec,) * len(hosts.of), hosts)
             return
         plane.mirrored[[k for k, host in enumerate(hosts.of) if host != GATEWAY]] = 0.0
         heard = make_bell(folder, "heard")
@@ -126,7 +128,7 @@ def planes_in(
         keeper.start()
         stack.callback(keeper.end)
         cluster.begin(plane.spec, address)
-        yield Planes(plane, (plane.spec,) * len(hosts.of), heard)
+        yield Planes(plane, (plane.spec,) * len(hosts.of), hosts, heard)
 
 
 @dataclass(frozen=True)

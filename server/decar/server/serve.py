@@ -393,7 +393,7 @@ async def _running_ensemble(
                     ensemble,
                     args,
                     engines,
-                    planes.gateways,
+                    planes,
                     started,
                     start,
                     failures,
@@ -450,7 +450,7 @@ async def _warm(
     ensemble: Ensemble,
     args: Namespace,
     engines: Engines,
-    plane: Plane,
+    planes: Planes,
     started: list[Any],
     start: Start,
     failures: Failures,
@@ -471,7 +471,7 @@ async def _warm(
 
     start.phase(f"starting {len(ensemble.experts)} engines", engines=True)
     client = _client(
-        ensemble, await engines.starter.start_all(started, start.ready), plane, min_experts, max_queued
+        ensemble, await engines.starter.start_all(started, start.ready), planes, min_experts, max_queued
     )
     client.health.watch()
     if args.tokenizer is not None:
@@ -602,7 +602,7 @@ def _give_memory(configs: Sequence[Any], places: Sequence[Place]) -> None:
 
 
 def _client(
-    ensemble: Ensemble, engines: Sequence[Any], plane: Plane, min_experts: int, max_queued: int | None
+    ensemble: Ensemble, engines: Sequence[Any], planes: Planes, min_experts: int, max_queued: int | None
 ) -> EnsembleClient:
     """The gateway over ``engines``, made of its parts."""
     from decar.server.gateway.core_policy import start_all_threads
@@ -612,6 +612,7 @@ def _client(
     from decar.server.vllm_adapter.relay import Relay
 
     start_all_threads(engines)
+    plane = planes.gateways
     free = plane.spec.experts - len(engines)
     thread = GatewayThread([engine.cores for engine in engines] + [set()] * free)
     return EnsembleClient(
@@ -623,6 +624,7 @@ def _client(
         metrics=EnsembleMetrics(plane),
         min_experts=min_experts,
         max_queued=max_queued,
+        hosts=planes.hosts.of,
     )
 
 

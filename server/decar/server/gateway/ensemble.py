@@ -101,6 +101,7 @@ class EnsembleClient(AllEngines):
         metrics: told what mixed each token.
         min_experts: how many have to live for the ensemble to be served.
         max_queued: how many requests may wait; None: four for each slot.
+        hosts: [C], of each place in the plane; (): all on one.
     """
 
     def __init__(
@@ -114,13 +115,14 @@ class EnsembleClient(AllEngines):
         metrics: EnsembleMetrics,
         min_experts: int = 1,
         max_queued: int | None = None,
+        hosts: Sequence[int] = (),
     ):
         super().__init__(ensemble, engines, plane, min_experts)
         slots = plane.spec.slots
         self.slots = Slots(slots)
         self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
         self._aborts = Aborts()
-        self.leaders = Leaders(plane.spec.experts)
+        self.leaders = Leaders(hosts or (0,) * plane.spec.experts)
         self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
@@ -531,11 +533,10 @@ class EnsembleClient(AllEngines):
             asked.slot = kept.enter_context(self.slots.take())
         slot = asked.slot
         known = log_weights if scored is None else np.zeros(len(log_weights))
-        leader = self.leaders.choose(known, active)
         member = Member(
             slot=slot,
             generation=self.slots.next_generation(),
-            leader=leader,
+            leader=active[0],
             active=tuple(active),
             rule=call.rule,
             log_weights=log_weights.tolist(),
@@ -545,6 +546,7 @@ class EnsembleClient(AllEngines):
             top_k=None if scored is None else call.top_k,
             uniform=uniform,
         )
+        member.leader = leader = self.leaders.choose(known, member)
         trace = ChoiceTrace([self.experts[k].name for k in active], self.experts[leader].name)
         trace = call.choices.setdefault(asked.first_choice, trace)
         reader = WeightsReader(self.plane, member, [expert.name for expert in self.experts], start)
