@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from decar.benchmarks.network import Switch, network, no_network
+from decar.benchmarks.nodes import NAMES, RayCluster, ray_cluster
 from tests.e2e.conftest import LOADED
 from tests.e2e.test_active import (
     PENALTIES,
@@ -31,9 +33,7 @@ from tests.e2e.test_load import check_cancelled, check_under_load
 from tests.e2e.test_loss import BACK_WITHIN_S, is_up, pid_of, wait_until_another
 from tests.e2e.test_ranks import answers_under_way, check_scored, check_whole
 from tests.helpers import Server, wait_until
-from tests.ray_nodes import NAMES, RayCluster, ray_cluster
 from tests.reference import Reference, Rule
-from tests.wires import Switch, network, no_network
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(900)]
 needs_network = pytest.mark.skipif(bool(no_network()), reason=no_network())

@@ -34,10 +34,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import Progress
 
+from decar.benchmarks import hosts as over_hosts
 from decar.benchmarks import report, today
 from decar.benchmarks.load import Load, LoadFailed, Target
 from decar.benchmarks.machine import environment, slug
 from decar.benchmarks.models import SHAPES, given_or_random
+from decar.benchmarks.nodes import NodeDidNotStart
 from decar.benchmarks.servers import Bench, limits, turn_of
 from decar.benchmarks.texts import BadPrompts, Texts
 from decar.clients.child import ServerDidNotStart, end_on_sigterm
@@ -45,6 +47,7 @@ from decar.clients.child import ServerDidNotStart, end_on_sigterm
 HTTP_TOKENS = 4  # one token over HTTP costs as much as hundreds in an engine
 TIMED = ("forward", "post", "row_wait", "mix", "sample", "token_wait")
 SYSTEMS = ("independent", "split", "dense", "pruned", "draw", "top-1", "http", "transformers")
+OVER_HOSTS = ("dense", "pruned", "draw")
 DEFAULT_SYSTEMS = ("independent", "dense", "top-1", "http", "transformers")
 PRUNE = 0.001
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 32
@@ -76,14 +79,32 @@ def serve(
     dtype: Annotated[str, typer.Option(help="Of all systems.")] = "bfloat16",
     goodput: Annotated[str, typer.Option(help="Promises in ms that goodput counts.")] = "ttft:2000 tpot:200",
     systems: Annotated[
-        str, typer.Option(help=f"What is compared with one expert: of {', '.join(SYSTEMS)}.")
-    ] = ",".join(DEFAULT_SYSTEMS),
+        str,
+        typer.Option(
+            help=f"What is compared with one expert: of {', '.join(SYSTEMS)}.",
+            show_default=f"{','.join(DEFAULT_SYSTEMS)}; with --hosts {','.join(OVER_HOSTS)}",
+        ),
+    ] = "",
     prompts: Annotated[
         list[Path] | None,
         typer.Option(
             help="Text to cut prompts from (jsonl, parquet, plain); again for more. Default: random."
         ),
     ] = None,
+    hosts: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="What links between so many simulated hosts cost; needs root. Takes the most --concurrency.",
+        ),
+    ] = 1,
+    delays: Annotated[str, typer.Option(help="With --hosts: of links, in ms, one way.")] = "0,0.1,1,10",
+    gbits: Annotated[
+        str, typer.Option(help="With --hosts: of links, in Gb/s; 0: as much as the simulation carries.")
+    ] = "0.1,1,10",
+    wire_rows: Annotated[
+        str, typer.Option(help="With --hosts: how many logits of a row are sent; 0: all.")
+    ] = "0,1024,256,64",
     quick: Annotated[
         bool, typer.Option(help="Within two minutes on two cores: one load, one repeat, eager mode.")
     ] = False,
@@ -97,10 +118,11 @@ def serve(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140  # a table cut to 80 columns would lose its ratios
-    compared = [name for name in systems.split(",") if name]
+    known, usual = (SYSTEMS, DEFAULT_SYSTEMS) if hosts == 1 else (OVER_HOSTS, OVER_HOSTS)
+    compared = [name for name in systems.split(",") if name] or list(usual)
     for name in compared:
-        if name not in SYSTEMS:
-            raise typer.BadParameter(f"{name!r} is none of {', '.join(SYSTEMS)}", param_hint="--systems")
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--systems")
     if "draw" in compared and temperature != 1:
         raise typer.BadParameter(
             "draw is exact at temperature 1: add --temperature 1", param_hint="--systems"
@@ -113,6 +135,8 @@ def serve(
         loads, shares, repeats, requests, output_len, compared = [16], [], 1, 1, 64, ["dense", "top-1"]
         vllm += " --enforce-eager"  # compiling three small models takes longer than all the rest
     closed = [Load(c, max(requests * c, 4), input_len, output_len) for c in loads]
+    if hosts > 1 and (reason := over_hosts.cannot(hosts)):
+        raise typer.BadParameter(reason, param_hint="--hosts")
     end_on_sigterm()
     transformers.utils.logging.disable_progress_bar()
     with contextlib.ExitStack() as stack:
@@ -122,12 +146,27 @@ def serve(
         flags = [*limits(closed[0], max(loads)), "--dtype", dtype, *shlex.split(vllm)]
         bench = Bench(directory, dtype, flags, goodput.split(), logs, progress, temperature)
         steps: list[dict[str, Any]] = []
+        found: dict[str, Any]
         try:
             if prompts:
                 bench.texts = Texts(prompts, bench.experts[bench.first], input_len)
                 bench.texts.check(max(load.requests for load in closed))
-            checked = _measure_all(bench, closed, shares, repeats, compared, steps)
-        except (BadPrompts, LoadFailed, ServerDidNotStart, WrongAnswer) as error:
+            if hosts > 1:
+                load = max(closed, key=lambda load: load.concurrency)
+                links = [
+                    over_hosts.Link(float(d), float(g)) for d in delays.split(",") for g in gbits.split(",")
+                ]
+                mixed = {system: options for system, options in _options(bench).items() if system in compared}
+                case = over_hosts.Case(hosts, tuple(links), tuple(map(int, wire_rows.split(","))), mixed)
+                found = {
+                    "hosts": hosts,
+                    "load": asdict(load),
+                    **over_hosts.measure(bench, case, load, repeats),
+                }
+            else:
+                found = {"checked": _measure_all(bench, closed, shares, repeats, compared, steps)}
+                found |= {"ratios": report.ratios(bench.runs), "steps": steps}
+        except (BadPrompts, LoadFailed, NodeDidNotStart, ServerDidNotStart, WrongAnswer) as error:
             console.print(f"decar bench: error: {error}", style="red", markup=False)
             raise typer.Exit(1) from None
     result = {
@@ -136,13 +175,13 @@ def serve(
         "temperature": temperature,
         "prompts": [str(path) for path in prompts or ()],
         "goodput": bench.goodput,
-        "checked": checked,
         "runs": bench.runs,
-        "ratios": report.ratios(bench.runs),
-        "steps": steps,
+        **found,
     }
-    path = report.write(result, output / f"{slug()}-serve-{bench.name}", report.plot)
-    report.show(result, console)
+    said = over_hosts if hosts > 1 else report
+    what = f"serve-{bench.name}" + (f"-{hosts}-hosts" if hosts > 1 else "")
+    path = report.write(result, output / f"{slug()}-{what}", said.plot)
+    said.show(result, console)
     console.print(f"\nreport: {path}.json, {path}.png; logs: {logs}")
 
 
@@ -169,13 +208,7 @@ def _measure_all(
         count = len(bench.experts) if {"independent", "split", "http"} & set(compared) else 1
         plain, ensemble = servers.enter_context(bench.servers(count))
         base = ensemble.base_url
-        equal = dict.fromkeys(bench.experts, 1 / len(bench.experts))
-        decar: dict[str, dict[str, Any]] = {
-            "dense": {"weights": equal},
-            "pruned": {"route": "posterior", "prune": PRUNE},
-            "draw": {"route": "posterior", "sampling": "draw"},
-            "top-1": {"weights": {bench.first: 1.0}},
-        }
+        decar = _options(bench)
         ensemble_targets = {
             system: [bench.target(ensemble, bench.name, decar=options)] for system, options in decar.items()
         }
@@ -216,7 +249,7 @@ def _measure_all(
             measure_each(replace(most, rate_per_s=share * best))
         over_http = []
         endpoints = [(server.base_url, name) for server, name in plain]
-        weights = list(equal.values())
+        weights = list(decar["dense"]["weights"].values())
         for load in closed if "http" in compared else []:
             say("http", load)
             prompts = bench.random_prompts(load.concurrency, load.input_tokens)
@@ -232,6 +265,16 @@ def _measure_all(
             decoded = mixture.decode(prompts, min(load.output_tokens, 32))
             _today(bench, mixture, "transformers", load, prompts, decoded)
     return checked
+
+
+def _options(bench: Bench) -> dict[str, dict[str, Any]]:
+    """What requests of each of the ensemble's systems say of how they are to be mixed."""
+    return {
+        "dense": {"weights": dict.fromkeys(bench.experts, 1 / len(bench.experts))},
+        "pruned": {"route": "posterior", "prune": PRUNE},
+        "draw": {"route": "posterior", "sampling": "draw"},
+        "top-1": {"weights": {bench.first: 1.0}},
+    }
 
 
 def _check(bench: Bench, target: Target) -> dict[str, Any]:

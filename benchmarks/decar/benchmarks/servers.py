@@ -95,7 +95,7 @@ class Bench:
         """The first ``count`` experts' plain vLLM servers, each on its share of the cores, with their model ids; and
         the ensemble's. They start side by side."""
         share = max(len(self.cores) // len(self.experts), 1)
-        flags, module = self._all_flags(), [sys.executable, "-m"]
+        flags = self.all_flags()
         with contextlib.ExitStack() as stack:
 
             def launch(name: str, command: list[str], cores: list[int]) -> Callable[[], Server]:
@@ -104,17 +104,34 @@ class Bench:
                 return stack.enter_context(launched([*command, *flags], free_port(), log, cores=cores))
 
             plain = []
-            for i, (name, path) in enumerate(list(self.experts.items())[:count]):
-                command = [*module, "vllm.entrypoints.openai.api_server", "--model", str(path)]
-                command += ["--served-model-name", name, "--max-logprobs", "-1"]
+            for i, name in enumerate(list(self.experts)[:count]):
                 dealt = self.cores[i * share % len(self.cores) :][:share]
-                plain.append((launch(name, command, dealt), name))
-            served = [*module, "decar.server", "serve", str(self.directory)]
+                plain.append((launch(name, self._plain(name), dealt), name))
+            served = [sys.executable, "-m", "decar.server", "serve", str(self.directory)]
             served += ["--log-file", str(self.logs / "ensemble.log")]
             ensemble = launch("ensemble", served, self.cores)
             yield [(started(), name) for started, name in plain], ensemble()
 
-    def _all_flags(self) -> list[str]:
+    @contextlib.contextmanager
+    def plain(self) -> Iterator[tuple[Server, str]]:
+        """The first expert's plain vLLM server by itself, on its share of the cores, with its model id."""
+        share = max(len(self.cores) // len(self.experts), 1)
+        cores = [] if self.on_gpu else self.cores[-share:]
+        command, log = self._plain(self.first), self.logs / f"{self.first}.log"
+        with launched([*command, *self.all_flags()], free_port(), log, cores=cores) as started:
+            yield started(), self.first
+
+    def _plain(self, name: str) -> list[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(self.experts[name]),
+        ]
+        return [*command, "--served-model-name", name, "--max-logprobs", "-1"]
+
+    def all_flags(self) -> list[str]:
         """The same KV cache for every engine: otherwise a plain server would take what K engines share."""
         kv = [] if "--kv-cache-memory-bytes" in self.flags else ["--kv-cache-memory-bytes", str(1 << 29)]
         return [*kv, *self.flags]

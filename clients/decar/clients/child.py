@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -48,29 +48,39 @@ def serving(command: Sequence[str], port: int, log: Path, *, cores: Collection[i
 
 @contextlib.contextmanager
 def launched(
-    command: Sequence[str], port: int, log: Path, *, cores: Collection[int] = ()
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    *,
+    cores: Collection[int] = (),
+    host: str = "127.0.0.1",
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Callable[[], Server]]:
     """Run a server until the block ends, without waiting for it.
 
     Args:
         command: what to run, without --host and --port.
-        port: where it shall listen, on 127.0.0.1.
+        port: where it shall listen, at ``host``.
         log: gets what it prints; it is written at its end, so that the server itself may write to it as well.
         cores: confines it to these; empty leaves it free.
+        host: its address.
+        environment: in place of this process's.
 
     Yields:
         a function that gives the server, once /health answers 200; it raises `ServerDidNotStart`.
     """
-    base = f"http://127.0.0.1:{port}"
-    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    base = f"http://{host}:{port}"
+    command = [*command, "--host", host, "--port", str(port)]
     if cores:
         command = ["taskset", "-c", ",".join(map(str, sorted(cores))), *command]
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**(environment or os.environ), "VLLM_NO_USAGE_STATS": "1"}
     log.unlink(missing_ok=True)
     with (
         log.open("ab") as output,
         subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process,
-        httpx.Client(timeout=5, verify=False) as client,  # no TLS on 127.0.0.1: certificates are slow to load
+        httpx.Client(
+            timeout=5, verify=False, trust_env=False
+        ) as client,  # no TLS: certificates are slow to load; and no proxy
     ):
         deadline = time.monotonic() + START_DEADLINE_S
 

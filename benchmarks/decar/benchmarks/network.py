@@ -1,8 +1,8 @@
 """A network of machines that are namespaces on this one, and a switch between them that can be slow, stall, or be cut.
 
 The switch is a process that carries packets between the namespaces' TUN devices; needs root. Each namespace has an
-address, and a /dev/shm, of its own. `python -m tests.wires NAMESPACE=ADDRESS ...` is the switch: it is told on its
-standard input what to do, and answers when it does so.
+address, and a /dev/shm, of its own. `python -m decar.benchmarks.network NAMESPACE=ADDRESS ...` is the switch: it is
+told on its standard input what to do, and answers when it does so.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ import os
 import random
 import select
 import shutil
+import socket
+import statistics
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 1, 0x1000
 _MTU = 60_000
 _NEWNET = 0x40000000
 HERE = ""
-"""The namespace that tests run in."""
+"""The namespace of this process; what machines and it say to each other is carried at once, whatever links are like."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,35 @@ class Switch:
     """Between machines.
 
     Attributes:
-        machines: by name; `HERE` is where tests run.
+        machines: by name; `HERE` is where this process runs.
     """
 
     def __init__(self, process: subprocess.Popen[str], machines: dict[str, Machine]):
         self._process, self.machines = process, machines
 
     def be(
-        self, delay_ms: float = 0.0, stall_s: float = 0.0, stalls_per_s: float = 0.0, cut: str = HERE
+        self,
+        delay_ms: float = 0.0,
+        stall_s: float = 0.0,
+        stalls_per_s: float = 0.0,
+        cut: str = HERE,
+        gbit_s: float = 0.0,
     ) -> None:
-        """Carry packets so from now on.
+        """Carry packets between machines so from now on.
 
         Args:
             delay_ms: one way.
             stall_s, stalls_per_s: nothing is carried for so long, about so often, at random.
             cut: a machine that nobody reaches.
+            gbit_s: what a link from one machine to another carries; 0: as much as the switch can.
         """
-        said = {"delay_ms": delay_ms, "stall_s": stall_s, "stalls_per_s": stalls_per_s, "cut": cut}
+        said = {
+            "delay_ms": delay_ms,
+            "stall_s": stall_s,
+            "stalls_per_s": stalls_per_s,
+            "cut": cut,
+            "gbit_s": gbit_s,
+        }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(said) + "\n")
@@ -101,7 +114,7 @@ def network(names: Sequence[str]) -> Iterator[Switch]:
             for name, machine in machines.items()
         ]
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.wires", *ends],
+            [sys.executable, "-m", __spec__.name, *ends],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -136,10 +149,22 @@ def _open_tun(namespace: str, address: str) -> int:
     return tun
 
 
+@dataclass
+class _How:
+    """See `Switch.be`."""
+
+    delay_ms: float = 0.0
+    stall_s: float = 0.0
+    stalls_per_s: float = 0.0
+    cut: str = HERE
+    gbit_s: float = 0.0
+
+
 def _carry(ends: dict[bytes, tuple[str, int]]) -> None:
     """Packets between ``ends``: by address, a namespace and its device."""
-    how: dict[str, Any] = {"delay_ms": 0.0, "stall_s": 0.0, "stalls_per_s": 0.0, "cut": ""}
-    on_the_way: list[tuple[float, int, int, bytes]] = []
+    how = _How()
+    on_the_way: list[tuple[float, int, int, bytes]] = []  # when one is due, ..., where to
+    free_from: dict[tuple[int, int], float] = {}  # of each link
     count, stalled_until, looked = 0, 0.0, time.monotonic()
     devices = [device for _, device in ends.values()]
     names = {device: namespace.rpartition("-")[2] for namespace, device in ends.values()}
@@ -152,10 +177,10 @@ def _carry(ends: dict[bytes, tuple[str, int]]) -> None:
             line = sys.stdin.readline()
             if not line:
                 return
-            how = json.loads(line)
+            how, free_from = _How(**json.loads(line)), {}
             print("so", flush=True)
-        if random.random() < how["stalls_per_s"] * (now - looked):
-            stalled_until = now + how["stall_s"]
+        if random.random() < how.stalls_per_s * (now - looked):
+            stalled_until = now + how.stall_s
         looked = now
         for device in devices:
             if device not in ready:
@@ -164,23 +189,88 @@ def _carry(ends: dict[bytes, tuple[str, int]]) -> None:
                 while True:
                     packet = os.read(device, 1 << 16)
                     end = ends.get(packet[16:20])
-                    if end is None or (how["cut"] and how["cut"] in (names[device], names[end[1]])):
+                    if end is None or (how.cut and how.cut in (names[device], names[end[1]])):
                         continue
+                    if HERE in (names[device], names[end[1]]):
+                        _hand_over(end[1], packet)
+                        continue
+                    leaves = now
+                    if how.gbit_s:
+                        leaves = max(now, free_from.get((device, end[1]), 0.0))
+                        leaves += 8e-9 * len(packet) / how.gbit_s
+                        free_from[device, end[1]] = leaves
                     count += 1
-                    heapq.heappush(on_the_way, (now + how["delay_ms"] / 1e3, count, end[1], packet))
+                    heapq.heappush(on_the_way, (leaves + how.delay_ms / 1e3, count, end[1], packet))
         now = time.monotonic()
         while on_the_way and now >= stalled_until and on_the_way[0][0] <= now:
             _, _, device, packet = heapq.heappop(on_the_way)
-            with contextlib.suppress(OSError):  # its queue is full: the packet is lost, and sent again
-                os.write(device, packet)
+            _hand_over(device, packet)
+
+
+def _hand_over(device: int, packet: bytes) -> None:
+    with contextlib.suppress(OSError):  # its queue is full: the packet is lost, and sent again
+        os.write(device, packet)
 
 
 def _main() -> None:
+    if sys.argv[1] == "answer":
+        return _answer(sys.argv[2])
+    if sys.argv[1] == "ask":
+        return _ask(sys.argv[2], int(sys.argv[3]))
     ends = {}
     for argument in sys.argv[1:]:
         namespace, _, address = argument.partition("=")
         ends[bytes(map(int, address.split(".")))] = (namespace, _open_tun(namespace, address))
-    _carry(ends)
+    return _carry(ends)
+
+
+# --- what a link is like, as programs on two machines see it ----------------------------------------------------
+
+_PROBE_BYTES, _PROBE_PINGS, _ALL_HAS_COME = 64 << 20, 50, b"."
+
+
+def probe(there: Machine, here: Machine) -> tuple[float, float]:
+    """(Gb/s, ms for a word and its answer) between two machines, by one TCP connection."""
+    module = [sys.executable, "-m", __spec__.name]
+    with subprocess.Popen(
+        [*there.inside, *module, "answer", there.address], stdout=subprocess.PIPE, text=True
+    ) as answering:
+        assert answering.stdout is not None
+        port = answering.stdout.readline().strip()
+        asking = [*here.inside, *module, "ask", there.address, port]
+        found = json.loads(subprocess.run(asking, check=True, capture_output=True, text=True).stdout)
+    return found["gbit_s"], found["round_trip_ms"]
+
+
+def _answer(address: str) -> None:
+    with socket.create_server((address, 0)) as listener:
+        print(listener.getsockname()[1], flush=True)
+        connection, _ = listener.accept()
+    with connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(_PROBE_PINGS):
+            connection.sendall(connection.recv(1))
+        left = _PROBE_BYTES
+        while left:
+            left -= len(connection.recv(1 << 20))
+        connection.sendall(_ALL_HAS_COME)
+
+
+def _ask(address: str, port: int) -> None:
+    with socket.create_connection((address, port)) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        pings = []
+        for _ in range(_PROBE_PINGS):
+            start = time.perf_counter()
+            connection.sendall(b"?")
+            connection.recv(1)
+            pings.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        connection.sendall(bytes(_PROBE_BYTES))
+        connection.recv(1)
+        seconds = time.perf_counter() - start
+    found = {"gbit_s": 8e-9 * _PROBE_BYTES / seconds, "round_trip_ms": 1e3 * statistics.median(pings)}
+    print(json.dumps(found))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Ray clusters for tests: nodes on this machine, all in one place or each in a network namespace of its own.
+"""Ray clusters to try things on: nodes on this machine, all in one place or each in a network namespace of its own.
 
 In namespaces, nodes share nothing but a switch: each has an address, and a /dev/shm, of its own. That needs root.
 """
@@ -12,17 +12,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from tests.helpers import free_port, wait_until
-from tests.wires import Machine, Switch
+from decar.benchmarks.network import Machine, Switch
+from decar.clients.child import free_port
 
 UP_WITHIN_S = 60
+POLL_S = 0.2
 NAMES = ("ada", "grace", "mary")
+
+
+class NodeDidNotStart(Exception):
+    """Ray's process ended, or was not up in time; the message has its log."""
 
 
 @dataclass
@@ -117,11 +123,11 @@ class RayCluster:
         node = RayNode(name, address, tuple(inside), process)
         self.nodes = [other for other in self.nodes if other.name != name] + [node]
 
-        def is_up() -> bool:
-            assert process.poll() is None, self.log_of(name)
-            return "Ray runtime started" in self.log_of(name)
-
-        wait_until(is_up, UP_WITHIN_S, lambda: self.log_of(name), 0.2)
+        deadline = time.monotonic() + UP_WITHIN_S
+        while "Ray runtime started" not in self.log_of(name):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise NodeDidNotStart(f"node {name!r} of Ray's did not start:\n{self.log_of(name)}")
+            time.sleep(POLL_S)
         return node
 
     def log_of(self, name: str) -> str:
