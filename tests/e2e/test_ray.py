@@ -233,7 +233,7 @@ async def test_a_node_that_dies_and_comes_back(
         node.kill()
     await check_whole(under_way, [lost])
     assert not is_up(server, lost)
-    await asyncio.to_thread(cluster.start, node.name, node.address, node.inside)
+    await asyncio.to_thread(cluster.start, node.machine)
     await asyncio.to_thread(wait_until, lambda: is_up(server, lost), 2 * BACK_WITHIN_S, server.log_tail)
     await check(server, experts, routed("posterior"), "velocity", SOME)
 
@@ -263,7 +263,7 @@ def test_inspect_shows_what_would_be_where_and_what_is_missing(
     assert wrong.returncode == 1
     assert "there is no node 'nowhere'" in wrong.stderr
     assert "Traceback" not in wrong.stderr
-    if last.inside:  # each has a /dev/shm of its own
+    if last.machine.inside:  # each has a /dev/shm of its own
         here = Path("/dev/shm/ensemble")
         subprocess.run([*cluster.head.inside, "cp", "-r", str(ensemble), str(here)], check=True)
         missing = shown(here, last.name)

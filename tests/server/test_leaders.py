@@ -10,7 +10,7 @@ import pytest
 
 from decar.server.gateway import core_policy
 from decar.server.gateway.core_policy import CorePolicy
-from decar.server.gateway.leaders import Leaders
+from decar.server.gateway.leaders import ROOM_BYTES, Leaders
 from decar.server.protocol.member import Member
 
 
@@ -38,10 +38,11 @@ def logs(*weights: float) -> np.ndarray:
 
 
 ONE_HOST = (0, 0, 0)
+ROW = ROOM_BYTES // 4
 
 
 def test_the_heaviest_of_the_active_leads() -> None:
-    leaders = Leaders(ONE_HOST)
+    leaders = Leaders(ONE_HOST, ROW)
     assert leaders.choose(logs(0.2, 0.5, 0.3), among(0, 1, 2)) == 1
     assert leaders.choose(logs(0.2, 0.5, 0.3), among(0, 2)) == 2
     leaders.begin(member(0, leader=0))
@@ -51,7 +52,7 @@ def test_the_heaviest_of_the_active_leads() -> None:
 
 
 def test_among_equals_the_one_that_leads_most_does() -> None:
-    leaders = Leaders(ONE_HOST)
+    leaders = Leaders(ONE_HOST, ROW)
     equal = logs(1, 1, 1) - np.log(3)
     assert leaders.choose(equal, among(0, 1, 2)) == 0
     leaders.begin(member(0, leader=2))
@@ -63,39 +64,54 @@ def test_among_equals_the_one_that_leads_most_does() -> None:
 
 
 def test_weights_that_differ_by_rounding_are_equal() -> None:
-    leaders = Leaders(ONE_HOST[:2])
+    leaders = Leaders(ONE_HOST, ROW)
     leaders.begin(member(0, leader=0))
     assert leaders.choose(np.array([np.log(0.5), np.log(0.5) + 1e-12]), among(0, 1)) == 0
     assert leaders.choose(np.array([np.log(0.5), np.log(0.5) + 1e-6]), among(0, 1)) == 1
 
 
 def test_the_host_with_the_most_rows_leads_whatever_the_weights_are() -> None:
-    leaders = Leaders((0, 1, 1))
+    leaders = Leaders((0, 1, 1), ROW)
     assert leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2)) == 1, "one row to bring, not two"
     leaders.begin(member(0, leader=1))
     assert leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2)) == 1
     assert leaders.choose(logs(0.1, 0.2, 0.7), among(1, 2)) == 2, "on one host nothing is to bring: as on one"
 
 
-def test_hosts_that_are_as_near_take_turns() -> None:
-    leaders = Leaders((0, 1, 2))
-    skewed = logs(0.8, 0.1, 0.1)
+@pytest.mark.parametrize(
+    ("row_bytes", "expected"),
+    [
+        (ROOM_BYTES // 100, [0, 0, 0, 0, 0, 0, 0, 0]),  # which is nothing to a link: as on one host
+        (ROOM_BYTES // 4, [0, 0, 0, 1, 1, 1, 2, 2]),  # two rows each: the third is over it
+        (ROOM_BYTES, [0, 1, 2, 0, 1, 2, 0, 1]),
+    ],
+)
+def test_hosts_that_are_as_near_share_what_a_link_takes_long_for(row_bytes: int, expected: list[int]) -> None:
+    leaders = Leaders((0, 1, 2), row_bytes)
     led = []
-    for slot in range(6):
-        led.append(leaders.choose(skewed, among(0, 1, 2)))
+    for slot in range(len(expected)):
+        led.append(leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2)))
         leaders.begin(member(slot, led[-1]))
-    assert led == [0, 1, 2, 0, 1, 2]
-    assert leaders.choose(skewed, among(1, 2)) == 1
+    assert led == expected
+
+
+def test_what_is_brought_is_counted_of_experts_that_are_left() -> None:
+    leaders = Leaders((0, 1, 2), ROOM_BYTES)
+    alone = member(0, leader=0, prune=0.1)
+    leaders.begin(alone)
+    assert leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2)) == 1
+    alone.active = (0,)
+    assert leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2)) == 0
 
 
 def test_a_request_that_experts_leave_is_led_by_the_one_that_stays() -> None:
-    leaders = Leaders((0, 1, 1))
+    leaders = Leaders((0, 1, 1), ROW)
     assert leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2, prune=0.1)) == 0
     assert leaders.choose(logs(1, 1, 1), among(0, 1, 2, prune=0.1)) == 1, "among equals, the nearest"
 
 
 def test_who_leads_what_is_counted_while_it_runs() -> None:
-    leaders = Leaders(ONE_HOST)
+    leaders = Leaders(ONE_HOST, ROW)
     first, second = member(0, leader=1), member(1, leader=1, prune=0.1)
     leaders.begin(first)
     leaders.begin(second)
@@ -138,7 +154,7 @@ def policy_of(leaders: Leaders, thread: Thread) -> CorePolicy:
 
 
 def test_the_thread_computes_beside_the_engine_that_leads_least(thread: Thread) -> None:
-    leaders = Leaders(ONE_HOST)
+    leaders = Leaders(ONE_HOST, ROW)
     policy = policy_of(leaders, thread)
     policy.share_cores()
     leaders.begin(member(0, leader=0))
@@ -150,7 +166,7 @@ def test_the_thread_computes_beside_the_engine_that_leads_least(thread: Thread) 
 
 
 def test_where_experts_are_released_the_thread_is_free(thread: Thread) -> None:
-    leaders = Leaders(ONE_HOST)
+    leaders = Leaders(ONE_HOST, ROW)
     policy = policy_of(leaders, thread)
     leaders.begin(member(0, leader=0, prune=0.1))
     policy.share_cores()
@@ -164,4 +180,4 @@ def test_followers_are_told_first_and_whoever_shares_the_core_last(
     thread: Thread, monkeypatch: pytest.MonkeyPatch, here: int, told: list[int]
 ) -> None:
     monkeypatch.setattr(core_policy, "current_core", lambda: here)
-    assert policy_of(Leaders(ONE_HOST), thread).in_order([0, 1, 2], leader=0) == told
+    assert policy_of(Leaders(ONE_HOST, ROW), thread).in_order([0, 1, 2], leader=0) == told

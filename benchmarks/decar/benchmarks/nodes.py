@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,19 +33,29 @@ class NodeDidNotStart(Exception):
 
 @dataclass
 class RayNode:
-    """One node.
+    """One node, named as its machine.
 
     Attributes:
-        name: as Ray knows it.
-        address: its IP.
-        inside: what a command begins with to run there.
+        core: the one that it keeps to.
         process: `ray start`, whose end is the node's.
     """
 
-    name: str
-    address: str
-    inside: tuple[str, ...]
+    machine: Machine
+    core: int
     process: subprocess.Popen[bytes]
+
+    @property
+    def name(self) -> str:
+        return self.machine.name
+
+    @property
+    def address(self) -> str:
+        return self.machine.address
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """What a command begins with to run there."""
+        return (*self.machine.inside, "taskset", "--cpu-list", str(self.core))
 
     def processes(self) -> list[psutil.Process]:
         """All that the node has started, itself included."""
@@ -98,18 +108,18 @@ class RayCluster:
         direct = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         return {**direct, **_PATIENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
-    def start(self, name: str, address: str, inside: Sequence[str] = (), cpus: int = 4) -> RayNode:
-        """Add a node, and wait until the cluster knows it. Each keeps to one core, if there are enough."""
-        cores = sorted(os.sched_getaffinity(0))
+    def start(self, machine: Machine, cpus: int = 4) -> RayNode:
+        """Add a node, and wait until the cluster knows it. Each has a core of its own, if there are enough."""
+        cores, name = sorted(os.sched_getaffinity(0)), machine.name
         core = cores[NAMES.index(name) % len(cores)]
         joins = ["--head", f"--port={self.port}", "--include-dashboard=false"]
         if self.nodes:
             joins = [f"--address={self.address}"]
         command = [
-            *inside,
+            *machine.inside,
             *("taskset", "--cpu-list", str(core)),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", *joins, f"--node-name={name}"),
-            *(f"--node-ip-address={address}", f"--num-cpus={cpus}", "--num-gpus=0", "--block"),
+            *(f"--node-ip-address={machine.address}", f"--num-cpus={cpus}", "--num-gpus=0", "--block"),
             *("--object-store-memory=200000000", "--disable-usage-stats", f"--temp-dir={self.folder}/{name}"),
         ]
         log = (self.folder / f"{name}.log").open("ab")
@@ -120,7 +130,7 @@ class RayCluster:
             start_new_session=True,
             env=self.environment,
         )
-        node = RayNode(name, address, tuple(inside), process)
+        node = RayNode(machine, core, process)
         self.nodes = [other for other in self.nodes if other.name != name] + [node]
 
         deadline = time.monotonic() + UP_WITHIN_S
@@ -150,7 +160,7 @@ def ray_cluster(count: int, switch: Switch | None = None) -> Iterator[RayCluster
     try:
         for name in NAMES[:count]:
             machine = switch.machines[name] if switch else Machine(name, "127.0.0.1", ())
-            cluster.start(name, machine.address, machine.inside)
+            cluster.start(machine)
         yield cluster
     finally:
         cluster.stop()

@@ -47,6 +47,7 @@ from decar.server.metrics import EnsembleMetrics
 from decar.server.protocol.cores import GatewayThread
 from decar.server.protocol.lockstep import follow_membership
 from decar.server.protocol.member import Member
+from decar.server.protocol.mirror import row_bytes
 from decar.server.protocol.plane import Plane
 
 
@@ -122,7 +123,7 @@ class EnsembleClient(AllEngines):
         self.slots = Slots(slots)
         self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
         self._aborts = Aborts()
-        self.leaders = Leaders(hosts or (0,) * plane.spec.experts)
+        self.leaders = Leaders(hosts or (0,) * plane.spec.experts, row_bytes(plane.spec))
         self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)

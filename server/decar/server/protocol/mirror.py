@@ -72,6 +72,11 @@ def best_of(spec: PlaneSpec) -> np.dtype[Any]:
     return np.dtype([("ids", "<u4", n), ("logits", "<f4", n), ("log_normaliser", "<f4"), ("tail", "<f4")])
 
 
+def row_bytes(spec: PlaneSpec) -> int:
+    """Of a row on its way to another host."""
+    return best_of(spec).itemsize if spec.wire_rows else 4 * spec.vocab_size
+
+
 def cells_of(plane: Plane, expert: int) -> dict[str, np.ndarray]:
     """The fields of a block as cells [n] or [n, width], in place; for expert K, what is the gateway's own."""
     if expert == plane.spec.experts:
