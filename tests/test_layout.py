@@ -39,7 +39,7 @@ ROOMS = {
     "metrics": {"protocol"},
     "placement": set(),
     "hosts": {"cluster", "protocol"},
-    "cluster": {"cluster", "protocol", "vllm_adapter"},
+    "cluster": {"cluster", "placement", "protocol", "vllm_adapter"},
     "serve": {
         "cluster",
         "gateway",

@@ -153,20 +153,6 @@ async def test_a_partition_of_five_seconds_changes_no_answer(
     await check(server, experts, routed("posterior"), "velocity", SOME)
 
 
-def links_port(server: Server, cluster: RayCluster) -> int:
-    """Where other hosts connect to the gateway's."""
-    children = {child.pid for child in psutil.Process(server.process.pid).children()}
-    listening = subprocess.run(
-        [*cluster.head.inside, "ss", "-Hltnp"], capture_output=True, text=True, check=True
-    )
-    [port] = {
-        int(line.split()[3].rpartition(":")[2])
-        for line in listening.stdout.splitlines()
-        if any(f"pid={pid}," in line for pid in children)
-    }
-    return port
-
-
 @needs_network
 async def test_connections_that_are_reset_take_an_expert_away(
     server: Server, experts: Reference, cluster: RayCluster
@@ -176,7 +162,7 @@ async def test_connections_that_are_reset_take_an_expert_away(
     before = pid_of(server, lost)
     prompts = [one.prompt for one in clear_answers(experts, {}, SOME)]
     async with answers_under_way(server, experts, prompts) as under_way:
-        port = links_port(server, cluster)
+        port = cluster.links_port(server.process.pid)
         reset = ["ss", "--kill", "--no-header", "dst", cluster.head.address, "dport", "=", str(port)]
         done = subprocess.run([*node.inside, *reset], capture_output=True, text=True, check=False)
         assert len(done.stdout.splitlines()) == 3, "one of the hosts, two of the engine and its client"
@@ -272,3 +258,29 @@ def test_inspect_shows_what_would_be_where_and_what_is_missing(
         assert (
             f"problem: node {last.name!r}: there is no {here}/experts/{experts.experts[0]}/" in missing.stderr
         )
+
+
+@pytest.mark.soak
+@needs_network
+async def test_weights_that_a_node_lacks_are_brought_there(
+    experts: Reference, cluster: RayCluster, server: Server, tmp_path: Path
+) -> None:
+    """Only the gateway's machine has them; ``server`` is there, and has no part in it."""
+    here, last = Path("/dev/shm/ensemble"), cluster.nodes[-1]
+    subprocess.run([*cluster.head.inside, "cp", "-r", str(experts.directory), str(here)], check=True)
+    wish = ",".join(f"{name}=node:{last.name}" for name in experts.experts)
+    flags = (*LOADED, "--ray", cluster.address, "--placement", wish, "--ship-weights")
+    log, head = tmp_path / "ship.log", cluster.head
+    shipping = await asyncio.to_thread(
+        Server.start, here, log, flags, cluster.environment, head.inside, head.address
+    )
+    try:
+        await check(shipping, experts, routed("posterior"), "velocity", SOME)
+        assert shipping.stop() == 0, shipping.log_tail()
+    finally:
+        shipping.kill()
+    for machine in (head, last):
+        subprocess.run(
+            [*machine.inside, "diff", "-r", f"{here}/experts", f"{experts.directory}/experts"], check=True
+        )
+        subprocess.run([*machine.inside, "rm", "-r", str(here)], check=True)

@@ -264,9 +264,9 @@ def test_a_beginning_that_fails_half_way_is_begun_again(
 
 def test_an_engine_without_a_free_cpu_is_not_waited_for(three: Three, tmp_path: Path) -> None:
     there, _ = three
-    there.check(there.ready(1), tmp_path, 2)
+    there.check(1, there.ready(1), tmp_path, 2)
     with pytest.raises(StartError, match="node 'grace' has 2 free CPUs of Ray's, and 3 are needed"):
-        there.check(there.ready(1), tmp_path, 3)
+        there.check(1, there.ready(1), tmp_path, 3)
 
 
 # --- engines that are actors ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from decar.benchmarks.failures import failures
 from decar.benchmarks.kernel import kernel
 from decar.benchmarks.protocol import protocol
 from decar.benchmarks.serve import serve
@@ -27,3 +28,4 @@ bench.command()(ttft)
 bench.command()(kernel)
 bench.command()(protocol)
 bench.command()(startup)
+bench.command()(failures)

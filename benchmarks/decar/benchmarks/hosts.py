@@ -8,7 +8,6 @@ with another, and with one expert's plain server under the same load in the same
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from decar.benchmarks.load import Load, Target
-from decar.benchmarks.network import network, no_network, probe
+from decar.benchmarks.network import forget_proxies, network, no_network, probe
 from decar.benchmarks.nodes import NAMES, RayCluster, ray_cluster
 from decar.benchmarks.servers import Bench, turn_of
 from decar.clients.child import Server, free_port, launched
@@ -77,9 +76,7 @@ def measure(bench: Bench, case: Case, load: Load, repeats: int) -> dict[str, Any
         "probes", what each link is like as a program sees it; and "bounds", of each N on the wire the most that a
         token's distribution has moved, in total variation.
     """
-    # vLLM's client would ask a proxy the way to the machines of this network.
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        del os.environ[name]
+    forget_proxies()
     task = bench.progress.add_task("", total=None)
 
     def say(what: str) -> None:
@@ -100,7 +97,7 @@ def measure(bench: Bench, case: Case, load: Load, repeats: int) -> dict[str, Any
             say(f"{rows}: starting")
             with (
                 ray_cluster(case.hosts, switch) as cluster,
-                _served(bench, cluster, wire_rows) as server,
+                served(bench, cluster, wire_rows) as server,
             ):
                 targets = {
                     system: bench.target(server, bench.name, decar=options)
@@ -131,7 +128,7 @@ def measure(bench: Bench, case: Case, load: Load, repeats: int) -> dict[str, Any
 
 
 @contextlib.contextmanager
-def _served(bench: Bench, cluster: RayCluster, wire_rows: int) -> Iterator[Server]:
+def served(bench: Bench, cluster: RayCluster, wire_rows: int) -> Iterator[Server]:
     """The ensemble on ``cluster``: its experts dealt out over the nodes in turn."""
     nodes = cluster.nodes
     wish = ",".join(f"{name}=node:{nodes[i % len(nodes)].name}" for i, name in enumerate(bench.experts))

@@ -140,6 +140,19 @@ class RayCluster:
             time.sleep(POLL_S)
         return node
 
+    def links_port(self, gateway_pid: int) -> int:
+        """Where hosts connect to that of a gateway on the head: a process of its own listens."""
+        children = {child.pid for child in psutil.Process(gateway_pid).children()}
+        listening = subprocess.run(
+            [*self.head.inside, "ss", "-Hltnp"], capture_output=True, text=True, check=True
+        )
+        [port] = {
+            int(line.split()[3].rpartition(":")[2])
+            for line in listening.stdout.splitlines()
+            if any(f"pid={pid}," in line for pid in children)
+        }
+        return port
+
     def log_of(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 

@@ -115,6 +115,12 @@ def serve(
             "is part of."
         ),
     ] = None,
+    ship_weights: Annotated[
+        bool,
+        typer.Option(
+            "--ship-weights", help="With --ray: copy weights to nodes that lack them, to the same path."
+        ),
+    ] = False,
     log_file: Annotated[
         Path | None,
         typer.Option(
@@ -154,6 +160,7 @@ def serve(
         simulated_hosts=simulated_hosts,
         wire_rows=wire_rows,
         ray=ray,
+        ship_weights=ship_weights,
         log_file=log_file,
         verbose=verbose,
         own_flags=[name for option in context.command.params for name in option.opts],

@@ -69,6 +69,7 @@ def serve(
     simulated_hosts: int = 1,
     wire_rows: int = 0,
     ray: str | None = None,
+    ship_weights: bool = False,
     log_file: Path | None = None,
     verbose: bool = False,
     own_flags: Iterable[str] = (),
@@ -91,6 +92,7 @@ def serve(
         simulated_hosts: experts are dealt out over so many parts of this machine, which share no memory.
         wire_rows: how many logits of a row go to another host; 0: all.
         ray: the address of a Ray cluster whose nodes have the engines; "auto": the one that this machine is part of.
+        ship_weights: nodes that lack an expert's weights are brought them.
         log_file: vLLM's log is added to it; None: to a file of its own, see `default_log`.
         verbose: vLLM's log goes to standard output instead.
         own_flags: of decar itself, which a user may have meant by one that is none.
@@ -123,6 +125,8 @@ def serve(
         raise StartError(
             "--simulated-hosts is to try without other hosts what --ray does with them: leave one out"
         )
+    if ship_weights and ray is None:
+        raise StartError("--ship-weights is for the nodes of a Ray cluster: add --ray, or leave it out")
 
     given = _checked(flags, own_flags)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
@@ -196,7 +200,7 @@ def serve(
             min_experts,
             engine_timeout_s,
             max_queued,
-            Spread(dealt(max_experts, simulated_hosts), wire_rows, cluster, plan, before),
+            Spread(dealt(max_experts, simulated_hosts), wire_rows, cluster, plan, ship_weights, before),
             folder,
             fork_server,
             terminal,
@@ -222,6 +226,7 @@ class Spread:
         simulated: parts of this machine, where there is no cluster.
         wire_rows: how many logits of a row go to another host; 0: all.
         cluster, plan: Ray's, and what is to be where; None: it is served on this machine alone.
+        ship_weights: nodes that lack weights are brought them.
         before: the environment as the user has set it.
     """
 
@@ -229,6 +234,7 @@ class Spread:
     wire_rows: int
     cluster: Cluster | None
     plan: Plan | None
+    ship_weights: bool
     before: Mapping[str, str]
 
 
@@ -380,7 +386,8 @@ async def _running_ensemble(
 
             start.phase("beginning on other hosts")
             key = secrets.token_bytes(32)
-            there = ClusterHosts(spread.cluster, spread.plan, shape, key)
+            ship = progress.tell if spread.ship_weights else None
+            there = ClusterHosts(spread.cluster, spread.plan, shape, key, ship)
             planes = stack.enter_context(planes_in(there, key, make_plane, folder))
             ranks = [placed.ranks for placed in places]
             launcher = Actors(there, ranks, spread.before, planes.gateways.mirrored)

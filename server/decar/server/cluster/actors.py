@@ -45,7 +45,7 @@ class Actors:
 
     def launch(self, expert: int, config: Any, log_stats: bool) -> tuple[dict[str, str], ActorManager]:
         host = self._hosts.ready(expert)
-        self._hosts.check(host, Path(config.model_config.model), self._ranks[expert])
+        self._hosts.check(expert, host, Path(config.model_config.model), self._ranks[expert])
         (hears_here, speaks_here), (hears, speaks) = self._hosts.open(expert, next(self._starts), host)
         environment = {**_environment_for_actors(self._before), "VLLM_RPC_BASE_PATH": host.facts.folder}
         options = {

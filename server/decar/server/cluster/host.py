@@ -24,6 +24,7 @@ import psutil
 import decar
 from decar.router.errors import StartError
 from decar.server.cluster.guard import guard
+from decar.server.placement import gib
 from decar.server.protocol.channels import Channel, channel_names
 from decar.server.protocol.links import SILENT_S, Address, Mirror, introduce, key_for, make_bell
 from decar.server.protocol.mirror import GATEWAY, Hosts
@@ -72,6 +73,7 @@ class Host:
         self._one_at_a_time: defaultdict[int, threading.RLock] = defaultdict(threading.RLock)  # by expert
         self._starts: dict[int, int] = {}
         self._listener: socket.socket | None = None
+        self._arriving: set[Path] = set()  # files of which there are parts
 
     def facts(self) -> Facts:
         versions = {
@@ -96,6 +98,41 @@ class Host:
             if found != size:
                 return f"{Path(directory) / name} has {found} bytes, and {size} at the gateway"
         return None
+
+    def absent(self, directory: str, sizes: Mapping[str, int]) -> list[str]:
+        """Which files of a checkpoint are not here.
+
+        Raises:
+            StartError: there is too little room for them.
+        """
+        names = [name for name in sizes if not (Path(directory) / name).exists()]
+        needed = sum(sizes[name] for name in names)
+        there = next(path for path in (Path(directory), *Path(directory).parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        if needed > free:
+            raise StartError(f"{there} has {gib(free)} free, and {directory} needs {gib(needed)}")
+        return names
+
+    def receive(self, path: str, offset: int, part: bytes, last: bool) -> None:
+        """Write a part of a file, which gets its name with the ``last``: there is no file here that is half written.
+
+        Raises:
+            StartError: it cannot be written.
+        """
+        hidden = Path(path).with_name(f".{Path(path).name}.{self._folder.name}")
+        self._arriving.add(hidden)
+        try:
+            hidden.parent.mkdir(parents=True, exist_ok=True)
+            with hidden.open("r+b" if offset else "wb") as file:
+                file.seek(offset)
+                file.write(part)
+            if last:
+                hidden.rename(path)
+        except OSError as error:
+            hidden.unlink(missing_ok=True)
+            raise StartError(f"{path} cannot be written: {error.strerror}") from None
+        if last:
+            self._arriving.discard(hidden)
 
     def begin(self, shape: Mapping[str, Any], address: str) -> tuple[PlaneSpec, Address]:
         """Make its plane, of ``shape``: arguments of `Plane.create`. Returns what engines attach to, and where others
@@ -167,6 +204,8 @@ class Host:
             self._mirror.close()
         if self._plane is not None:
             self._plane.unlink()
+        for path in self._arriving:
+            path.unlink(missing_ok=True)
         remove_stale()
         shutil.rmtree(self._folder, ignore_errors=True)
 

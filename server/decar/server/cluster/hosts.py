@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from decar.router.errors import StartError
 from decar.server.cluster.host import Facts, Host
 from decar.server.cluster.nodes import Cluster, Node, Plan
+from decar.server.cluster.shipping import ship, sizes_of
 from decar.server.protocol.channels import channel_names
 from decar.server.protocol.links import Address
 from decar.server.protocol.mirror import GATEWAY, Hosts
@@ -95,11 +97,11 @@ def wrong_with(
         if version != gateway.versions[name]
     ]
     for checkpoint in checkpoints:
-        sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.is_file()}
-        wrong = host.wrong(str(checkpoint.resolve()), sizes)
+        wrong = host.wrong(str(checkpoint.resolve()), sizes_of(checkpoint))
         if wrong is not None:
             found.append(
-                f"node {node.name!r}: {wrong}; weights have to be at the same path on every node that serves them"
+                f"node {node.name!r}: {wrong}; weights have to be at the same path on every node that serves them: "
+                "copy them, or have `decar serve --ship-weights` do so"
             )
     return found
 
@@ -111,6 +113,8 @@ class ClusterHosts:
         plan: who is where.
         shape: of the planes, for `Plane.create`.
         key: that hosts prove to each other to have.
+        ship: hosts are brought the weights that they lack; None: they have to have them. It is told how far it is,
+            see `ship`, of which expert.
     """
 
     def __init__(
@@ -119,7 +123,9 @@ class ClusterHosts:
         plan: Plan,
         shape: Mapping[str, Any],
         key: bytes,
+        ship: Callable[[int, str], None] | None = None,
     ):
+        self._ship = ship
         self._cluster, self._plan, self._shape, self._key = cluster, plan, shape, key
         self.hosts = Hosts(plan.of)
         self.own = Host()
@@ -195,8 +201,9 @@ class ClusterHosts:
             return mine, mine
         return mine, at.host.open(expert, start)
 
-    def check(self, at: At, checkpoint: Path, ranks: int) -> None:
-        """Look whether a checkpoint is on a host as it is here, and as many CPUs are free as its expert has ranks.
+    def check(self, expert: int, at: At, checkpoint: Path, ranks: int) -> None:
+        """Look whether an expert's checkpoint is on its host as it is here, and as many CPUs are free as it has ranks.
+        What is missing is brought there, if that is wished.
 
         Raises:
             StartError: says what is missing there.
@@ -207,6 +214,8 @@ class ClusterHosts:
                 f"node {node.name!r} has {node.cpus:g} free CPUs of Ray's, and {ranks} are needed: end what runs "
                 "there, or give it more (`ray start --num-cpus`)"
             )
+        if self._ship is not None:
+            ship(self._cluster, at.host, at.node.name, checkpoint, partial(self._ship, expert))
         wrong = wrong_with(at.node, at.host, at.facts, self._at[GATEWAY].facts, [checkpoint])
         if wrong:
             raise StartError("; ".join(wrong))

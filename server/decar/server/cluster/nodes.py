@@ -99,6 +99,10 @@ class Cluster:
         options = {"num_cpus": 0, "max_concurrency": 16, "scheduling_strategy": node.strategy()}
         return self._ray.remote(Host).options(**options).remote(guarded=True)
 
+    def put(self, part: bytes) -> Any:
+        """Bytes that actors get where they are asked with this in their place; kept for as long as this is."""
+        return self._ray.put(part)
+
     def end(self, actor: Any) -> None:
         """End an actor, if it has not ended."""
         with suppress(self._ray.exceptions.RayError):

@@ -46,6 +46,10 @@ class _Letters:
 class Progress(_Letters):
     """Hears every line that engines log. When it is closed, they talk to nobody."""
 
+    def tell(self, expert: int, text: str) -> None:
+        """What goes on before there is an engine to say so."""
+        _send(self.address, expert, text)
+
 
 class Failures(_Letters):
     """Hears why engines have failed."""
