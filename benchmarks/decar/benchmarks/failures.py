@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
+import transformers
 import typer
 from rich import box
 from rich.console import Console
@@ -147,10 +148,13 @@ def failures(
 ) -> None:
     """Record what clients see, second by second, while simulated hosts and their links fail. Needs root."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
     if reason := cannot(hosts):
         raise typer.BadParameter(reason, param_hint="--hosts")
     end_on_sigterm()
     forget_proxies()
+    transformers.utils.logging.disable_progress_bar()
     os.environ["DECAR_ADMIN_KEY"] = ADMIN_KEY
     logs = Path(tempfile.mkdtemp(prefix="decar-bench-logs-"))
     flags = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager"]
@@ -263,7 +267,7 @@ async def _watch(world: World, clients: list[_Client], fail: Callable[[World], A
         seen.held = began, ended
         quiet_since = ended
         while seen.now < MOST_S and seen.now - quiet_since < AFTER_S:
-            if seen.up.get(int(seen.now), 0) < len(world.experts):
+            if not seen.up or seen.up[max(seen.up)] < len(world.experts):
                 quiet_since = seen.now
             await asyncio.sleep(0.25)
         over.set()

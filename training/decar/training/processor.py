@@ -25,7 +25,8 @@ def reads_images(model_config: Any) -> bool:
 
 
 def load_processor(config: TrainConfig, model_config: Any, tokenizer: Any) -> Any:
-    """The processor for a model of ``model_config``: the one that came with the tokenizer, or for LLaVA a fresh one.
+    """The processor for a model of ``model_config``: the one that came with the tokenizer, or a fresh one for LLaVA and
+    InternVL.
 
     Raises:
         TrainingError: there is none and transformers makes none, or tokenizer, chat template and processor do not fit.
@@ -35,6 +36,8 @@ def load_processor(config: TrainConfig, model_config: Any, tokenizer: Any) -> An
         processor = _read(directory)
     elif model_config.model_type == "llava" and model_config.vision_config.model_type == "clip_vision_model":
         processor = _llava(model_config, tokenizer, config.tokenizer.image_token)
+    elif model_config.model_type == "internvl":
+        processor = _internvl(model_config, tokenizer, config.tokenizer.image_token)
     else:
         raise TrainingError(
             f"transformers makes no processor for a fresh {model_config.model_type}; set tokenizer.path to a directory "
@@ -81,6 +84,42 @@ def _llava(model_config: Any, tokenizer: Any, image_token: str) -> Any:
         vision_feature_select_strategy=model_config.vision_feature_select_strategy,
         image_token=image_token,
         num_additional_image_tokens=1,  # CLIP's class embedding
+    )
+
+
+_AROUND = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"}
+"""What an InternVL has besides the token that images stand at, as OpenGVLab's checkpoints call them."""
+
+
+def _internvl(model_config: Any, tokenizer: Any, image_token: str) -> Any:
+    from transformers import InternVLProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+    from transformers.utils import is_torchvision_available
+
+    if not is_torchvision_available():
+        raise TrainingError("transformers' processor of an InternVL needs torchvision: pip install torchvision")
+    from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+
+    missing = [token for token in _AROUND.values() if token not in tokenizer.get_vocab()]
+    if missing:
+        raise TrainingError(
+            f"an InternVL needs the tokens {', '.join(_AROUND.values())} beside tokenizer.image_token, and the "
+            f"tokenizer has no {missing[0]!r}: add them to tokenizer.chat_tokens, or take a tokenizer that has them"
+        )
+    _check_in_vocabulary(image_token, tokenizer)
+    # Its processor asks the tokenizer for them by these names, also once it is read again.
+    for name, token in {**_AROUND, "context_image_token": image_token}.items():
+        setattr(tokenizer, name, token)
+        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+        tokenizer.init_kwargs[name] = token
+    vision = model_config.vision_config
+    (height, width), (down, across) = vision.image_size, vision.patch_size
+    size = {"height": height, "width": width}
+    return InternVLProcessor(
+        GotOcr2ImageProcessorPil(size=size),
+        tokenizer,
+        InternVLVideoProcessor(size=size),
+        image_seq_length=int((height // down) * (width // across) * model_config.downsample_ratio**2),
     )
 
 
