@@ -67,6 +67,19 @@ class LockstepConfig:
         return "decar"
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How a token is chosen where nothing but the mixture's probabilities matters: see `decar.kernels.decide`.
+
+    Attributes:
+        temperature: 0 is greedy.
+        seed: of the noise, from 0 to 2^63 - 1; with a position it gives the same noise in every batch and engine.
+    """
+
+    temperature: float
+    seed: int
+
+
 @dataclass(kw_only=True)
 class Member:
     """One request's part in the lockstep, as an engine sees it.
