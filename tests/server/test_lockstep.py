@@ -549,3 +549,21 @@ def test_weights_that_are_fixed_do_not_move_with_decided_tokens(engines: tuple[L
         engine.post(turns[-1], torch.randn(1, VOCABULARY))
     leader.decide(leader.wait_for_rows(turns[0]))
     np.testing.assert_allclose(np.exp(leader.log_weights[0]), [0.25, 0.75])
+
+
+@pytest.mark.parametrize("plane", ["device"], indirect=True)
+def test_what_goes_to_the_device_comes_as_it_was_and_aligned(plane: Plane, tmp_path: Path) -> None:
+    """However many there are of each, none included."""
+    transport = DeviceTransport(plane, 0, FileMemory(tmp_path))
+    for count in range(4):
+        given = [
+            np.arange(count, dtype=np.int64) - 1,
+            np.log(np.arange(3.0 * count) + 0.5).reshape(count, 3),
+            np.full(count, 2**63 - 1),
+        ]
+        came = transport.to_device(*given)
+        for tensor, values in zip(came, given, strict=True):
+            np.testing.assert_array_equal(tensor.numpy(), values)
+            assert (tensor.data_ptr() - came[0].data_ptr()) % 16 == 0
+        for values, back in zip(given, transport.to_host(*came), strict=True):
+            np.testing.assert_array_equal(back, values)

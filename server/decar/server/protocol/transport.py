@@ -170,12 +170,19 @@ class DeviceTransport:
         return found
 
     def to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
-        flat = self._memory.upload(np.concatenate([values.ravel().view(np.int64) for values in arrays]))
-        parts = flat.split([values.size for values in arrays])
-        return [
-            (part.view(torch.float64) if values.dtype == np.float64 else part).view(values.shape)
-            for part, values in zip(parts, arrays, strict=True)
-        ]
+        # Each begins at a multiple of 16 bytes: for one that does not, Triton would compile another kernel.
+        starts = np.cumsum([0, *(values.size + values.size % 2 for values in arrays)])
+        packed = np.zeros(starts[-1], np.int64)
+        for start, values in zip(starts, arrays, strict=False):
+            packed[start : start + values.size] = values.ravel().view(np.int64)
+        moved = self._memory.upload(packed)
+        found = []
+        for start, values in zip(starts.tolist(), arrays, strict=False):
+            part = moved[start : start + values.size]
+            found.append(
+                (part.view(torch.float64) if values.dtype == np.float64 else part).view(values.shape)
+            )
+        return found
 
     def to_host(self, *tensors: torch.Tensor) -> list[np.ndarray]:
         return self._memory.download(tensors)
