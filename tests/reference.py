@@ -332,8 +332,10 @@ def mixture_decode(
     frequency_penalty: float = 0.0,
     presence_penalty: float = 0.0,
     allowed: Callable[[list[int]], torch.Tensor] | None = None,
+    temperature: float = 1.0,
+    noise: Callable[[int], torch.Tensor] | None = None,
 ) -> list[Decoded]:
-    """Decode each prompt greedily from the mixture of all experts.
+    """Decode each prompt greedily from the mixture of all experts, or sample it with the noise that is given.
 
     Args:
         weights: by expert name, fixed for the whole answer; experts left out have none. Overrides ``route``.
@@ -345,6 +347,8 @@ def mixture_decode(
             this order to the mixture's logits: its log-probs plus the weighted mean of the experts' log-normalisers.
             Only the repetition penalty sees that shift; with it, identical experts are one expert here too.
         allowed: from the tokens generated so far to a mask [V] of the tokens that may follow.
+        noise: from a position of the answer to Gumbel noise [V], which is added at that ``temperature``. Leads are then
+            of such sums.
     """
     fixed = weights is not None
     given = [weights.get(name, 0.0) for name in reference.experts] if weights is not None else reference.prior
@@ -387,6 +391,8 @@ def mixture_decode(
             scores = _penalised(scores, answer, repetition_penalty, frequency_penalty, presence_penalty)
             if allowed is not None:
                 scores[~allowed(answer.tokens)] = -math.inf
+            if noise is not None:
+                scores = scores / temperature + noise(len(answer.tokens))
             lead = scores.topk(2)
             token = int(lead.indices[0])
             best = mixed.topk(6)

@@ -149,7 +149,7 @@ def test_a_script_is_read_as_its_commands() -> None:
         ("decar-train export configs/demo.yaml --merge mean", "mean"),
         ("make no-such-target", "no-such-target"),
         ("make seams VLM=1", "VLM"),
-        ("tools/check_gpu.sh kernel", "kernel"),
+        ("tools/check_gpu.sh exactly", "exactly"),
         ("tools/no.sh", "tools/no.sh"),
         ("python -m decar.training.no", "decar.training.no"),
         ("accelerate launch -m decar.training experts code x.yaml", "experts"),

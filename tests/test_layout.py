@@ -38,6 +38,7 @@ ROOMS = {
     "vllm_adapter": {"protocol", "vllm_adapter"},
     "metrics": {"protocol"},
     "placement": set(),
+    "mps": {"protocol"},
     "hosts": {"cluster", "protocol"},
     "cluster": {"cluster", "placement", "protocol", "vllm_adapter"},
     "serve": {
@@ -45,6 +46,7 @@ ROOMS = {
         "gateway",
         "hosts",
         "metrics",
+        "mps",
         "placement",
         "port",
         "protocol",

@@ -2,7 +2,8 @@
 # What has to hold on a machine with a GPU, each in minutes; run it wherever decar and vLLM can be imported.
 #   tools/check_gpu.sh kernels       the kernels compiled, and CUDA IPC between two processes
 #   tools/check_gpu.sh exact         real engines against the transformers mixture, with vLLM's V1 and V2 model runner
-#   tools/check_gpu.sh speed DIR     an ensemble of two 1.2B experts against one, without and with MPS; reports go to DIR
+#   tools/check_gpu.sh speed DIR     the kernels against a copy of the same bytes; an ensemble of two 1.2B experts against
+#                                    one, without and with MPS; reports go to DIR
 # PYTHON=... chooses the interpreter (default: .venv/bin/python, else python3), RUNNERS="1 2" the model runners.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -48,6 +49,8 @@ speed() {
             --concurrency 1,16,64 --poisson "" --requests 2 --repeats 3 --output "$output/V$2-$1" \
             --vllm '--kv-cache-memory-bytes 2147483648 --gpu-memory-utilization 0.3 --compilation-config {\"mode\":0,\"cudagraph_mode\":\"FULL_DECODE_ONLY\"}'
     }
+    say "kernels"
+    "$python" -m decar.server bench kernel --output "$output" || return
     for runner in $runners; do measure without-mps "$runner"; done
     export CUDA_MPS_PIPE_DIRECTORY=$logs/mps CUDA_MPS_LOG_DIRECTORY=$logs
     nvidia-cuda-mps-control -d || return
@@ -57,5 +60,5 @@ speed() {
 
 case "${1:-}" in
 kernels | exact | speed) "$@" ;;
-*) sed -n '2,6s/^# \{0,1\}//p' "$0" && exit 2 ;;
+*) sed -n '2,7s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

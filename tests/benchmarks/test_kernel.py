@@ -116,6 +116,10 @@ def test_a_run_writes_numbers_and_a_plot(
             assert timing["error"] <= 2 * result["tolerance"]
             share = result["bytes"] / timing["time_us"] * 1e6 / report["copy"]["bytes_per_s"]
             assert timing["share_of_copy"] == pytest.approx(share)
+            assert timing["share_of_same_copy"] == pytest.approx(
+                result["copy"]["time_us"] / timing["time_us"]
+            )
+        assert result["copy"]["bytes"] == result["bytes"]
 
 
 def test_a_wrong_kernel_ends_the_run_before_anything_is_written(

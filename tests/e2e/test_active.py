@@ -140,8 +140,10 @@ async def test_a_seed_means_the_same_whether_a_lead_is_handed_over_or_not(
     await check_seeded(duo_server, duo, [one.prompt for one in clear(duo, 0.1)])
 
 
-async def check_seeded(duo_server: Server, duo: Reference, prompts: Sequence[list[int]]) -> None:
-    options = {"temperature": 1.0, "seed": 3, "max_tokens": TOKENS}
+async def check_seeded(
+    duo_server: Server, duo: Reference, prompts: Sequence[list[int]], **options: Any
+) -> None:
+    options = {"temperature": 1.0, "seed": 3, "max_tokens": TOKENS, **options}
     answers = [
         [answer for answer, _ in await complete_all(duo_server, duo.name, prompts, decar, **options)]
         for decar in ({"prune": 0.1, "trace": True}, {"prune": 0.1, "trace": True}, {"trace": True})

@@ -32,6 +32,7 @@ from tests.e2e.test_active import (
     heaviest,
     leaders_of,
 )
+from tests.e2e.test_decide import check_decided
 from tests.e2e.test_exact import LEAD, RULES, Case, assert_equal, complete_all
 from tests.helpers import Server, assert_error, wait_until
 from tests.reference import Decoded, Reference, Rule, mixture_decode, prompt_scores, stdlib_text
@@ -52,6 +53,7 @@ def duo_server(duo: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iter
     on_cpu = not torch.cuda.is_available()
     log = tmp_path_factory.mktemp("logs") / "v2.log"
     environment = {"PYTHONPATH": path} if on_cpu else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    environment["DECAR_SAMPLER"] = "decar"  # as on a GPU; what needs vLLM's sampler has that
     with running(duo, log, LOADED, environment) as server:
         yield server
 
@@ -90,6 +92,11 @@ def test_every_engine_runs_v2(duo_server: Server) -> None:
 @exact.ways_of_two
 async def test_two_experts(duo_server: Server, duo: Reference, case: Case, rule: Rule) -> None:
     await exact.check(duo_server, duo, case, rule, FEW)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_tokens_that_the_kernel_chooses(duo_server: Server, duo: Reference, temperature: float) -> None:
+    await check_decided(duo_server, duo, temperature, exact.routed("posterior"), "velocity", FEW)
 
 
 async def test_prompts_longer_than_a_prefill_chunk(duo_server: Server, duo: Reference) -> None:

@@ -54,6 +54,68 @@ def test_ties_go_to_the_smaller_id(implementation: Any) -> None:
     assert tokens.tolist() == [3000]
 
 
+def test_ties_go_to_the_smaller_id_of_any_block(implementation: Any) -> None:
+    """A kernel keeps the best of each column of its blocks: here the smaller id is in the later column."""
+    logits = torch.zeros(2, 1, 20000)
+    logits[..., [3100, 4101, 12000]] = 1.0
+    nothing = torch.zeros(1, dtype=torch.int64)
+    log_weights = torch.tensor([[0.5, 0.5]]).log()
+    tokens, _ = _decide(implementation, logits, log_weights, "velocity", torch.zeros(1), nothing, nothing)
+    assert tokens.tolist() == [3100]
+
+
+@pytest.mark.parametrize("rule", ["velocity", "logit"])
+def test_where_nobody_takes_part_the_first_token_is_chosen(implementation: Any, rule: str) -> None:
+    logits, _ = random_case(2, 2, 9000)
+    nothing, log_weights = torch.zeros(2, dtype=torch.int64), torch.full((2, 2), -torch.inf)
+    tokens, _ = _decide(implementation, logits, log_weights, rule, torch.tensor([0.0, 1.0]), nothing, nothing)
+    assert tokens.tolist() == [0, 0]
+
+
+def test_the_greedy_token_of_unlikely_ones_is_found(implementation: Any) -> None:
+    """Experts that exclude each other's tokens, all of a probability that float32 rounds to 0 but for one a chunk."""
+    logits = torch.full((2, 1, 20000), -200.0)
+    logits[0, 0, 17000], logits[1, 0, 900] = 0.0, 0.0
+    nothing = torch.zeros(1, dtype=torch.int64)
+    for weights, token in (([0.4, 0.6], 900), ([0.6, 0.4], 17000), ([1.0, 1e-30], 17000)):
+        log_weights = torch.tensor([weights]).log()
+        tokens, _ = _decide(implementation, logits, log_weights, "velocity", torch.zeros(1), nothing, nothing)
+        assert tokens.tolist() == [token]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_weights_and_temperatures_come_in_any_dtype(implementation: Any, dtype: torch.dtype) -> None:
+    logits, log_weights = random_case(3, 4, 300)
+    rounded, temperatures = log_weights.to(dtype), torch.tensor([0.0, 0.5, 1.0, 2.0])
+    spread = torch.stack([rounded, rounded], dim=1)[:, 0]  # rows that do not follow one another
+    seeds = torch.arange(4)
+    expected = _decide(reference, logits, rounded.double(), "velocity", temperatures, seeds, seeds)
+    tokens, after = _decide(implementation, logits, spread, "velocity", temperatures.to(dtype), seeds, seeds)
+    assert tokens.tolist() == expected[0].tolist()
+    assert after.dtype == torch.float64
+    torch.testing.assert_close(after, expected[1], atol=1e-12, rtol=0)
+
+
+def test_one_call_leaves_nothing_for_the_next(implementation: Any) -> None:
+    """The same rows again and again, few and many, as an engine reads them."""
+    logits, log_weights = random_case(2, 6, 17000)
+    rows = Rows.stacked(logits.to(DEVICE))
+    best = exact(logits, log_weights, "logit").argmax(-1)
+    for entries in ([0, 1], [5, 4, 3, 2, 1, 0], [2]):
+        chosen = torch.tensor(entries)
+        nothing = torch.zeros(len(entries), dtype=torch.int64)
+        weights, zeros = log_weights[chosen].to(DEVICE), torch.zeros(len(entries))
+        log_probs = implementation.mix_rows(rows, chosen.to(DEVICE), weights, "logit", anchored=False)
+        tokens, _ = implementation.decide(
+            rows,
+            chosen.to(DEVICE),
+            weights,
+            "logit",
+            *(tensor.to(DEVICE) for tensor in (zeros, nothing, nothing)),
+        )
+        assert tokens.tolist() == log_probs.argmax(-1).tolist() == best[chosen].tolist()
+
+
 @pytest.mark.parametrize("rule", ["velocity", "logit"])
 def test_all_implementations_sample_the_same_token_whatever_the_batch(rule: str) -> None:
     logits, log_weights = random_case(2, 12, 9001)

@@ -6,7 +6,8 @@ the process that owns it. CUDA's own mapping has test_cuda_memory.py.
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from decar.kernels.reference import gumbel
 from decar.router.errors import StartError
 from decar.server.gateway.weights import WeightsReader
 from decar.server.protocol import plane as plane_module
-from decar.server.protocol.lockstep import HELD, Lockstep, Observer, Turns
-from decar.server.protocol.member import Member
+from decar.server.protocol.lockstep import HELD, RULES, Lockstep, Observer, Turns
+from decar.server.protocol.member import Draw, Member
 from decar.server.protocol.plane import Plane, stamp_of
 from decar.server.protocol.runtime import DIRECTORY, remove_stale
 from decar.server.protocol.transport import DeviceTransport, HostTransport
@@ -46,6 +48,12 @@ class FileMemory:
 
     def settle(self) -> None:
         """Files are visible at once."""
+
+    def upload(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.copy())
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        return [values.clone().numpy() for values in tensors]
 
 
 @pytest.fixture(params=["host", "device"])
@@ -492,3 +500,70 @@ def test_who_takes_a_lead_over_does_not_weigh_the_prompt_anew(
     follower.log_weights[member.slot] = np.log([0.6, 0.4])  # as its leader has left them
     follower.weigh(follower.turns(np.array([member.slot]), np.array([3])))
     assert np.exp(follower.log_weights[member.slot]) == pytest.approx([0.6, 0.4])
+
+
+def test_decided_tokens_and_weights_are_the_mixtures(
+    plane: Plane, engines: tuple[Lockstep, Lockstep]
+) -> None:
+    """Greedy and sampled, under both rules at once; beside them, one whose tokens somebody else samples."""
+    leader, follower = engines
+    rows = 2 * torch.randn(2, 4, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    draws = [Draw(0.0, 1), Draw(0.7, 2), Draw(1.3, 2**63 - 1), None]
+    members = [replace(member(slot, posterior=True), rule=RULES[slot % 2]) for slot in range(4)]
+    turns = []
+    for engine, own in zip(engines, rows, strict=True):
+        for one, draw in zip(members, draws, strict=True):
+            engine.join(one, draw=draw)
+        turns.append(engine.turns(np.arange(4), np.zeros(4, np.int64)))
+        turns[-1].rows[:] = np.arange(4)
+        engine.announce(turns[-1])
+        engine.post(turns[-1], own)
+    ready = leader.wait_for_rows(turns[0])
+    assert leader.plain.tolist() == [True, True, True, False]
+    mixed = leader.mixed(ready)
+    plain = ready.where(leader.plain[ready.slots])
+    tokens = leader.decide(plain).cpu()
+    scores = mixed[:3].clone()
+    for i, draw in enumerate(draws[:3]):
+        if draw is not None and draw.temperature:
+            seed, position = torch.tensor([draw.seed]), torch.tensor([0])
+            scores[i] = scores[i] / draw.temperature + gumbel(seed, position, VOCABULARY)[0]
+    assert tokens.tolist() == scores.argmax(-1).tolist()
+    adopted = follower.adopt(turns[1][:3])
+    assert adopted.tolist() == tokens.tolist()
+    assert leader.produced.tolist() == follower.produced.tolist() == [1, 1, 1, 0]
+    given = rows[:, :3].double().log_softmax(-1)[:, torch.arange(3), tokens].T
+    expected = (torch.tensor([0.25, 0.75]).double().log() + given).log_softmax(-1)
+    np.testing.assert_allclose(leader.log_weights[:3], expected, atol=1e-5)
+    np.testing.assert_allclose(np.exp(leader.log_weights[3]), [0.25, 0.75])
+
+
+def test_weights_that_are_fixed_do_not_move_with_decided_tokens(engines: tuple[Lockstep, Lockstep]) -> None:
+    leader, _ = engines
+    turns = []
+    for engine in engines:
+        engine.join(member(), draw=Draw(0.0, 0))
+        turns.append(engine.turns(np.array([0]), np.array([0])))
+        turns[-1].rows[:] = 0
+        engine.announce(turns[-1])
+        engine.post(turns[-1], torch.randn(1, VOCABULARY))
+    leader.decide(leader.wait_for_rows(turns[0]))
+    np.testing.assert_allclose(np.exp(leader.log_weights[0]), [0.25, 0.75])
+
+
+@pytest.mark.parametrize("plane", ["device"], indirect=True)
+def test_what_goes_to_the_device_comes_as_it_was_and_aligned(plane: Plane, tmp_path: Path) -> None:
+    """However many there are of each, none included."""
+    transport = DeviceTransport(plane, 0, FileMemory(tmp_path))
+    for count in range(4):
+        given = [
+            np.arange(count, dtype=np.int64) - 1,
+            np.log(np.arange(3.0 * count) + 0.5).reshape(count, 3),
+            np.full(count, 2**63 - 1),
+        ]
+        came = transport.to_device(*given)
+        for tensor, values in zip(came, given, strict=True):
+            np.testing.assert_array_equal(tensor.numpy(), values)
+            assert (tensor.data_ptr() - came[0].data_ptr()) % 16 == 0
+        for values, back in zip(given, transport.to_host(*came), strict=True):
+            np.testing.assert_array_equal(back, values)

@@ -44,7 +44,7 @@ DTYPES: dict[Dtype, torch.dtype] = {
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 RULES: tuple[Rule, ...] = get_args(Rule)
 COPY_BYTES = {"cuda": 1 << 28, "cpu": 1 << 26}
-"""One buffer of the copy: far more than any cache holds."""
+"""One buffer of the copy that shows a machine's bandwidth: far more than any cache holds."""
 CPU_SECONDS, CPU_REPEATS = 0.2, 9
 """A CPU time is the median of at least so many repeats and so many seconds of them."""
 BUSY_PERCENT, UNSTEADY = 10.0, 1.5
@@ -284,12 +284,11 @@ def time_of(run: Callable[[], Any], device: str) -> dict[str, float]:
     return {"time_us": middle, "p20_us": low, "p80_us": high}
 
 
-def measure_copy(device: str) -> dict[str, float]:
-    """The machine's bandwidth in bytes/s, read and written, by copying a large buffer."""
-    source = torch.ones(COPY_BYTES[device] // 4, device=device)
+def measure_copy(device: str, moved: int) -> dict[str, float]:
+    """Time, and bytes/s, of a copy that reads half of ``moved`` bytes and writes the other half."""
+    source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = time_of(lambda: target.copy_(source), device)
-    moved = 2 * COPY_BYTES[device]
     return {"bytes": moved, **times, "bytes_per_s": moved / times["time_us"] * 1e6}
 
 
@@ -304,6 +303,7 @@ def measure(case: Case, device: str, bandwidth: float, compiled: bool) -> dict[s
     if compiled:
         implementations.append(naive(case, compiled=True))
     errors = [check(case, inputs, implementation) for implementation in implementations]
+    copy = measure_copy(device, case.bytes)
     measured: dict[str, dict[str, float]] = {}
     for implementation, error in zip(implementations, errors, strict=True):
         run = implementation.run
@@ -313,6 +313,7 @@ def measure(case: Case, device: str, bandwidth: float, compiled: bool) -> dict[s
             **times,
             "bytes_per_s": rate,
             "share_of_copy": rate / bandwidth,
+            "share_of_same_copy": copy["time_us"] / times["time_us"],
             "error": error,
         }
     us = {name: timing["time_us"] for name, timing in measured.items()}
@@ -320,6 +321,7 @@ def measure(case: Case, device: str, bandwidth: float, compiled: bool) -> dict[s
         **asdict(case),
         "bytes": case.bytes,
         "tolerance": tolerance(case, inputs),
+        "copy": copy,
         "implementations": measured,
         "speedup_over_eager": us["eager"] / us["decar"],
         "speedup_over_compiled": us["compiled"] / us["decar"] if compiled else None,
@@ -349,7 +351,10 @@ def doubts(results: list[dict[str, Any]], busy_percent: float) -> str:
 
 def caption(device: str, copy: dict[str, float]) -> str:
     """What the numbers are, and what was not measured."""
-    speed = f"A copy moves {copy['bytes_per_s'] / 1e9:,.1f} GB/s here, read and written. "
+    speed = (
+        f"A large copy moves {copy['bytes_per_s'] / 1e9:,.1f} GB/s here, read and written, and 'of copy' is a "
+        "share of that; 'of same' is the time of a copy that moves as many bytes, with its launch, over decar's. "
+    )
     given = (
         "decar is given each row's log-normaliser, which experts post with their rows; eager and compiled torch "
         "start from the rows alone. "
@@ -371,7 +376,17 @@ def table_of(results: list[dict[str, Any]], text: str) -> Table:
     )
     for name in ("", "rule", "rows in"):
         table.add_column(name)
-    for name in ("B", "V", "K", "MB", "µs", "of copy", "×eager", *(["×compiled"] if compiled else [])):
+    for name in (
+        "B",
+        "V",
+        "K",
+        "MB",
+        "µs",
+        "of copy",
+        "of same",
+        "×eager",
+        *(["×compiled"] if compiled else []),
+    ):
         table.add_column(name, justify="right")
     for result in results:
         timing = result["implementations"]["decar"]
@@ -381,6 +396,7 @@ def table_of(results: list[dict[str, Any]], text: str) -> Table:
             f"{result['bytes'] / 1e6:,.2f}",
             f"{timing['time_us']:,.1f}",
             f"{timing['share_of_copy']:.0%}",
+            f"{timing['share_of_same_copy']:.0%}",
         ]
         row += [f"{result['speedup_over_eager']:.2f}"]
         table.add_row(*row, *([f"{result['speedup_over_compiled']:.2f}"] if compiled else []))
@@ -488,7 +504,7 @@ def kernel(
     cases = replace(default_grid(device, quick), **chosen).cases
     compiled = device == "cuda" if compile is None else compile
     busy = psutil.cpu_percent(interval=0.5)
-    copy = measure_copy(device)
+    copy = measure_copy(device, 2 * COPY_BYTES[device])
     results: list[dict[str, Any]] = []
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:

@@ -54,6 +54,16 @@ class Rows:
         self.normaliser_pointers = torch.tensor(
             [buffer.data_ptr() for buffer in log_normalisers], device=self.device
         )
+        self._counters: torch.Tensor | None = None
+
+    def counters(self, count: int) -> torch.Tensor:
+        """At least ``count`` counters, int32, that are 0.
+
+        Whoever counts leaves them so, since zeroing is one more launch. What counts in them runs one after the other.
+        """
+        if self._counters is None or len(self._counters) < count:
+            self._counters = torch.zeros(count, dtype=torch.int32, device=self.device)
+        return self._counters
 
     @classmethod
     def stacked(cls, logits: torch.Tensor, log_normalisers: torch.Tensor | None = None) -> Rows:

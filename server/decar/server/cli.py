@@ -135,6 +135,12 @@ def serve(
         ),
     ] = False,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Offer no page (the playground) at /.")] = False,
+    no_mps: Annotated[
+        bool,
+        typer.Option(
+            "--no-mps", help="Start no MPS daemon where engines share a GPU: they take turns on it."
+        ),
+    ] = False,
 ) -> None:
     """Serve an ensemble over the OpenAI API.
 
@@ -165,6 +171,7 @@ def serve(
         verbose=verbose,
         own_flags=[name for option in context.command.params for name in option.opts],
         ui=not no_ui,
+        use_mps=not no_mps,
     )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -29,6 +29,7 @@ import psutil
 from decar.router import Ensemble, Reading
 from decar.router.errors import StartError
 from decar.router.manifest import MAX_EXPERTS
+from decar.server.mps import mps
 from decar.server.placement import CPU_KV_BYTES, Place, check_memory, exchanged, place, visible_gpus
 from decar.server.port import base_url, bound_socket
 from decar.server.protocol.machine import check_memory_order
@@ -74,6 +75,7 @@ def serve(
     verbose: bool = False,
     own_flags: Iterable[str] = (),
     ui: bool = True,
+    use_mps: bool = True,
 ) -> None:
     """Serve the ensemble in ``directory`` until SIGINT or SIGTERM, and the requests that run then to their end.
 
@@ -97,6 +99,7 @@ def serve(
         verbose: vLLM's log goes to standard output instead.
         own_flags: of decar itself, which a user may have meant by one that is none.
         ui: offer the page at /.
+        use_mps: have CUDA's MPS daemon where engines share a GPU.
 
     Raises:
         EnsembleError: the directory cannot be served.
@@ -205,6 +208,7 @@ def serve(
             fork_server,
             terminal,
             start,
+            use_mps,
         )
 
         def listening() -> None:
@@ -329,6 +333,7 @@ async def _running_ensemble(
     fork_server: ForkServer,
     terminal: Terminal,
     start: Start,
+    use_mps: bool,
 ) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
     """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
     out."""
@@ -379,7 +384,8 @@ async def _running_ensemble(
         launcher: Launcher
         if spread.cluster is None or spread.plan is None:
             planes = stack.enter_context(planes_on(hosts, make_plane, folder))
-            launcher = OwnProcesses(planes.of, [placed.ranks for placed in places[: len(experts)]])
+            pipes = stack.enter_context(mps([placed.gpus for placed in places], folder, use_mps))
+            launcher = OwnProcesses(planes.of, [placed.ranks for placed in places[: len(experts)]], pipes)
         else:
             from decar.server.cluster.actors import Actors
             from decar.server.cluster.hosts import ClusterHosts

@@ -37,7 +37,11 @@ async def warm_up(client: EnsembleClient, image: Any | None, expert: int | None 
 
     text: Any = {"prompt_token_ids": [0, 1, 2, 3]}
     for kind in (RequestOutputKind.FINAL_ONLY, RequestOutputKind.DELTA):
-        for extra in ({"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 0, "logprobs": 2}):
+        for extra in (
+            {"temperature": 0.0},
+            {"temperature": 0.8, "seed": 0},
+            {"temperature": 0.8, "top_p": 0.9, "seed": 0, "logprobs": 2},
+        ):
             params = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=kind, **extra)
             await asyncio.gather(*(asyncio.create_task(run(call, params, text)) for call in calls))
     asked_for_prompt = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)

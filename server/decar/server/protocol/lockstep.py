@@ -12,17 +12,17 @@ Shapes: n turns of one step, K experts, S slots, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
 import torch
 
-from decar.kernels import Rule, mix_rows
+from decar.kernels import Rule, decide, mix_rows
 from decar.router import active_experts, moved_on, prune, restricted
 from decar.server.protocol.cores import yield_core
-from decar.server.protocol.member import Member
+from decar.server.protocol.member import Draw, Member
 from decar.server.protocol.plane import (
     NOTHING,
     WHOLE,
@@ -166,15 +166,19 @@ class Lockstep:
         self._unweighed = np.zeros(slots, bool)  # the prompt has still to move the weights
         self._rules = np.zeros(slots, np.int64)
         self._whole = np.zeros(slots, np.int64)  # `WHOLE` where a product of experts needs every logit
+        self.plain = np.zeros(slots, bool)  # `decide` chooses the tokens, when it is led from here
+        self._temperatures = np.zeros(slots)
+        self._seeds = np.zeros(slots, np.int64)
         self._members: list[Member | None] = [None] * slots
 
     # --- who takes part -----------------------------------------------------------------------------------
 
-    def join(self, member: Member, spoken: int = 0) -> None:
+    def join(self, member: Member, spoken: int = 0, draw: Draw | None = None) -> None:
         """Take part in a request. A newer tenant of a slot silences the older one, which is being aborted.
 
         Args:
             spoken: tokens of the answer that are there already.
+            draw: how `decide` chooses its tokens; None: somebody else does, from what `mixed` gives.
         """
         slot = member.slot
         if member.generation <= self.generation[slot]:
@@ -187,6 +191,9 @@ class Lockstep:
         self._unweighed[slot] = member.scored is not None
         self._rules[slot] = RULES.index(member.rule)
         self._whole[slot] = WHOLE if member.rule == "logit" else 0
+        self.plain[slot] = draw is not None
+        if draw is not None:
+            self._temperatures[slot], self._seeds[slot] = draw.temperature, draw.seed
         self._load(slot)
 
     def holds_slot(self, member: Member) -> bool:
@@ -246,7 +253,8 @@ class Lockstep:
             return
         rows = logits[:, : self.vocab_size]
         if not np.array_equal(new.rows, np.arange(len(rows))):  # else the whole batch is posted, as it lies
-            rows = rows.index_select(0, torch.from_numpy(new.rows).to(logits.device))
+            (chosen,) = self.transport.to_device(new.rows)
+            rows = rows.index_select(0, chosen.to(logits.device))
         self.transport.post(new.entries, rows)
         self._own["row_for"][new.entries] = new.leaders | self._whole[new.slots]
         self._own["row_stamp"][new.entries] = new.stamps
@@ -289,28 +297,39 @@ class Lockstep:
 
         K identical experts give exactly that expert's logits: softmax would not need it, a repetition penalty does.
         """
-        rows, device = self.transport.rows, self.transport.device
-        log_weights = self.log_weights[turns.slots]
-        entries, weights = (torch.from_numpy(values).to(device) for values in (turns.entries, log_weights))
-        rules = self._rules[turns.slots]
-        if (rules == rules[0]).all():
-            result = mix_rows(rows, entries, weights, RULES[rules[0]])
-        else:
-            result = torch.empty(len(turns), self.vocab_size, device=device)
-            for i, rule in enumerate(RULES):
-                chosen = torch.from_numpy(np.flatnonzero(rules == i)).to(device)
-                result[chosen] = mix_rows(rows, entries[chosen], weights[chosen], rule)
-        places = turns.slots, turns.positions % self._ring
-        self._own["log_weights"][places] = log_weights
-        if "tails" in self._own:
-            self._own["tails"][places] = self._tails(turns, log_weights)
-        self.mine.count("mixed_tokens", len(turns))
+        rows, log_weights = self.transport.rows, self.log_weights[turns.slots]
+        given = self.transport.to_device(turns.entries, log_weights)
+        (result,) = self._by_rule(
+            turns, given, lambda rule, entries, weights: (mix_rows(rows, entries, weights, rule),)
+        )
+        self._note_weights(turns, log_weights)
         return result
 
-    def publish(self, turns: Turns, tokens: np.ndarray) -> None:
+    def decide(self, turns: Turns) -> torch.Tensor:
+        """Choose and publish the tokens [n] of *plain* turns whose rows have all come, without writing the mixture.
+
+        Returns:
+            them, on the transport's device.
+        """
+        rows, slots, log_weights = self.transport.rows, turns.slots, self.log_weights[turns.slots]
+        draws = self._temperatures[slots], self._seeds[slots], turns.positions
+        given = self.transport.to_device(turns.entries, log_weights, *draws)
+        tokens, moved = self._by_rule(
+            turns,
+            given,
+            lambda rule, entries, weights, *draws: decide(rows, entries, weights, rule, *draws),
+        )
+        self._note_weights(turns, log_weights)
+        self.publish(turns, *self.transport.to_host(tokens, moved))
+        return tokens
+
+    def publish(self, turns: Turns, tokens: np.ndarray, log_weights: np.ndarray | None = None) -> None:
         """Tell the followers the tokens [n] of the turns this engine decided, and move their weights on.
 
         Where experts may be released, who goes on is decided first: whoever has seen a token knows who takes part next.
+
+        Args:
+            log_weights: by Bayes after the tokens, [n, K], if somebody has worked them out.
         """
         slots = turns.slots
         pruning = self.budget[slots] > 0
@@ -318,7 +337,9 @@ class Lockstep:
         releasing = pruning | beginning
         self._stamp_tokens(turns, tokens, ~releasing)
         moving = self._posterior[slots]
-        if moving.any():
+        if moving.any() and log_weights is not None:
+            self.log_weights[slots[moving]] = log_weights[moving]
+        elif moving.any():
             self._move_weights(turns.where(moving), tokens[moving])
         if releasing.any():
             lightest = np.where(self._active[slots], self.log_weights[slots], np.inf).min(axis=1)
@@ -350,6 +371,34 @@ class Lockstep:
         self._tell_others()
 
     # --- parts of it --------------------------------------------------------------------------------------
+
+    def _by_rule(
+        self,
+        turns: Turns,
+        given: Sequence[torch.Tensor],
+        operation: Callable[..., tuple[torch.Tensor, ...]],
+    ) -> tuple[torch.Tensor, ...]:
+        """What ``operation`` makes of a rule and of what is ``given``, each [n, ...], for the turns of each rule."""
+        rules = self._rules[turns.slots]
+        if (rules == rules[0]).all():
+            return operation(RULES[rules[0]], *given)
+        order = np.argsort(rules, kind="stable")
+        back, *by_rule = self.transport.to_device(
+            np.argsort(order), *(order[rules[order] == i] for i in np.unique(rules))
+        )
+        parts = [
+            operation(RULES[i], *(values[chosen] for values in given))
+            for i, chosen in zip(np.unique(rules), by_rule, strict=True)
+        ]
+        return tuple(torch.cat(results)[back] for results in zip(*parts, strict=True))
+
+    def _note_weights(self, turns: Turns, log_weights: np.ndarray) -> None:
+        """Have the gateway know by which weights [n, K] tokens are mixed."""
+        places = turns.slots, turns.positions % self._ring
+        self._own["log_weights"][places] = log_weights
+        if "tails" in self._own:
+            self._own["tails"][places] = self._tails(turns, log_weights)
+        self.mine.count("mixed_tokens", len(turns))
 
     def _wait_for(self, wanted: np.ndarray, turns: Turns) -> np.ndarray:
         """Wait for the rows of the ``wanted`` experts [n, K]; which turns [n] lack one that is not coming."""

@@ -34,6 +34,7 @@ class LockstepConfig:
         gateway_pid: the engine ends when this process does.
         engine: a name that the engine's process has made, where its ranks have processes of their own; else "".
         own_environment: its process has an environment of its own, and not the gateway's.
+        mps_pipes: CUDA_MPS_PIPE_DIRECTORY of its process; "" leaves it alone.
     """
 
     expert: int
@@ -43,6 +44,7 @@ class LockstepConfig:
     gateway_pid: int
     engine: str = field(default="", kw_only=True)
     own_environment: bool = field(default=False, kw_only=True)
+    mps_pipes: str = field(default="", kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, _ENVIRONMENT: None if self.own_environment else dict(os.environ)}
@@ -60,11 +62,26 @@ class LockstepConfig:
                 end_with(os.getppid(), new_name())
             if self.devices:
                 os.environ["CUDA_VISIBLE_DEVICES"] = self.devices
+            if self.mps_pipes:
+                os.environ["CUDA_MPS_PIPE_DIRECTORY"] = self.mps_pipes
             end_with(self.gateway_pid, self.plane.name)
 
     def compute_hash(self) -> str:
         """vLLM keys its compile cache with this: nothing here changes a compiled model."""
         return "decar"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a token is chosen where nothing but the mixture's probabilities matters: see `decar.kernels.decide`.
+
+    Attributes:
+        temperature: 0 is greedy.
+        seed: of the noise, from 0 to 2^63 - 1; with a position it gives the same noise in every batch and engine.
+    """
+
+    temperature: float
+    seed: int
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ Shapes: K experts, S slots, V vocabulary, n rows of one call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +34,12 @@ class Transport(Protocol):
 
     def log_likelihoods(self, entries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """log p_k(token) [n, K] float64; not finite where a row allows no such token, or is broken."""
+
+    def to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Arrays of int64 and float64 where rows are mixed, in one transfer that the host does not wait for."""
+
+    def to_host(self, *tensors: torch.Tensor) -> list[np.ndarray]:
+        """Tensors as arrays, all after one wait."""
 
 
 def transport_of(plane: Plane, expert: int, memory: DeviceMemory | None) -> Transport:
@@ -65,6 +72,12 @@ class HostTransport:
         found = self._logits[:, entries, tokens] - self._log_normalisers[:, entries]
         return found.T.astype(np.float64)
 
+    def to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        return [torch.from_numpy(values) for values in arrays]
+
+    def to_host(self, *tensors: torch.Tensor) -> list[np.ndarray]:
+        return [values.numpy() for values in tensors]
+
 
 def buffer_bytes(slots: int, vocab_size: int, dtype: str) -> int:
     """Memory on its device that one engine's rows and log-normalisers take."""
@@ -89,6 +102,12 @@ class DeviceMemory(Protocol):
 
     def settle(self) -> None:
         """Return when all that was written is visible to whoever has mapped it."""
+
+    def upload(self, values: np.ndarray) -> torch.Tensor:
+        """A copy of ``values`` on the device, which the host does not wait for."""
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        """Copies of ``tensors``, all after one wait."""
 
 
 class DeviceTransport:
@@ -138,17 +157,35 @@ class DeviceTransport:
         return Rows([logits for logits, _ in views], [log_normalisers for _, log_normalisers in views])
 
     def post(self, entries: np.ndarray, logits: torch.Tensor) -> None:
-        places, values = torch.from_numpy(entries).to(self.device), logits.to(self._dtype)
+        (places,), values = self.to_device(entries), logits.to(self._dtype)
         self._own[0].index_copy_(0, places, values)
         self._own[1].index_copy_(0, places, values.float().logsumexp(dim=-1))
         self._memory.settle()
 
     def log_likelihoods(self, entries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        places, ids = (torch.from_numpy(values).to(self.device) for values in (entries, tokens))
+        places, ids = self.to_device(entries, tokens)
         logits = torch.stack([rows[places, ids].float() for rows in self.rows.logits], dim=1)
         log_normalisers = torch.stack([values[places] for values in self.rows.log_normalisers], dim=1)
-        found: np.ndarray = (logits - log_normalisers).double().cpu().numpy()
+        (found,) = self.to_host((logits - log_normalisers).double())
         return found
+
+    def to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        # Each begins at a multiple of 16 bytes: for one that does not, Triton would compile another kernel.
+        starts = np.cumsum([0, *(values.size + values.size % 2 for values in arrays)])
+        packed = np.zeros(starts[-1], np.int64)
+        for start, values in zip(starts, arrays, strict=False):
+            packed[start : start + values.size] = values.ravel().view(np.int64)
+        moved = self._memory.upload(packed)
+        found = []
+        for start, values in zip(starts.tolist(), arrays, strict=False):
+            part = moved[start : start + values.size]
+            found.append(
+                (part.view(torch.float64) if values.dtype == np.float64 else part).view(values.shape)
+            )
+        return found
+
+    def to_host(self, *tensors: torch.Tensor) -> list[np.ndarray]:
+        return self._memory.download(tensors)
 
     def _views(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [2S, V] and log-normalisers [2S] of a buffer."""

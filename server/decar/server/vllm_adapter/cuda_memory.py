@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -17,6 +19,7 @@ class CudaMemory:
         self.device = device
         self._library = CudaRTLibrary()
         self._handle_type = cudaIpcMemHandle_t
+        self._written = torch.cuda.Event()
 
     def allocate(self, size_bytes: int) -> tuple[torch.Tensor, bytes]:
         address = self._library.cudaMalloc(size_bytes)
@@ -29,7 +32,20 @@ class CudaMemory:
         return self._tensor(address, size_bytes)
 
     def settle(self) -> None:
-        torch.cuda.current_stream(self.device).synchronize()
+        # An event, and not the stream: what is launched after this need not have run.
+        self._written.record(torch.cuda.current_stream(self.device))
+        self._written.synchronize()
+
+    def upload(self, values: np.ndarray) -> torch.Tensor:
+        # Only from pinned memory does a copy leave the host alone; torch keeps that until the copy is done.
+        return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        copies = [torch.empty(values.shape, dtype=values.dtype, pin_memory=True) for values in tensors]
+        for copy, values in zip(copies, tensors, strict=True):
+            copy.copy_(values, non_blocking=True)
+        self.settle()
+        return [copy.numpy() for copy in copies]
 
     def _tensor(self, address: ctypes.c_void_p, size_bytes: int) -> torch.Tensor:
         return torch.as_tensor(_CudaBytes(address, size_bytes), device=self.device)

@@ -157,12 +157,14 @@ class Site:
         cpus: cores that it computes on, rank by rank; empty leaves them alone.
         ends_with: the process that it ends with.
         own_environment: it does not get the gateway's.
+        mps_pipes: of an MPS daemon that it is to use; "": of the one that its environment names, if any.
     """
 
     plane: PlaneSpec
     cpus: tuple[int, ...]
     ends_with: int
     own_environment: bool = False
+    mps_pipes: str = ""
 
 
 class Launcher(Protocol):
@@ -192,15 +194,17 @@ class OwnProcesses:
     Args:
         specs: [K], of the plane of each place.
         ranks: of each expert that there is.
+        mps_pipes: see `Site`.
     """
 
-    def __init__(self, specs: Sequence[PlaneSpec], ranks: Sequence[int]):
-        self._specs = specs
+    def __init__(self, specs: Sequence[PlaneSpec], ranks: Sequence[int], mps_pipes: str = ""):
+        self._specs, self._mps_pipes = specs, mps_pipes
         # Experts that come later share them.
         self._cores = dealt_cores(sorted(os.sched_getaffinity(0)), ranks)
 
     def site(self, expert: int) -> Site:
-        return Site(self._specs[expert], self._cores[expert % len(self._cores)], os.getpid())
+        cpus = self._cores[expert % len(self._cores)]
+        return Site(self._specs[expert], cpus, os.getpid(), mps_pipes=self._mps_pipes)
 
     def launch(self, expert: int, config: Any, log_stats: bool) -> None:
         return None
@@ -282,6 +286,7 @@ class Starter:
             devices=plan.devices,
             gateway_pid=site.ends_with,
             own_environment=site.own_environment,
+            mps_pipes=site.mps_pipes,
             name=plan.name,
             failures=self._failures.address,
             progress=self._progress.address,

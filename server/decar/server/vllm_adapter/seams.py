@@ -130,6 +130,13 @@ SEAMS: tuple[Seam, ...] = (
         reads(_STEP, "NewRequestData", "prefill_token_ids mm_features"),
         reads(_STEP, "CachedRequestData", "req_ids num_computed_tokens num_output_tokens"),
         reads("vllm.platforms", "", "current_platform"),
+        reads("vllm.config", "ModelConfig", "logits_processors"),
+    ),
+    *used_by(
+        "draws",
+        reads("vllm.sampling_params", "SamplingParams", "temperature seed extra_args"),
+        reads("vllm.sampling_params", "SamplingParams", "_eos_token_id _all_stop_token_ids"),
+        reads("vllm.v1.sample.logits_processor", "", "LOGITSPROCS_GROUP"),
     ),
     *used_by(
         "prompts",

@@ -23,11 +23,12 @@ from vllm.platforms import current_platform
 
 from decar.server.protocol.cores import take_long_slices
 from decar.server.protocol.lockstep import HELD, Lockstep
-from decar.server.protocol.member import Member, PromptRows, end_with, spoken_tokens
+from decar.server.protocol.member import Draw, Member, PromptRows, end_with, spoken_tokens
 from decar.server.protocol.plane import Plane
 from decar.server.protocol.runtime import ignore_stops
 from decar.server.protocol.transport import transport_of
 from decar.server.vllm_adapter.cuda_memory import CudaMemory
+from decar.server.vllm_adapter.draws import Draws, draw_alone
 from decar.server.vllm_adapter.executor import own_segments
 from decar.server.vllm_adapter.failures import ReportingConfig
 from decar.server.vllm_adapter.prompts import PromptReader
@@ -62,12 +63,22 @@ class LockstepWorker(_Worker):
         plane = Plane.attach(config.plane) if self._ranks.first else Plane.of_nobody(config.plane)
         memory = CudaMemory(self.device) if plane.spec.on_device else None
         self.lockstep = Lockstep(plane, config.expert, transport_of(plane, config.expert, memory))
+        self._draws = Draws(plane.spec.on_device, self.vllm_config.model_config.logits_processors)
         self._members: dict[str, Member] = {}  # of shared requests
         self._prompt_tokens = np.zeros(plane.spec.slots, np.int64)
         self._due: list[str] = []  # shared requests of whose next position this step gives the row
         self._holding = np.zeros(0, bool)  # which of them have their slot
         self._turns = self.lockstep.turns(*np.zeros((2, 0), np.int64))  # of these
         self._ready = self._turns  # of these, those that this engine leads and whose rows have all come
+        self._sampled = self._turns  # of these, those whose tokens vLLM samples
+        self._decided = self._turns  # and the others, whose tokens `Lockstep.decide` has chosen
+        self._tokens = torch.zeros(0, dtype=torch.int64)  # those
+        self._draw_of: dict[
+            str, tuple[Draw, int]
+        ] = {}  # of requests that draw, and the length of their prompts
+        self._lone: list[tuple[str, int]] = []  # of these, those that this step decides alone, and positions
+        self._lone_rows: list[int] = []
+        self._lone_tokens = torch.zeros(0, dtype=torch.int64)
         self._rows: list[int] = []  # of what is due, in this step's batch
         self._batch = _Batch.of([], {}, self.lockstep, self._prompt_tokens)
 
@@ -123,36 +134,52 @@ class LockstepWorker(_Worker):
         if not self._ranks.first:
             step.logits()  # which all ranks compute together
             return step.keep_told(grammar_output, self._take_told)
-        if not self._due:
+        if not self._due and not self._lone:
             return step.sample(grammar_output, settle=self._ranks.tell)
         self._find_rows()
         logits = step.logits()  # in float32, as rows are mixed, and tokens sampled
+        if self._lone:
+            self._lone_tokens = self._draw_alone(logits)
         with lockstep.mine.timed("post_ns"):
             lockstep.post(self._turns, logits)
         self._ready = lockstep.wait_for_rows(self._turns.where(self._turns.leaders == lockstep.expert))
+        plain = lockstep.plain[self._ready.slots]
+        self._decided, self._sampled = self._ready.where(plain), self._ready.where(~plain)
         if len(self._ready):
             with lockstep.mine.timed("mix_ns"):
                 lockstep.weigh(self._ready)
-                rows = torch.from_numpy(self._ready.rows).to(logits.device)
-                shared = logits[:, : lockstep.vocab_size]
-                shared.index_copy_(0, rows, lockstep.mixed(self._ready).to(logits.device))
-        undecided = () if len(self._ready) == len(self._rows) else self._rows_but(self._ready.rows)
+                if len(self._decided):
+                    self._tokens = lockstep.decide(self._decided)
+                if len(self._sampled):
+                    (rows,) = lockstep.transport.to_device(self._sampled.rows)
+                    shared = logits[:, : lockstep.vocab_size]
+                    mixed = lockstep.mixed(self._sampled)
+                    shared.index_copy_(0, rows.to(logits.device), mixed.to(logits.device))
+        undecided = () if len(self._sampled) == len(self._rows) else self._rows_but(self._sampled.rows)
+        undecided = [*undecided, *self._lone_rows]
         with lockstep.mine.timed("sample_ns"):
-            sampler = not self._only_follows(len(logits))
+            sampler = self._wants_sampler(len(logits))
             output = step.sample(grammar_output, undecided, self._settle, sampler=sampler)
         lockstep.finish(self._turns)
         return output
 
     def _settle(self, tokens: torch.Tensor) -> None:
-        """Publish what this engine decided of ``tokens`` [B], adopt what others did, and drop the rest."""
+        """Publish what was sampled of ``tokens`` [B], write what was chosen or others decided, and drop the rest."""
         lockstep, decided = self.lockstep, self._ready.rows
-        if len(self._ready):
-            lockstep.publish(self._ready, tokens.cpu().numpy()[self._ready.rows].astype(np.int64))
+        if len(self._sampled):
+            lockstep.publish(self._sampled, tokens.cpu().numpy()[self._sampled.rows].astype(np.int64))
+        if len(self._decided):
+            (rows,) = lockstep.transport.to_device(self._decided.rows)
+            tokens[rows.to(tokens.device)] = self._tokens.to(tokens)
+        if self._lone_rows:
+            (rows,) = lockstep.transport.to_device(np.array(self._lone_rows))
+            tokens[rows.to(tokens.device)] = self._lone_tokens.to(tokens)
         if len(self._ready) < len(self._turns):
             followed = self._turns.where(self._turns.leaders != lockstep.expert)
             adopted = lockstep.adopt(followed)
             there = adopted != HELD
-            tokens[torch.from_numpy(followed.rows[there])] = torch.from_numpy(adopted[there]).to(tokens)
+            rows, given = lockstep.transport.to_device(followed.rows[there], adopted[there])
+            tokens[rows.to(tokens.device)] = given.to(tokens)
             decided = np.concatenate([decided, followed.rows[there]])
         held = self._rows_but(decided) if len(decided) < len(self._rows) else []
         if held:
@@ -169,19 +196,33 @@ class LockstepWorker(_Worker):
         """Rows of what is due, without those that are ``decided``."""
         return sorted(set(self._rows) - set(decided.tolist()))
 
-    def _only_follows(self, rows: int) -> bool:
-        """Whether others decide all of this step's ``rows``, and no sampler here has to keep up to lead them later."""
-        turns = self._turns
-        return (
-            rows == len(turns) == len(self._due)
-            and not (turns.leaders == self.lockstep.expert).any()
-            and not self.lockstep.may_release[turns.slots].any()
+    def _wants_sampler(self, rows: int) -> bool:
+        """Whether one of this step's ``rows`` is for vLLM's sampler, or may be later, so that it has to keep up."""
+        lockstep, turns = self.lockstep, self._turns
+        if not (len(turns) == len(self._due) and rows == len(turns) + len(self._lone)):
+            return True
+        sampled = (turns.leaders == lockstep.expert) | lockstep.may_release[turns.slots]
+        return bool((sampled & ~lockstep.plain[turns.slots]).any())
+
+    def _draw_alone(self, logits: torch.Tensor) -> torch.Tensor:
+        """Tokens of requests that this engine decides alone, with the noise that they would have in a mixture.
+
+        Whether others take part in a request, and from when on they do not, so never changes what its seed means.
+        """
+        draws = [self._draw_of[request_id][0] for request_id, _ in self._lone]
+        rows, temperatures, seeds, positions = self.lockstep.transport.to_device(
+            np.array(self._lone_rows),
+            np.array([draw.temperature for draw in draws]),
+            np.array([draw.seed for draw in draws]),
+            np.array([position for _, position in self._lone]),
         )
+        return draw_alone(logits[:, : self.lockstep.vocab_size], rows, temperatures, seeds, positions)
 
     def _find_rows(self) -> None:
         """Where this step's batch has what is due; the turns in that order, in which rows are posted."""
         row_of = self.step.rows
         self._rows = [row_of[request_id] for request_id in self._due]
+        self._lone_rows = [row_of[request_id] for request_id, _ in self._lone]
         rows = np.array(self._rows, np.int64)[self._holding]
         self._turns.rows = rows
         if (rows[1:] < rows[:-1]).any():
@@ -196,15 +237,19 @@ class LockstepWorker(_Worker):
             lockstep.learn(self._members[request_id])
         for request_id in scheduler_output.finished_req_ids:
             self._members.pop(request_id, None)
+            self._draw_of.pop(request_id, None)
         self._prompts.forget(scheduler_output.finished_req_ids)
         for new in scheduler_output.scheduled_new_reqs:
             self._admit(new)
         self._due, self._holding, slots = _NOTHING
         if self._members and self._ranks.first:
             self._due, self._holding, slots = self._what_is_due(scheduler_output)
+        self._lone, self._lone_rows = [], []
+        if self._draw_of and self._ranks.first:
+            self._lone = self._who_draws_alone(scheduler_output)
         slots = slots[self._holding]
         self._turns = lockstep.turns(slots, lockstep.produced[slots])
-        self._ready = self._turns[:0]
+        self._ready = self._sampled = self._decided = self._turns[:0]
 
     def _admit(self, new: NewRequestData) -> None:
         """Know a request that this engine begins with, or begins with again: V2 resumes what was preempted so."""
@@ -213,12 +258,15 @@ class LockstepWorker(_Worker):
             self._prompts.write_rows(new.req_id, rows)
         if spoken:
             self.step.go_on(new.req_id, spoken)
+        draw = self._draws.of(new.sampling_params)
+        if draw is not None and draw.temperature and new.req_id not in self._draw_of:
+            self._draw_of[new.req_id] = draw, len(new.prompt_token_ids)
         resumed = new.req_id in self._members
         member = self._members[new.req_id] if resumed else Member.of(new.sampling_params)
         if member is None:
             return
         self._members[new.req_id] = member
-        self.lockstep.join(member, len(spoken))
+        self.lockstep.join(member, len(spoken), draw)
         if self.lockstep.holds_slot(member):
             self._prompt_tokens[member.slot] = len(new.prompt_token_ids)
             self.lockstep.produced[member.slot] = max(_num_output_tokens(new), len(spoken))
@@ -238,13 +286,35 @@ class LockstepWorker(_Worker):
         ends = np.array([*(begun.num_computed_tokens for begun in new), *cached.num_computed_tokens])
         ends = ends[batch.shared] + [*map(scheduler_output.num_scheduled_tokens.__getitem__, batch.requests)]
         goes_on = self._who_goes_on() if batch.may_release else batch.holding
-        produced, alone_from = lockstep.produced[slots], lockstep.alone_from[slots]
+        produced = lockstep.produced[slots]
         # Where nobody is left to mix with, it is plain vLLM.
-        goes_on = goes_on & (produced < alone_from) & (ends >= batch.prompt_tokens + produced)
+        goes_on = goes_on & (produced < lockstep.alone_from[slots]) & (ends >= batch.prompt_tokens + produced)
         if goes_on.all():
             return batch.requests, goes_on, slots
         due = np.flatnonzero(goes_on | ~batch.holding)
         return [batch.requests[i] for i in due], batch.holding[due], slots[due]
+
+    def _who_draws_alone(self, scheduler_output: SchedulerOutput) -> list[tuple[str, int]]:
+        """Requests that draw and are not due, whose last known token is computed in this step, and next positions."""
+        new, cached = scheduler_output.scheduled_new_reqs, scheduler_output.scheduled_cached_reqs
+        known = [
+            *(
+                (
+                    begun.req_id,
+                    begun.num_computed_tokens,
+                    max(_num_output_tokens(begun), len(spoken_tokens(begun.sampling_params))),
+                )
+                for begun in new
+            ),
+            *zip(cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, strict=True),
+        ]
+        due, found = set(self._due), []
+        for request_id, computed, position in known:
+            if request_id in self._draw_of and request_id not in due:
+                _, prompt_tokens = self._draw_of[request_id]
+                if computed + scheduler_output.num_scheduled_tokens[request_id] >= prompt_tokens + position:
+                    found.append((request_id, position))
+        return found
 
     def _who_goes_on(self) -> np.ndarray:
         """Which of the batch's shared requests [n] this engine still takes part in.
@@ -256,7 +326,8 @@ class LockstepWorker(_Worker):
         led_by = lockstep.leader[batch.slots]
         goes_on = lockstep.take_part(batch.slots) & batch.holding
         leads = lockstep.leader[batch.slots]
-        for i in np.flatnonzero(goes_on & (led_by != leads) & (leads == lockstep.expert)):
+        sampled = ~lockstep.plain[batch.slots]
+        for i in np.flatnonzero(goes_on & sampled & (led_by != leads) & (leads == lockstep.expert)):
             tokens, _ = self._members[batch.requests[i]].led_before[-1]
             self.step.redraw(batch.requests[i], tokens)
         return goes_on
