@@ -156,6 +156,76 @@ def test_what_nobody_is_computing_is_a_hold_at_once(plane: Plane, engines: tuple
     assert scheduler.rows_may_come(member(), 0), "a posted row stays"
 
 
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[tuple[Lockstep, Lockstep]]:
+    """Two engines on two hosts, as far as they know."""
+    made = Plane.create(experts=2, slots=4, vocab_size=VOCABULARY, positions=16, hosts=(0, 1))
+    made.weights_read[:] = stamp_of(9, 0)
+    yield Lockstep(made, 0, HostTransport(made, 0)), Lockstep(made, 1, HostTransport(made, 1))
+    made.unlink()
+
+
+def test_another_host_is_not_waited_for_long_where_others_want_to_go_on(
+    apart: tuple[Lockstep, Lockstep],
+) -> None:
+    """Its engine runs the very step, and what it gives does not come."""
+    leader, follower = apart
+    turns, theirs = begin(leader, member()), begin(follower, member())
+    for engine, its in ((leader, turns), (follower, theirs)):
+        engine.announce(its)
+        engine.post(its, torch.zeros(1, VOCABULARY))
+        engine.bound_waits(its, rows=2)
+    follower.mine.row_stamp[int(turns.entries[0])] = 0  # still on its way
+    assert not len(leader.wait_for_rows(turns)), "a hold"
+    leader.announce(turns)
+    assert follower.adopt(theirs).tolist() == [HELD]
+
+
+def test_another_host_is_waited_for_where_all_need_it(apart: tuple[Lockstep, Lockstep]) -> None:
+    leader, follower = apart
+    turns, theirs = begin(leader, member()), begin(follower, member())
+    for engine, its in ((leader, turns), (follower, theirs)):
+        engine.announce(its)
+        engine.bound_waits(its, rows=1)
+    later = threading.Timer(0.2, lambda: follower.post(theirs, torch.zeros(1, VOCABULARY)))
+    later.start()
+    assert len(leader.wait_for_rows(turns)) == 1
+    later.join()
+
+
+def test_an_engine_beside_is_waited_for_whatever_else_there_is(engines: tuple[Lockstep, Lockstep]) -> None:
+    leader, follower = engines
+    turns, theirs = begin(leader, member()), begin(follower, member())
+    for engine, its in ((leader, turns), (follower, theirs)):
+        engine.announce(its)
+        engine.bound_waits(its, rows=2)
+    later = threading.Timer(0.2, lambda: follower.post(theirs, torch.zeros(1, VOCABULARY)))
+    later.start()
+    assert len(leader.wait_for_rows(turns)) == 1
+    later.join()
+
+
+@pytest.mark.parametrize("hosts", [(0, 0), (0, 1)])
+def test_what_is_held_runs_again_once_its_rows_are_there_or_worth_waiting_for(hosts: tuple[int, int]) -> None:
+    plane = Plane.create(experts=2, slots=4, vocab_size=VOCABULARY, positions=16, hosts=hosts)
+    try:
+        plane.weights_read[:] = stamp_of(9, 0)
+        observer, follower = Observer(plane, 0), Lockstep(plane, 1, HostTransport(plane, 1))
+        far = hosts[1] == 1
+        assert observer.needs_hosts(member()) is far
+        assert observer.needs_hosts(member(leader=1)) is far
+        assert not observer.rows_may_come(member(), 0)
+        theirs = begin(follower, member())
+        follower.announce(theirs)
+        assert observer.rows_may_come(member(), 0)
+        assert observer.rows_may_come(member(), 0, patient=False) is not far
+        follower.post(theirs, torch.zeros(1, VOCABULARY))
+        follower.finish(theirs)
+        assert observer.rows_may_come(member(), 0, patient=False)
+    finally:
+        plane.unlink()
+
+
 def test_of_many_turns_each_is_held_or_decided_by_itself(
     plane: Plane, engines: tuple[Lockstep, Lockstep]
 ) -> None:

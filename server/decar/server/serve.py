@@ -373,6 +373,7 @@ async def _running_ensemble(
         ),
         "device_dtype": row_dtype(configs) if places[0].gpus else None,
         "wire_rows": spread.wire_rows,
+        "hosts": hosts.of if len(hosts.all) > 1 else (),
     }
 
     def make_plane(bell: str) -> Plane:

@@ -97,7 +97,9 @@ def _internvl(model_config: Any, tokenizer: Any, image_token: str) -> Any:
     from transformers.utils import is_torchvision_available
 
     if not is_torchvision_available():
-        raise TrainingError("transformers' processor of an InternVL needs torchvision: pip install torchvision")
+        raise TrainingError(
+            "transformers' processor of an InternVL needs torchvision: pip install torchvision"
+        )
     from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
     missing = [token for token in _AROUND.values() if token not in tokenizer.get_vocab()]

@@ -42,6 +42,9 @@ _NEVER = np.iinfo(np.int64).max
 # A peer's row is often microseconds away: look again at once, and leave the core to whoever wants it, this many times
 # (about 0.1 ms) before sleeping, which on Linux takes 50 µs and more however little is asked for.
 _SPINS = 200
+_FOREVER = float("inf")
+_PATIENCE = 0.5
+"""Of a step's time so far: what it waits for other hosts while it has rows that need none."""
 _SLEEP_S = 20e-6
 
 
@@ -76,6 +79,7 @@ class Observer:
         self.mine: Block = plane.blocks[expert]
         self._blocks = plane.blocks
         self._ring = plane.spec.ring
+        self._far = set(np.flatnonzero(plane.spec.far_from(expert)).tolist())
         self._weights_read = plane.weights_read.data
 
     def takes_part(self, member: Member) -> bool:
@@ -88,12 +92,23 @@ class Observer:
         leader = self._blocks[member.leader_at(position)]
         return leader.published(member.slot, stamp_of(member.generation, position))
 
-    def rows_may_come(self, member: Member, position: int) -> bool:
+    def needs_hosts(self, member: Member) -> bool:
+        """Whether its next token takes another host's row, or is another host's to decide."""
+        if member.leader == self.expert:
+            return not self._far.isdisjoint(member.active)
+        return member.leader in self._far
+
+    def rows_may_come(self, member: Member, position: int, patient: bool = True) -> bool:
         """Whether a held turn that this engine leads is worth running again: every follower has given its row, or is
-        about to, and the gateway has read what the weights of ``position`` would overwrite."""
+        about to, and the gateway has read what the weights of ``position`` would overwrite.
+
+        Args:
+            patient: rows of other hosts are worth waiting for; else they have to be there.
+        """
         slot, stamp = member.slot, stamp_of(member.generation, position)
         return stamp - self._weights_read[slot] <= self._ring and all(
-            self._blocks[follower].has_row(slot, stamp) or self._blocks[follower].running[slot] == stamp
+            self._blocks[follower].has_row(slot, stamp)
+            or (self._blocks[follower].running[slot] == stamp and (patient or follower not in self._far))
             for follower in member.followers
         )
 
@@ -150,6 +165,9 @@ class Lockstep:
         self._ring = plane.spec.ring
         self._tell_others = plane.tell_others
         self._own["running"][:] = NOTHING  # whatever an engine before this one was doing
+        self._far = plane.spec.far_from(expert)
+        self._began = 0.0
+        self._until = _FOREVER  # that other hosts are waited for
 
         self.generation = np.zeros(slots, np.int64)
         self.produced = np.zeros(slots, np.int64)  # tokens of the answer that this engine knows
@@ -243,6 +261,7 @@ class Lockstep:
     def announce(self, turns: Turns) -> None:
         """Say, before the forward pass, which rows it will give."""
         self._own["running"][turns.slots] = turns.stamps
+        self._began = time.monotonic()
         self.mine.count("steps")
         self._tell_others()
 
@@ -259,6 +278,20 @@ class Lockstep:
         self._own["row_for"][new.entries] = new.leaders | self._whole[new.slots]
         self._own["row_stamp"][new.entries] = new.stamps
         self._tell_others()
+
+    def bound_waits(self, turns: Turns, rows: int) -> None:
+        """Say, after the forward pass, how long to wait for other hosts: without bound, if all ``rows`` of this step's
+        batch need one, as ``turns`` tell. Else a slow link does not hold the others up for more than half the time that
+        the step has taken so far. What has not come by then is a hold."""
+        self._until = _FOREVER
+        if self._far.any():
+            led = turns.leaders == self.expert
+            need = np.where(
+                led, (self._active[turns.slots] & self._far).any(axis=1), self._far[turns.leaders]
+            )
+            if need.sum() < rows:
+                now = time.monotonic()
+                self._until = now + (now - self._began) * _PATIENCE
 
     def wait_for_rows(self, turns: Turns) -> Turns:
         """Of the turns this engine leads, those whose rows have all come. The rest are holds.
@@ -354,7 +387,7 @@ class Lockstep:
         leaders, slots, entries, stamps = turns.leaders, turns.slots, turns.entries, turns.stamps
         with self.mine.timed("token_wait_ns"):
             while True:
-                running = (self._fields["running"][leaders, slots] == stamps) & (self._alive[leaders] == 1)
+                running = (self._fields["running"][leaders, slots] == stamps) & self._waited_for()[leaders]
                 there = self._fields["token_stamp"][leaders, entries] == stamps
                 waiting = np.flatnonzero(running & ~there)
                 if not len(waiting):
@@ -400,6 +433,11 @@ class Lockstep:
             self._own["tails"][places] = self._tails(turns, log_weights)
         self.mine.count("mixed_tokens", len(turns))
 
+    def _waited_for(self) -> np.ndarray:
+        """Which experts [K] are: those that live, and of other hosts not for too long."""
+        living: np.ndarray = self._alive == 1
+        return living & ~self._far if time.monotonic() >= self._until else living
+
     def _wait_for(self, wanted: np.ndarray, turns: Turns) -> np.ndarray:
         """Wait for the rows of the ``wanted`` experts [n, K]; which turns [n] lack one that is not coming."""
         slots, stamps = turns.slots, turns.stamps[:, None]
@@ -409,7 +447,7 @@ class Lockstep:
 
         while missing().any():
             # In this order: a row that is not there once its engine no longer runs that step will not come.
-            running = (stamps == self._fields["running"][:, slots].T) & (self._alive == 1)
+            running = (stamps == self._fields["running"][:, slots].T) & self._waited_for()
             lacking = missing()
             held: np.ndarray = (lacking & ~running).any(axis=1)
             waiting = np.argwhere(lacking & ~held[:, None])
@@ -420,14 +458,16 @@ class Lockstep:
         return np.zeros(len(turns), bool)
 
     def _wait(self, stamps: memoryview, peer: int, turns: Turns, i: int) -> None:
-        """Wait until the ``i``-th turn's entry of ``stamps`` has its stamp, while ``peer`` lives and runs that step.
+        """Wait until the ``i``-th turn's entry of ``stamps`` has its stamp, while ``peer`` lives and runs that step, and
+        is still waited for.
 
         The caller looks once more afterwards.
         """
         entry, slot, stamp = int(turns.entries[i]), int(turns.slots[i]), int(turns.stamps[i])
         running, alive = self.blocks[peer].running, self._alive
+        until = self._until if self._far[peer] else _FOREVER
         spins = 0
-        while stamps[entry] != stamp and running[slot] == stamp and alive[peer]:
+        while stamps[entry] != stamp and running[slot] == stamp and alive[peer] and time.monotonic() < until:
             spins += 1
             if spins > _SPINS:
                 self.mine.beat()

@@ -103,6 +103,7 @@ class PlaneSpec:
         bell: a pipe that is written to when there is something new, where other hosts have planes that are to learn of
             it: see `decar.server.protocol.mirror`; "" where this is the only one.
         wire_rows: how many of a row's logits go to another host, the best ones, unless it has to be whole; 0: all.
+        hosts: [K], which each expert's engine is on, by number; (): all on one.
     """
 
     name: str
@@ -115,6 +116,12 @@ class PlaneSpec:
     dtype: str = "float32"
     bell: str = ""
     wire_rows: int = 0
+    hosts: tuple[int, ...] = ()
+
+    def far_from(self, expert: int) -> np.ndarray:
+        """Which experts [K] are on another host than ``expert``."""
+        hosts = np.array(self.hosts or (0,) * self.experts)
+        return hosts != hosts[expert]
 
     @property
     def ring(self) -> int:
@@ -289,6 +296,7 @@ class Plane:
         device_dtype: str | None = None,
         bell: str = "",
         wire_rows: int = 0,
+        hosts: Sequence[int] = (),
     ) -> Plane:
         """Make the segment, owner-only readable; with ``device_dtype``, for rows of that dtype in GPU memory.
 
@@ -308,6 +316,7 @@ class Plane:
             device_dtype or "float32",
             bell,
             wire_rows if wire_rows < vocab_size else 0,
+            tuple(hosts),
         )
         free = os.statvfs(DIRECTORY).f_bavail * os.statvfs(DIRECTORY).f_frsize
         if spec.size_bytes > free:

@@ -109,12 +109,13 @@ class LockstepScheduler(Scheduler):
 
     def _resume_held(self) -> None:
         """Make held requests runnable whose token is published, or whose rows are there or coming."""
+        patient = not self._held or all(map(self._needs_hosts, self.running))
         for request_id, request in list(self._held.items()):
             member = self._members.get(request_id)
             if member is not None and request.status == RequestStatus.RUNNING:
                 position = request.num_output_tokens
                 if member.leader_at(position) == self.lockstep.expert:
-                    if not self.lockstep.rows_may_come(member, position):
+                    if not self.lockstep.rows_may_come(member, position, patient):
                         continue
                     request.num_computed_tokens -= 1
                 else:
@@ -123,6 +124,10 @@ class LockstepScheduler(Scheduler):
                         continue
                     self._append(request, token)
             del self._held[request_id]  # runnable; or preempted or finished, and then no longer a hold
+
+    def _needs_hosts(self, request: Request) -> bool:
+        member = self._members.get(request.request_id)
+        return member is not None and self.lockstep.needs_hosts(member)
 
     def _append(self, request: Request, token: int) -> None:
         """Give a held follower the token that its leader has published, as `update_from_output` would; the worker gets

@@ -142,6 +142,7 @@ class LockstepWorker(_Worker):
             self._lone_tokens = self._draw_alone(logits)
         with lockstep.mine.timed("post_ns"):
             lockstep.post(self._turns, logits)
+        lockstep.bound_waits(self._turns, len(logits))
         self._ready = lockstep.wait_for_rows(self._turns.where(self._turns.leaders == lockstep.expert))
         plain = lockstep.plain[self._ready.slots]
         self._decided, self._sampled = self._ready.where(plain), self._ready.where(~plain)
