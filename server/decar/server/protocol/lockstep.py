@@ -458,8 +458,8 @@ class Lockstep:
         return np.zeros(len(turns), bool)
 
     def _wait(self, stamps: memoryview, peer: int, turns: Turns, i: int) -> None:
-        """Wait until the ``i``-th turn's entry of ``stamps`` has its stamp, while ``peer`` lives and runs that step, and
-        is still waited for.
+        """Wait until the ``i``-th turn's entry of ``stamps`` has its stamp, while ``peer`` runs that step and
+        `_waited_for` is true of it.
 
         The caller looks once more afterwards.
         """
