@@ -586,6 +586,47 @@ def test_a_checkpoint_of_another_kind_is_trained(tmp_path: Path) -> None:
     assert "vision_tower.embeddings.cls_token" in names
 
 
+INTERNVL = {
+    "model_type": "internvl",
+    "vision_config": {**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+    "text_config": {"model_type": "qwen2"}
+    | {name: value for name, value in TEXT.items() if name != "head_dim"},
+}
+MARKS = {"image_token": "<IMG_CONTEXT>", "chat_tokens": ["<img>", "</img>", "<video>"]}
+
+
+@pytest.mark.skipif(
+    not is_torchvision_available(), reason="transformers' InternVL processor needs torchvision"
+)
+def test_a_fresh_internvl_is_trained(tmp_path: Path) -> None:
+    config = prepared(write(tmp_path, model=INTERNVL, tokenizer=MARKS))
+    blocks = blocks_of(config)
+    for chat in blocks.chats:
+        places = int((chat.input_ids == blocks.processor.image_token_id).sum())
+        assert places == 4 * len(chat.images()), "4 × 4 patches, of which each four are one"
+    train_expert(config, "code", expert_stage(config, "code"))
+    # As whoever serves the expert loads it.
+    directory = config.work_dir / "experts/code"
+    processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    assert model.config.image_token_id == processor.image_token_id
+    image = blocks.chats[0].images()[0]
+    inputs = processor(images=[image], text="<IMG_CONTEXT>?", return_tensors="pt")
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 4
+    assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.skipif(
+    not is_torchvision_available(), reason="transformers' InternVL processor needs torchvision"
+)
+def test_an_internvl_without_its_marks_is_told_which(tmp_path: Path) -> None:
+    config = prepared(write(tmp_path, model=INTERNVL, tokenizer={"image_token": "<IMG_CONTEXT>"}))
+    with pytest.raises(
+        TrainingError, match=r"the tokenizer has no '<img>': add them to tokenizer\.chat_tokens"
+    ):
+        blocks_of(config)
+
+
 def test_adapters_are_merged(tmp_path: Path) -> None:
     config = prepared(write(tmp_path))
     base = tmp_path / "base"
