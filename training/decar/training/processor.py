@@ -91,6 +91,15 @@ _AROUND = {"start_image_token": "<img>", "end_image_token": "</img>", "video_tok
 """What an InternVL has besides the token that images stand at, as OpenGVLab's checkpoints call them."""
 
 
+def name_marks(tokenizer: Any, image_token: str) -> None:
+    """Let a tokenizer that has an InternVL's marks say which they are, as its processor asks for them by these names;
+    they are saved with the tokenizer."""
+    if not set(_AROUND.values()) <= set(tokenizer.get_vocab()):
+        return
+    for name, token in {**_AROUND, "context_image_token": image_token}.items():
+        tokenizer.init_kwargs[name] = token
+
+
 def _internvl(model_config: Any, tokenizer: Any, image_token: str) -> Any:
     from transformers import InternVLProcessor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -109,11 +118,6 @@ def _internvl(model_config: Any, tokenizer: Any, image_token: str) -> Any:
             f"tokenizer has no {missing[0]!r}: add them to tokenizer.chat_tokens, or take a tokenizer that has them"
         )
     _check_in_vocabulary(image_token, tokenizer)
-    # Its processor asks the tokenizer for them by these names, also once it is read again.
-    for name, token in {**_AROUND, "context_image_token": image_token}.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-        tokenizer.init_kwargs[name] = token
     vision = model_config.vision_config
     (height, width), (down, across) = vision.image_size, vision.patch_size
     size = {"height": height, "width": width}

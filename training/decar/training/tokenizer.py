@@ -11,7 +11,7 @@ from decar.router.errors import TrainingError
 from decar.training.config import CONTINUATION_TEMPLATE, IMAGE_TEMPLATE, TokenizerConfig, TrainConfig
 from decar.training.corpus import IMAGES_FIELD
 from decar.training.partition import has_column, iter_shard
-from decar.training.processor import processor_files
+from decar.training.processor import name_marks, processor_files
 from decar.training.run import require
 from decar.training.stages import Stage, digest, fingerprint
 
@@ -58,6 +58,7 @@ def make_tokenizer(config: TrainConfig, stage: Stage) -> None:
         tokenizer.chat_template = CONTINUATION_TEMPLATE
         if with_images:
             tokenizer.chat_template = IMAGE_TEMPLATE.replace("IMAGE_TOKEN", config.tokenizer.image_token)
+            name_marks(tokenizer, config.tokenizer.image_token)
     if tokenizer.eos_token_id is None:
         raise TrainingError(
             f"the tokenizer at {config.tokenizer.path} has no eos_token, which has to end a document"
