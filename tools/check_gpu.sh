@@ -3,7 +3,7 @@
 #   tools/check_gpu.sh kernels       the kernels compiled, and CUDA IPC between two processes
 #   tools/check_gpu.sh exact         real engines against the transformers mixture, with vLLM's V1 and V2 model runner
 #   tools/check_gpu.sh speed DIR     the kernels against a copy of the same bytes; an ensemble of two 1.2B experts against
-#                                    one, without and with MPS; reports go to DIR
+#                                    one, without and with MPS, and with decar's sampler; reports go to DIR
 # PYTHON=... chooses the interpreter (default: .venv/bin/python, else python3), RUNNERS="1 2" the model runners.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -51,11 +51,11 @@ speed() {
     }
     say "kernels"
     "$python" -m decar.server bench kernel --output "$output" || return
-    for runner in $runners; do measure without-mps "$runner"; done
-    export CUDA_MPS_PIPE_DIRECTORY=$logs/mps CUDA_MPS_LOG_DIRECTORY=$logs
-    nvidia-cuda-mps-control -d || return
-    trap 'echo quit | nvidia-cuda-mps-control' EXIT
-    for runner in $runners; do measure with-mps "$runner"; done
+    for runner in $runners; do
+        DECAR_NO_MPS=1 DECAR_SAMPLER=vllm measure without-mps "$runner"
+        DECAR_SAMPLER=vllm measure with-mps "$runner"
+        measure with-mps-and-decars-sampler "$runner"
+    done
 }
 
 case "${1:-}" in

@@ -138,7 +138,10 @@ def serve(
     no_mps: Annotated[
         bool,
         typer.Option(
-            "--no-mps", help="Start no MPS daemon where engines share a GPU: they take turns on it."
+            "--no-mps",
+            envvar="DECAR_NO_MPS",
+            show_envvar=True,
+            help="Start no MPS daemon where engines share a GPU: they take turns on it.",
         ),
     ] = False,
 ) -> None:

@@ -96,8 +96,8 @@ def _answers_soon(pipes: str) -> bool:
 
 def guard(quit_s: float) -> None:
     """Have a daemon in this process's environment while there is standard input, and none once that has ended."""
-    ignore_stops()
     daemon = psutil.Popen([CONTROL, "-f"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    ignore_stops()  # from here on: the daemon would inherit it
     while os.read(0, 1):
         pass
     quits = _ask(
