@@ -41,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(markup=False)  # what is printed may hold the user's paths and texts, brackets included
 _SHOWN_CHARS = 600
 # Of a parameter in training: itself, its gradient and Adam's two moments in fp32.
 _STATE_BYTES = 16
@@ -156,8 +156,8 @@ def main() -> None:
     try:
         app()
     except (DecarError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False
+        Console(stderr=True, soft_wrap=True, markup=False).print(
+            f"error: {error}", style="red", highlight=False
         )
         sys.exit(1)
 
@@ -240,26 +240,30 @@ def _show_partition(report: PartitionReport, map_file: Path) -> None:
             sources[3:] = [f"{len(sources) - 3} more"]
         numbers = f"{shard.train_documents:,}", f"{shard.held_out_documents:,}"
         table.add_row(shard.expert, *numbers, ", ".join(sources), " ".join(shard.top_terms))
-    console.print(table, markup=False)
+    console.print(table)
     for shard in report.shards:
         for example in shard.nearest[:1]:
-            console.print(
-                f"{shard.expert}, nearest example: {example}", markup=False, no_wrap=True, overflow="ellipsis"
-            )
-    if report.skipped_lines:
-        files = ", ".join(f"{file} {count:,}" for file, count in report.skipped_lines.items())
-        console.print(
-            f"skipped {sum(report.skipped_lines.values()):,} bad lines ({files}); the first: {report.first_skipped}",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
+            console.print(f"{shard.expert}, nearest example: {example}", no_wrap=True, overflow="ellipsis")
+    _show_dropped(report)
     silhouette = "none" if report.silhouette is None else f"{report.silhouette:.3f}"
     console.print(
         f"{report.method}: {report.documents:,} documents, largest/smallest {report.balance:.3f}; of {report.sample:,} "
         f"of them mean cosine to the centroid {report.mean_cosine:.3f}, silhouette {silhouette}; map {map_file}",
         soft_wrap=True,
     )
+
+
+def _show_dropped(report: PartitionReport) -> None:
+    for reason, count in report.dropped.items():
+        _warn(f"dropped {count:,} of {report.texts:,} texts {reason}")
+    if report.skipped_lines:
+        files = ", ".join(f"{file} {count:,}" for file, count in report.skipped_lines.items())
+        skipped = sum(report.skipped_lines.values())
+        _warn(f"skipped {skipped:,} bad lines ({files}); the first: {report.first_skipped}")
+
+
+def _warn(line: str) -> None:
+    console.print(line, style="yellow", soft_wrap=True)
 
 
 def _expert(config: TrainConfig, name: str) -> None:
@@ -312,6 +316,8 @@ def _model(stage: Stage, what: str, train: Callable[[Stage, list[Any]], ExpertRe
         f"(perplexity {math.exp(min(report.held_out_loss, 100)):.1f})",
         soft_wrap=True,
     )
+    for reason, count in report.dropped.items():
+        _warn(f"{what}: dropped {count:,} {reason}")
 
 
 def _router(config: TrainConfig) -> None:
@@ -330,7 +336,7 @@ def _router(config: TrainConfig) -> None:
     for name, row in {**rows, "all": [router.all_lengths for router in routers]}.items():
         cells = (f"{quality.accuracy:.1%} {quality.nll:.3f} {quality.ece:.3f}" for quality in row)
         table.add_row(name, f"{row[0].prefixes:,}", *cells)
-    console.print(table, markup=False)
+    console.print(table)
     console.print(
         "each router's accuracy, negative log-likelihood in nats and calibration error, by length of text"
     )
@@ -403,7 +409,7 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
                 f"{row.active_experts:.3f}",
                 f"{row.prompt_passes:.2f}",
             )
-    console.print(table, markup=False)
+    console.print(table)
     what = (
         "the error over texts" if len(configs) == 1 else f"the standard deviation over {len(configs)} seeds"
     )
@@ -425,7 +431,7 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
         )
     console.print(f"centralized model: {report.centralized}", soft_wrap=True)
     for sentence in report.verdict:
-        console.print(sentence, markup=False, soft_wrap=True)
+        console.print(sentence, soft_wrap=True)
     console.print(f"evaluate: {verb}, {page_file(stage.directory)}, json and plots beside it", soft_wrap=True)
 
 
@@ -439,15 +445,15 @@ def _average(config: TrainConfig) -> None:
 
 def _dry_run(config: TrainConfig, only: str | None = None) -> None:
     from decar.training.dry_run import Cost, count_parameters, estimate, problems, with_shards
+    from decar.training.partition_report import PartitionReport
+    from decar.training.run import read_report
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError("--dry-run measures one process; run it without `accelerate launch`")
-    console.print(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, soft_wrap=True
-    )
+    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), soft_wrap=True)
     found = problems(config, only)
     for line in found:
-        console.print(f"problem: {line}", style="yellow", markup=False, soft_wrap=True)
+        _warn(f"problem: {line}")
     if found:
         for name in config.expert_names if only is None else [only]:
             number = count_parameters(config, name)
@@ -461,9 +467,13 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
     known: dict[str, Cost] = {}
     if only is None:
         with with_shards(config) as shards:
+            _show_dropped(read_report(shards.run.partition, PartitionReport))
             estimates = [estimate(config, name, shards, known) for name in config.expert_names]
     else:
         estimates = [estimate(config, only, config, known)]
+    for expert in estimates:
+        for reason, count in expert.dropped.items():
+            _warn(f"{expert.expert}: dropped {count:,} {reason}")
     columns = "expert", "state", "parameters", "tokens", "steps", "memory", "time"
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for expert in estimates:
@@ -486,7 +496,7 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
             _size(cost.memory_bytes),
             _duration(expert.time_s),
         )
-    console.print(table, markup=False)
+    console.print(table)
     console.print(
         "tokens: of the training documents; steps × tokens of one; time: "
         f"{_duration(sum(e.time_s for e in estimates))} in all, at the measured "
@@ -498,7 +508,7 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
         console.print(f"the first batch of {expert.expert}:")
         for row, text in enumerate(expert.batch):
             cut = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]} … ({len(text):,} characters)"
-            console.print(f"[{row}] {cut}", markup=False, soft_wrap=True, highlight=False)
+            console.print(f"[{row}] {cut}", soft_wrap=True, highlight=False)
     console.print("dry run: nothing was trained, nothing was written")
 
 

@@ -72,10 +72,14 @@ class DataConfig(_Strict):
 
 
 class DocumentConfig(_Strict):
-    """How long texts are cut, at line ends where possible, into the documents that are partitioned."""
+    """What of the texts is partitioned: each as a whole, or cut into pieces of at most ``max_chars``.
 
-    max_chars: int = Field(default=2_000, gt=0)
-    min_chars: int = Field(default=32, ge=0, description="shorter pieces are dropped")
+    Cuts are at line ends where possible, else before a word. Experts learn adjacent pieces that they both get as one
+    text. A piece shorter than ``min_chars`` stays with the one before it.
+    """
+
+    max_chars: int | None = Field(default=None, gt=0, description="characters; texts stay whole unless set")
+    min_chars: int = Field(default=32, ge=0, description="shorter texts are dropped, and counted")
 
 
 class TokenizerConfig(_Strict):

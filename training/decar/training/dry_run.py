@@ -71,6 +71,7 @@ class Estimate:
     tokens_per_step: int
     train_tokens: int
     num_targets: int
+    dropped: dict[str, int]
     cost: Cost
     batch: list[str]
 
@@ -170,6 +171,7 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
         tokens_per_step=round(settings.batch_size * settings.gradient_accumulation * train.row_tokens[0]),
         train_tokens=train.num_tokens,
         num_targets=train.num_targets,
+        dropped=dict(train.dropped),
         cost=known[key],
         batch=[
             shown(ids, labels, tokenizer, getattr(processor, "image_token", None))

@@ -46,6 +46,7 @@ class ExpertReport(BaseModel):
     """``report.json`` of an expert; losses in nats per token.
 
     ``shards`` holds the SHA-256 of each file that it was trained or measured on, ``versions`` the software that did.
+    ``dropped`` counts what of its training documents it did not learn, by what it is.
     """
 
     expert: str
@@ -58,6 +59,7 @@ class ExpertReport(BaseModel):
     train_time_s: float
     train_documents: int | None = None
     held_out_documents: int | None = None
+    dropped: dict[str, int] = {}
     shards: dict[str, str] = {}
     versions: dict[str, str] = {}
 
@@ -160,6 +162,7 @@ def train_model(
         train_time_s=time.monotonic() - start_s,
         train_documents=_num_documents(config, shards, "train"),
         held_out_documents=_num_documents(config, shards, "held_out"),
+        dropped=dict(train.dropped),
         shards=_hashes(config, shards),
         versions={package: _version(package) for package in ("decar", "torch", "transformers")},
     )

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from decar.training.cluster import balanced_kmeans, two_stage_kmeans
 from decar.training.config import PartitionConfig, TrainConfig
 from decar.training.corpus import (
     BATCH_DOCUMENTS,
+    PIECE_COLUMNS,
     Corpus,
     DocumentWriter,
     Progress,
@@ -48,9 +50,13 @@ from decar.training.partition_report import (
 from decar.training.run import SPLITS, plot_file, read_report, report_file, shard_file, spool_file
 from decar.training.sources import (
     MESSAGES_FIELD,
+    TOOLS_FIELD,
     BadLines,
+    Chat,
     Document,
-    Messages,
+    Example,
+    Piece,
+    Tally,
     input_files,
     read_documents,
 )
@@ -125,21 +131,26 @@ def has_column(config: TrainConfig, expert: str, split: str, name: str) -> bool:
     return name in read_columns(config.run.shard(expert, split))
 
 
-def read_examples(config: TrainConfig, expert: str, split: str) -> list[str | Messages]:
-    """What of a shard an expert is trained on: its texts, and its chats as messages.
+def read_examples(config: TrainConfig, expert: str, split: str) -> list[Example]:
+    """What of a shard an expert is trained on, a row each; chats without their images.
 
     Raises:
         TrainingError: the partition has not been made, or is damaged.
     """
-    texts = read_shard(config, expert, split)
-    if not has_column(config, expert, split, MESSAGES_FIELD):
-        return list(texts)
-    chats = [
-        chat
-        for rows in read_row_groups(config.run.shard(expert, split), [MESSAGES_FIELD])
-        for chat in rows.column(MESSAGES_FIELD).to_pylist()
-    ]
-    return [text if chat is None else json.loads(chat) for text, chat in zip(texts, chats, strict=True)]
+    file = config.run.shard(expert, split)
+    wanted = ("text", MESSAGES_FIELD, TOOLS_FIELD, *PIECE_COLUMNS)
+    columns = [name for name in wanted if name in read_columns(file)]
+    return [_example(row) for rows in read_row_groups(file, columns) for row in rows.to_pylist()]
+
+
+def _example(row: dict[str, Any]) -> Example:
+    if row.get(MESSAGES_FIELD) is not None:
+        tools = row.get(TOOLS_FIELD)
+        return Chat(json.loads(row[MESSAGES_FIELD]), tools and json.loads(tools))
+    if row.get("piece", 0) > 0 or not row.get("is_last", True):
+        return Piece(row["text"], row["origin"], row["piece"], row["is_last"])
+    text: str = row["text"]
+    return text
 
 
 def read_partition_report(stage: Stage) -> PartitionReport:
@@ -161,14 +172,14 @@ def make_partition(
             training or held-out documents, or a full disk. Nothing is left behind then.
     """
     settings = config.partition
-    bad = BadLines(skip=config.data.on_bad_line == "skip")
+    bad, tally = BadLines(skip=config.data.on_bad_line == "skip"), Tally()
     with stage.writing() as directory:
-        documents = read_documents(config.data, config.documents, config.seed, settings.field, bad)
+        documents = read_documents(config.data, config.documents, config.seed, settings.field, bad, tally)
         corpus = spool(documents, spool_file(directory), settings.sample, config.seed, progress)
         if len(corpus) < len(config.experts):
             raise TrainingError(
                 f"{len(corpus)} documents cannot be split among {len(config.experts)} experts; "
-                "add data, lower documents.max_chars or list fewer experts"
+                "add data, have texts cut (documents.max_chars) or list fewer experts"
             )
         features = document_features(settings, corpus, config.seed)
         labels, sample_features = _deal_out(config, corpus, features, progress)
@@ -176,7 +187,7 @@ def make_partition(
         _check_none_is_empty(config, labels, held_out)
         _write_shards(config, corpus, labels, held_out, directory, progress)
         progress("report", 0, None)
-        report = _report(config, corpus, labels, held_out, sample_features, bad)
+        report = _report(config, corpus, labels, held_out, sample_features, bad, tally)
         if corpus.has_images:
             _draw_nearest(config, corpus, labels, sample_features, plot_file(directory, "nearest"))
         report_file(directory).write_text(report.model_dump_json(indent=2) + "\n")
@@ -402,6 +413,7 @@ def _report(
     held_out: NDArray[np.bool_],
     sample_features: Rows,
     bad: BadLines,
+    tally: Tally,
 ) -> PartitionReport:
     names, texts = config.expert_names, [document.text for document in corpus.sample]
     sampled = labels[corpus.sampled]
@@ -426,6 +438,8 @@ def _report(
         )
     return PartitionReport(
         method=config.partition.method,
+        texts=tally.read,
+        dropped=dict(tally.dropped),
         documents=len(corpus),
         balance=sizes.max() / sizes.min(),
         sample=len(corpus.sample),
