@@ -318,13 +318,14 @@ def _answer_length(added: str, content: Any, tokenizer: Any, is_last: bool) -> i
 @torch.inference_mode()
 def mean_loss(model: Any, blocks: Rows, batch_size: int) -> float:
     """Nats per predicted token of ``blocks``."""
+    # With a cache, transformers takes positions that start anew for one document's.
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
         batch = {name: value.to(model.device) for name, value in blocks.collate(rows).items()}
         targets = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         ).item()

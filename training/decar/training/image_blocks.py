@@ -110,14 +110,18 @@ class ImageBlocks(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": chat.input_ids, "labels": chat.labels, "images": chat.images()}
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids`` and ``labels`` [N, T], padded on the right, where no token of a row attends to it; and what the
-        model needs of all images, in order."""
+        """``input_ids``, ``labels`` and, where documents share a row, ``position_ids`` [N, T], padded on the right,
+        where no token of a row attends to it; and what the model needs of all images, in order."""
         images = [image for row in rows for image in row["images"]]
-        return {
+        batch = {
             "input_ids": _padded([row["input_ids"] for row in rows], self.fill),
             "labels": _padded([row["labels"] for row in rows], IGNORED),
             **image_inputs(images, self.processor),
         }
+        if any("position_ids" in row for row in rows):
+            positions = [row.get("position_ids", torch.arange(len(row["input_ids"]))) for row in rows]
+            batch["position_ids"] = _padded(positions, 0)
+        return batch
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:
@@ -136,7 +140,11 @@ def image_inputs(images: Sequence[Any], processor: Any) -> dict[str, Tensor]:
 
 
 def read_image_blocks(
-    examples: Sequence[Sequence[Example]], files: Sequence[Path], processor: Any, length: int
+    examples: Sequence[Sequence[Example]],
+    files: Sequence[Path],
+    processor: Any,
+    length: int,
+    keeps_apart: bool = True,
 ) -> ImageBlocks:
     """The rows that an image-text model is trained on; see `pack` for those without images.
 
@@ -145,6 +153,7 @@ def read_image_blocks(
     Args:
         examples: of each shard, its texts and chats, as `read_examples` gives them.
         files: the shards.
+        keeps_apart: as for `pack`.
 
     Raises:
         TrainingError: an image reaches beyond ``length`` tokens, the image token is in a text without images, or the
@@ -174,7 +183,7 @@ def read_image_blocks(
             else:
                 dropped[UNTAUGHT] += 1
     fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    packed = pack(texts, tokenizer, length)
+    packed = pack(texts, tokenizer, length, keeps_apart)
     return ImageBlocks(packed, chats, processor, fill, packed.dropped + dropped)
 
 

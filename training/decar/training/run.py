@@ -64,8 +64,8 @@ class Run:
         """The parquet file of a shard; ``split`` is one of `SPLITS`.
 
         Its columns are ``text``, ``source``; where there are chats, ``messages`` and, if any has them, ``tools`` (JSON,
-        or null); where texts are cut, ``origin``, the number of the input text, ``piece``, from 0, and ``is_last``; where
-        there are images, ``images`` (encoded as they came, a list in each row).
+        or null); where texts are cut, ``origin``, the number of the input text, ``piece``, from 0, and ``is_last``;
+        where there are images, ``images`` (encoded as they came, a list in each row).
         """
         return shard_file(self.partition, expert, split)
 

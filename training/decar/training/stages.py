@@ -78,8 +78,8 @@ def replaced_directory(directory: Path, elsewhere: str = "set work_dir to anothe
         if directory.exists():
             os.replace(directory, old)
         os.replace(temporary, directory)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not is_full_disk(error):
             raise
         raise TrainingError(
             f"no space is left for {directory}; free some or {elsewhere}. "
@@ -88,6 +88,16 @@ def replaced_directory(directory: Path, elsewhere: str = "set work_dir to anothe
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether ``error`` says that the disk, or the user's share of it, is full, in whichever library's words."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors gives the system's message, torch its archive's.
+    return os.strerror(errno.ENOSPC) in str(error) or (
+        isinstance(error, RuntimeError) and "inline_container.cc" in str(error)
+    )
 
 
 @dataclass(frozen=True)
