@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -76,14 +77,17 @@ def run(config: ConfigPath, set_: Overrides = None, dry_run: DryRun = False) -> 
     settings = _load(config, set_, check=not dry_run)
     if dry_run:
         _dry_run(settings)
-    else:
+        return
+    with _alone(settings):
         _run(settings)
 
 
 @app.command()
 def partition(config: ConfigPath, set_: Overrides = None) -> None:
     """Split the data into one shard per expert, and make the tokenizer they share."""
-    _partition(_load(config, set_))
+    settings = _load(config, set_)
+    with _alone(settings):
+        _partition(settings)
 
 
 @app.command()
@@ -101,14 +105,17 @@ def expert(
     settings = _load(config, set_, name, check=not dry_run)
     if dry_run:
         _dry_run(settings, name)
-    else:
+        return
+    with _alone(settings, name):
         _expert(settings, name)
 
 
 @app.command()
 def router(config: ConfigPath, set_: Overrides = None) -> None:
     """Train the classifier and the centroids on all shards, and measure them on held-out text."""
-    _router(_load(config, set_))
+    settings = _load(config, set_)
+    with _alone(settings):
+        _router(settings)
 
 
 @app.command()
@@ -122,16 +129,19 @@ def export(
 ) -> None:
     """Write the ensemble directory, or one merged model."""
     settings = _load(config, set_)
-    if merge is None:
-        _export(settings)
-    else:
-        _average(settings)
+    with _alone(settings):
+        if merge is None:
+            _export(settings)
+        else:
+            _average(settings)
 
 
 @app.command()
 def centralized(config: ConfigPath, set_: Overrides = None) -> None:
     """Train what the ensemble is held against: one model on all shards, with all the experts' compute."""
-    _centralized(_load(config, set_))
+    settings = _load(config, set_)
+    with _alone(settings):
+        _centralized(settings)
 
 
 @app.command()
@@ -141,14 +151,17 @@ def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
     configs = load_seeds(config, set_)
     for one in configs:
         _check_models(one)
-    for one in configs:
-        if len(configs) > 1:
-            console.rule(f"seed {one.seed}")
-        _run(one)
-        _centralized(one)
-        _random_split(one)
-        _scores(one)
-    _evaluate(settings, configs)
+    with ExitStack() as stack:
+        for one in {one.work_dir: one for one in (settings, *configs)}.values():
+            stack.enter_context(_alone(one))
+        for one in configs:
+            if len(configs) > 1:
+                console.rule(f"seed {one.seed}")
+            _run(one)
+            _centralized(one)
+            _random_split(one)
+            _scores(one)
+        _evaluate(settings, configs)
 
 
 def main() -> None:
@@ -184,6 +197,27 @@ def _load(
     # Of several processes, the first one speaks.
     console.quiet = os.environ.get("RANK", "0") != "0"
     return config
+
+
+@contextmanager
+def _alone(config: TrainConfig, expert: str | None = None) -> Iterator[None]:
+    """Work on the run as nobody else does; or on one ``expert``, beside others who train others of it.
+
+    Raises:
+        TrainingError: another process is at work on it.
+    """
+    from decar.training.stages import lock
+
+    if (
+        os.environ.get("RANK", "0") != "0"
+    ):  # of several processes that train one expert, the first one holds the lock
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(lock(config.run.lock(), str(config.work_dir), shared=expert is not None))
+        if expert is not None:
+            stack.enter_context(lock(config.run.lock(expert), f"expert {expert} in {config.work_dir}"))
+        yield
 
 
 def _check_models(config: TrainConfig, only: str | None = None) -> None:

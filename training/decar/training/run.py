@@ -124,6 +124,10 @@ class Run:
         place = stage.directory.relative_to(self.work_dir)
         return self.work_dir / "checkpoints" / place / f"{stage.config}-{stage.inputs}"
 
+    def lock(self, expert: str | None = None) -> Path:
+        """The file that is locked by who works on the run, or on one ``expert`` of it."""
+        return self.work_dir / ".lock" if expert is None else self.expert(expert).with_name(f".{expert}.lock")
+
     def logs(self, stage: Stage) -> Path:
         """Where TensorBoard finds the curves of the model of ``stage``."""
         return self.work_dir / "logs" / stage.directory.relative_to(self.work_dir)

@@ -101,16 +101,27 @@ class BadLines:
 def input_files(config: DataConfig) -> list[Path]:
     """The files that ``config.files`` names, each once, sorted within each pattern.
 
+    What of a path exists is taken literally, brackets included; the rest of it is a glob.
+
     Raises:
         TrainingError: a path or glob matches nothing.
     """
     found: dict[Path, None] = {}
     for pattern in config.files:
-        matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+        found_by_glob = glob.glob(_escaped(pattern), recursive=True)
+        matches = sorted(Path(match) for match in found_by_glob if Path(match).is_file())
         if not matches:
             raise TrainingError(f"data.files: {pattern!r} matches no file")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _escaped(pattern: str) -> str:
+    """``pattern`` as a glob in which the leading parts that exist stand for themselves."""
+    existing, *rest = Path(), *Path(pattern).parts
+    while rest and (existing / rest[0]).exists():
+        existing /= rest.pop(0)
+    return str(Path(glob.escape(str(existing)), *rest))
 
 
 def read_documents(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +47,7 @@ def sample_texts(option: str, file: Path, size: int, piece_chars: int, cut_rows:
 
 
 def _texts(file: Path, max_chars: int | None) -> Iterator[str]:
-    data = DataConfig(files=[glob.escape(str(file))])
+    data = DataConfig(files=[str(file)])
     cutting = DocumentConfig(max_chars=max_chars, min_chars=1)
     for document in read_documents(data, cutting, seed=0, bad=_BadLines(skip=False)):
         yield document.text
