@@ -290,6 +290,11 @@ def _show_partition(report: PartitionReport, map_file: Path) -> None:
 def _show_dropped(report: PartitionReport) -> None:
     for reason, count in report.dropped.items():
         _warn(f"dropped {count:,} of {report.texts:,} texts {reason}")
+    if report.held_out_duplicates:
+        what = "removed" if report.duplicates_removed else "kept"
+        _warn(
+            f"{what} {report.held_out_duplicates:,} held-out documents that are among the training documents too"
+        )
     if report.skipped_lines:
         files = ", ".join(f"{file} {count:,}" for file, count in report.skipped_lines.items())
         skipped = sum(report.skipped_lines.values())

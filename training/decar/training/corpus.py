@@ -95,7 +95,8 @@ class Corpus:
     """The documents in ``file``; ``sample`` and ``sampled``, a uniform sample of them and their numbers, ascending.
 
     The sample is kept without its images. ``source_of``, ``domain_of`` [N] index ``sources`` and ``domains``;
-    ``origins``, ``chars`` [N]; ``with_images`` [N], whether a document has any.
+    ``origins``, ``chars`` [N]; ``with_images`` [N], whether a document has any; ``digests`` [N], equal where documents
+    say the same.
     """
 
     file: Path
@@ -105,6 +106,7 @@ class Corpus:
     domain_of: Ints
     origins: Ints
     chars: Ints
+    digests: Ints
     sample: list[Document]
     sampled: Ints
     with_images: NDArray[np.bool_]
@@ -128,13 +130,7 @@ class Corpus:
 
     def batches(self) -> Iterator[list[Document]]:
         """All documents, in order, in batches that were written at once."""
-        for rows in read_row_groups(self.file):
-            documents = rows.to_pylist()
-            for row in documents:
-                for name in _JSON_COLUMNS:
-                    row[name] = row[name] and json.loads(row[name])
-                row[IMAGES_FIELD] = tuple(row[IMAGES_FIELD])
-            yield [Document(**row) for row in documents]
+        yield from read_batches(self.file)
 
     def sample_of(self, kind: NDArray[np.bool_]) -> Iterator[list[Document]]:
         """The sampled documents among those that ``kind`` [N] marks, whole, in batches; where there are none, the
@@ -166,7 +162,7 @@ def spool(
     rng = np.random.default_rng(seed)
     sources: dict[str, int] = {}
     domains: dict[str, int] = {}
-    source_of, domain_of, origins, chars = (array("q") for _ in range(4))
+    source_of, domain_of, origins, chars, digests = (array("q") for _ in range(5))
     sample: dict[int, tuple[int, Document]] = {}
     with_images = array("b")
     has_chats = has_tools = has_pieces = False
@@ -186,6 +182,7 @@ def spool(
             with_images.append(bool(document.images))
             same.join(document.origin, document.images)
             chars.append(len(document.text))
+            digests.append(digest_of(document))
             place = number if number < sample_size else int(rng.integers(number + 1))
             if place < sample_size:
                 sample[place] = number, replace(document, images=())
@@ -201,6 +198,7 @@ def spool(
         _ints(domain_of),
         same.of(_ints(origins)),
         _ints(chars),
+        _ints(digests),
         [document for _, document in chosen],
         np.array([number for number, _ in chosen], dtype=np.int64),
         np.frombuffer(with_images, dtype=np.bool_) if with_images else np.zeros(0, dtype=np.bool_),
@@ -208,6 +206,16 @@ def spool(
         has_tools,
         has_pieces,
     )
+
+
+def digest_of(document: Document) -> int:
+    """64 bits of what ``document`` says: its text, its messages with their tools, its images."""
+    total = hashlib.blake2b(digest_size=8)
+    for part in (document.text, json.dumps([document.messages, document.tools])):
+        total.update(hashlib.blake2b(part.encode()).digest())
+    for image in document.images:
+        total.update(hashlib.blake2b(image).digest())
+    return int.from_bytes(total.digest(), "big", signed=True)
 
 
 class _Groups:
@@ -267,6 +275,22 @@ def read_texts(file: Path) -> Iterator[str]:
     require(file.parents[1], file)
     for rows in read_row_groups(file, ["text"]):
         yield from rows.column("text").to_pylist()
+
+
+def read_batches(file: Path) -> Iterator[list[Document]]:
+    """The documents of a spool file, or of a shard (which says nothing of origins), a row group at a time.
+
+    Raises:
+        TrainingError: ``file`` is damaged.
+    """
+    for rows in read_row_groups(file):
+        documents = rows.to_pylist()
+        for row in documents:
+            row.setdefault("origin", 0)
+            for name in {*_JSON_COLUMNS} & row.keys():
+                row[name] = row[name] and json.loads(row[name])
+            row[IMAGES_FIELD] = tuple(row.get(IMAGES_FIELD) or ())
+        yield [Document(**row) for row in documents]
 
 
 def read_row_groups(file: Path, columns: list[str] | None = None) -> Iterator[Any]:
