@@ -392,7 +392,8 @@ def _check_none_is_empty(
             if not (labels[members] == k).any():
                 raise TrainingError(
                     f"expert {name!r} is left without {what} documents; "
-                    "change partition.held_out, set partition.held_out_by to 'piece', or add data"
+                    "change partition.held_out, add data, or have texts cut (documents.max_chars) and set "
+                    "partition.held_out_by to 'piece'"
                 )
         if not (labels[held_out & kept] == k).any():
             raise TrainingError(
