@@ -133,7 +133,7 @@ def test_bos_and_eos_stand_at_the_ends_of_documents_alone(
     path = write_config(
         data={"files": [str(write_rows(tmp_path / "long.jsonl", [{"text": text} for text in texts]))]},
         documents={"min_chars": 32, **cutting},
-        partition={"name_by": {}},
+        partition={"name_by": {}, "held_out_duplicates": "keep"},
         experts=["all"],
     )
     config = prepared(path)
