@@ -17,7 +17,7 @@ from decar.training.config import CONTINUATION_TEMPLATE, DataConfig, DocumentCon
 from decar.training.expert import expert_stage, read_blocks, train_expert
 from decar.training.model import build_model
 from decar.training.partition import make_partition, partition_stage, read_examples, read_shard
-from decar.training.sources import read_documents
+from decar.training.sources import Chat, read_documents
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import CODE, WriteConfig
 
@@ -124,7 +124,7 @@ def test_chats_keep_together_and_rows_that_teach_nothing_are_left_out(config_wit
     short = chat("of", "the")
     size = len(render_chat(short, tokenizer)[0])
     length = 2 * size + 3
-    blocks = pack([short] * 5, tokenizer, length)
+    blocks = pack([Chat(short)] * 5, tokenizer, length)
     assert blocks.input_ids.shape == (3, length)
     assert blocks.num_tokens == 5 * size
     for row, count in zip(blocks.input_ids.tolist(), (2, 2, 1), strict=True):
@@ -132,7 +132,7 @@ def test_chats_keep_together_and_rows_that_teach_nothing_are_left_out(config_wit
         assert row[count * size :] == [tokenizer.pad_token_id] * (length - count * size)
     # The question alone fills two rows and more.
     long = chat("captain " * length, "wind")
-    whole = pack([long], tokenizer, length)
+    whole = pack([Chat(long)], tokenizer, length)
     assert len(whole) == 1
     assert learned(whole.input_ids[0].tolist(), whole.labels[0].tolist(), tokenizer) == ["wind<|end|>"]
     # The second row would hold one token, which nothing predicts: alone in a batch, its loss would be 0 / 0.
@@ -143,8 +143,8 @@ def test_chats_keep_together_and_rows_that_teach_nothing_are_left_out(config_wit
 def test_shards_carry_chats_and_experts_learn_their_answers(config_with_chats: Any) -> None:
     config = config_with_chats(CHATML, eos_token="<|end|>")
     examples = [e for split in ("train", "held_out") for e in read_examples(config, "code", split)]
-    assert sum(isinstance(e, list) for e in examples) == 10
-    assert {str(e) for e in examples if isinstance(e, list)} == {str(c) for c in chats(CODE, 0)}
+    assert sum(isinstance(e, Chat) for e in examples) == 10
+    assert {str(e.messages) for e in examples if isinstance(e, Chat)} == {str(c) for c in chats(CODE, 0)}
     assert all(isinstance(text, str) for text in read_shard(config, "code", "train"))
     assert all(isinstance(e, str) for e in read_examples(config, "prose", "train"))
 
@@ -157,7 +157,7 @@ def test_shards_carry_chats_and_experts_learn_their_answers(config_with_chats: A
 def test_the_loss_is_that_of_the_answers(config_with_chats: Any) -> None:
     config = config_with_chats(CHATML, eos_token="<|end|>")
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    blocks = pack([chat("def f", "return self")], tokenizer, 64)
+    blocks = pack([Chat(chat("def f", "return self"))], tokenizer, 64)
     model = build_model(config, "code", tokenizer).eval()
     row = blocks.input_ids[0]
     prompt = len(tokenizer("<|user|>def f<|end|><|assistant|>", add_special_tokens=False)["input_ids"])
@@ -187,7 +187,7 @@ def test_templates_that_cannot_be_used_are_named(
     tokenizer = load_tokenizer(config_with_chats(CHATML).work_dir / "tokenizer")
     tokenizer.chat_template = template
     with pytest.raises(TrainingError, match=message) as caught:
-        pack([conversation], tokenizer, 64)
+        pack([Chat(conversation)], tokenizer, 64)
     assert "\n" not in str(caught.value)
 
 
@@ -240,6 +240,6 @@ def test_a_shard_that_teaches_nothing_is_refused(
 ) -> None:
     config = config_with_chats(CHATML)
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    monkeypatch.setattr(expert, "read_examples", lambda *_: [[{"role": "user", "content": "a"}]])
+    monkeypatch.setattr(expert, "read_examples", lambda *_: [Chat([{"role": "user", "content": "a"}])])
     with pytest.raises(TrainingError, match="the held_out documents of code hold no token to predict"):
         read_blocks(config, ["code"], "held_out", tokenizer)

@@ -23,6 +23,7 @@ from decar.training.evaluate import EvaluationReport
 from decar.training.held_out import read_texts
 from decar.training.partition import make_partition, partition_stage, read_examples
 from decar.training.scores import AVERAGE, CENTRALIZED, RANDOM
+from decar.training.sources import Chat
 from decar.training.systems import DENSE
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import WriteConfig, config_writer
@@ -225,9 +226,11 @@ def test_answers_are_right_where_greedy_decoding_gives_them(
         by_domain = []
         for name in config.expert_names:
             hits = []
-            for messages in read_examples(config, name, "held_out"):
+            for example in read_examples(config, name, "held_out"):
+                assert isinstance(example, Chat)
+                messages = example.messages
                 for i, message in enumerate(messages):
-                    if not isinstance(message, dict) or message["role"] != "assistant":
+                    if message["role"] != "assistant":
                         continue
                     prompt = tokenizer.apply_chat_template(
                         messages[:i], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -254,9 +257,10 @@ def test_chats_are_scored_in_their_answers_alone(chats: tuple[TrainConfig, Evalu
     wanted = [
         f"{message['content']}<|end|>"
         for name in config.expert_names
-        for messages in read_examples(config, name, "held_out")
-        for message in messages
-        if isinstance(message, dict) and message["role"] == "assistant"
+        for example in read_examples(config, name, "held_out")
+        if isinstance(example, Chat)
+        for message in example.messages
+        if message["role"] == "assistant"
     ]
     assert sorted(said) == sorted(wanted)
     assert sum(report.tokens.values()) == sum(len(tokenizer.encode(text)) for text in wanted) - len(wanted)

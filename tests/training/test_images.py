@@ -49,7 +49,7 @@ from decar.training.image_blocks import ImageBlocks, ShardImages, image_sizes
 from decar.training.model import build_model, check_model
 from decar.training.partition import make_partition, partition_stage, read_examples
 from decar.training.router import router_stage, train_router
-from decar.training.sources import Document
+from decar.training.sources import Chat, Document
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import PROSE, config_writer
 from tests.training.test_apart import COMMAND, DEADLINE_S, assert_equal, weights
@@ -138,8 +138,8 @@ def test_rows_are_what_the_processor_makes_of_the_chat(config: TrainConfig) -> N
         config.work_dir / "experts/code", local_files_only=True, backend="pil"
     )
     chats = [
-        (messages, images)
-        for messages, images in zip(read_examples(config, "code", "train"), encoded(config), strict=True)
+        (chat, images)
+        for chat, images in zip(read_examples(config, "code", "train"), encoded(config), strict=True)
         if images
     ]
     assert len(blocks.chats) == len(chats)
@@ -147,8 +147,9 @@ def test_rows_are_what_the_processor_makes_of_the_chat(config: TrainConfig) -> N
     batch = blocks.collate([blocks[len(blocks.texts) + i] for i in range(len(chats))])
     assert batch.keys() == {"input_ids", "labels", "pixel_values"}
     done = 0
-    for (messages, images), ids, labels in zip(chats, batch["input_ids"], batch["labels"], strict=True):
-        assert not isinstance(messages, str)
+    for (chat, images), ids, labels in zip(chats, batch["input_ids"], batch["labels"], strict=True):
+        assert isinstance(chat, Chat)
+        messages = chat.messages
         question = messages[0]["content"].replace("<image>\n", "")
         parts = [*[{"type": "image"}] * len(images), {"type": "text", "text": question}]
         conversation = [{"role": "user", "content": parts}]

@@ -6,19 +6,24 @@ Shapes: N rows, T tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from decar.router.errors import TrainingError
-from decar.training.sources import Messages
+from decar.training.sources import Chat, Example, Messages, Piece, Tools, is_learned
 
 IGNORED = -100
+# What of the documents an expert does not learn, as it goes on after "dropped 3".
+UNTAUGHT = "rows without a token to learn"
 # How a chat template marks what an assistant writes; transformers gives a mask only for those that do.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -27,13 +32,17 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Documents packed one after another into rows of one length.
 
-    ``input_ids`` and ``labels``: [N, T] int64 on the CPU. Labels are -100 where nothing is learned: in padding, at the
-    end of some rows, and in what of a chat is not an answer. ``num_tokens`` counts all but padding.
+    ``input_ids``, ``labels`` and ``position_ids``: [N, T] int64 on the CPU. Labels are -100 where nothing is learned:
+    in padding, at the end of some rows, at a document's first token, and in what of a chat is not an answer. Positions
+    start at 0 with every document and every row, by which transformers keeps a row's documents from seeing each other;
+    they are None where no row has two. ``num_tokens`` counts all but padding; ``dropped``, rows that teach nothing.
     """
 
     input_ids: Tensor
     labels: Tensor
+    position_ids: Tensor | None
     num_tokens: int
+    dropped: Counter[str]
 
     @property
     def num_targets(self) -> int:
@@ -51,13 +60,14 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch of ``rows`` of this dataset."""
-        return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        row = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        return row if self.position_ids is None else {**row, "position_ids": self.position_ids[index]}
 
 
 class Rows(Protocol):
@@ -69,88 +79,166 @@ class Rows(Protocol):
     def num_targets(self) -> int: ...
     @property
     def row_tokens(self) -> tuple[float, int]: ...
+    @property
+    def dropped(self) -> Mapping[str, int]: ...
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def pack(examples: Sequence[str | Messages], tokenizer: Any, length: int) -> Blocks:
+def pack(examples: Sequence[Example], tokenizer: Any, length: int, keeps_apart: bool = True) -> Blocks:
     """``examples`` in rows of ``length`` tokens.
 
-    Texts stand between bos (where the tokenizer has one) and eos, and go on in the next row. Chats are rendered with
-    the chat template; one that does not fit into what is left of a row starts a new one.
+    Texts are the tokens that the tokenizer gives for them, with an eos, and go on in the next row. Adjacent pieces of
+    one text are one; eos stands after its last alone, bos (where the tokenizer adds one) before its first. Chats are
+    rendered with the chat template; one that does not fit into what is left of a row starts a new one.
+
+    Args:
+        keeps_apart: whether the model keeps a row's documents apart by their positions; if not, each has its own rows.
 
     Raises:
         TrainingError: the chat template cannot render a chat.
     """
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    texts = [example for example in examples if isinstance(example, str)]
-    encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
     stream: list[int] = []
     labels: list[int] = []
+    positions: list[int] = []
     padding = 0
 
     def pad() -> int:
         missing = -len(stream) % length
         stream.extend([fill] * missing)
         labels.extend([IGNORED] * missing)
+        positions.extend(range(missing))
         return missing
 
-    for example in examples:
-        if isinstance(example, str):
-            ids = [*start, *next(encoded), tokenizer.eos_token_id]
-            wanted = ids
-        else:
-            ids, wanted = render_chat(example, tokenizer)
-            if len(ids) > -len(stream) % length:
-                padding += pad()
+    for ids, wanted, is_chat in _encoded(_whole(examples), tokenizer):
+        room = -len(stream) % length
+        if not keeps_apart or (is_chat and len(ids) > room):
+            padding += pad()
+            room = 0
+        positions += [i if i < room else (i - room) % length for i in range(len(ids))]
         stream += ids
-        labels += wanted
+        labels += [IGNORED, *wanted[1:]]  # nothing of the document predicts its first token
     padding += pad()
     shape = len(stream) // length, length
-    blocks = Blocks(torch.tensor(stream).long().view(shape), torch.tensor(labels).long().view(shape), 0)
+    rows, learned, places = (torch.tensor(all_).long().view(shape) for all_ in (stream, labels, positions))
     # A batch of rows without a target would have the loss 0 / 0, and its gradient would spoil every weight.
-    taught = (blocks.labels[:, 1:] != IGNORED).any(dim=1)
-    return Blocks(blocks.input_ids[taught], blocks.labels[taught], len(stream) - padding)
+    taught = (learned[:, 1:] != IGNORED).any(dim=1)
+    dropped = Counter({UNTAUGHT: int((~taught).sum())})
+    return Blocks(
+        rows[taught],
+        learned[taught],
+        places[taught] if keeps_apart else None,
+        len(stream) - padding,
+        +dropped,
+    )
 
 
-def render_chat(messages: Messages, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _whole(examples: Sequence[Example]) -> list[Example]:
+    """``examples``, adjacent pieces of one text put together."""
+    whole: list[Example] = []
+    run: list[Piece] = []
+    for example, after in zip_longest(examples, examples[1:]):
+        if not isinstance(example, Piece):
+            whole.append(example)
+            continue
+        run.append(example)
+        next_piece = example.origin, example.number + 1
+        if not isinstance(after, Piece) or (after.origin, after.number) != next_piece:
+            text = "".join(piece.text for piece in run)
+            whole.append(Piece(text, example.origin, run[0].number, example.is_last))
+            run = []
+    return whole
+
+
+def _encoded(examples: Sequence[Example], tokenizer: Any) -> Iterator[tuple[list[int], list[int], bool]]:
+    """(tokens, labels, whether it is a chat) of each."""
+    beginnings = [
+        example if isinstance(example, str) else example.text
+        for example in examples
+        if isinstance(example, str) or (isinstance(example, Piece) and example.number == 0)
+    ]
+    encoded = iter(tokenizer(beginnings, verbose=False)["input_ids"] if beginnings else ())
+    for example in examples:
+        if isinstance(example, Chat):
+            yield *render_chat(example.messages, tokenizer, example.tools), True
+            continue
+        if isinstance(example, Piece) and example.number > 0:
+            ids = _encode_apart(example.text, tokenizer)
+        else:
+            ids = next(encoded)
+        if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it themselves
+            ids = ids[:-1]
+        if isinstance(example, str) or example.is_last:
+            ids = [*ids, tokenizer.eos_token_id]
+        yield ids, ids, False
+
+
+def _encode_apart(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a ``text`` that goes on with another: without bos, and without the space that sentencepiece
+    tokenizers put before all they are given."""
+    for before in ("\n", "a"):
+        alone, both = tokenizer([before, before + text], add_special_tokens=False, verbose=False)["input_ids"]
+        if both[: len(alone)] == alone:
+            return list(both[len(alone) :])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def render_chat(
+    messages: Messages, tokenizer: Any, tools: Tools | None = None
+) -> tuple[list[int], list[int]]:
     """The tokens of a chat, and their labels: the token itself within the assistant's answers, -100 elsewhere.
 
-    An answer's end belongs to it: the eos that follows it, or one put there if the last answer has none. Without
-    ``{% generation %}`` in the chat template, answers are found as what each adds to the chat before it, and are
-    tokenized apart from that, as when the prompt is all there is.
+    The tokens are those of ``apply_chat_template``, but that none reaches across the start or end of an answer: there
+    they are cut as in generation, where the prompt is all there is. An answer's end belongs to it: the eos or other
+    special token that follows, or an eos put there if the last answer has none. Answers are what ``{% generation %}``
+    marks in the chat template, or else what each adds to the chat before it. Those of ``weight`` 0 are not learned.
 
     Raises:
         TrainingError: the chat template refuses the chat, or rewrites earlier messages when later ones come.
     """
+    sent = [{key: said for key, said in message.items() if key != "weight"} for message in messages]
     try:
-        if _GENERATION.search(tokenizer.chat_template or ""):
-            rendered = tokenizer.apply_chat_template(
-                messages, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids, mask = rendered["input_ids"], rendered["assistant_masks"]
+        template = tokenizer.get_chat_template(tools=tools)
+        if _GENERATION.search(template):
+            pieces = _marked_pieces(messages, sent, template, tokenizer, tools)
         else:
-            ids, mask = _mask_by_prefixes(messages, tokenizer)
-    except (TemplateError, ValueError) as error:
+            pieces = _pieces_by_prefixes(messages, sent, tokenizer, tools)
+    except (TemplateError, ValueError, TypeError) as error:
         raise TrainingError(
             f"the chat template cannot render the chat that begins with {beginning(messages)!r} "
             f"({' '.join(str(error).split())})"
         ) from None
+    ids, labels = _encode_pieces([(text, wanted) for text, wanted in pieces if text], tokenizer)
     eos = tokenizer.eos_token_id
     for i in range(1, len(ids)):
-        if ids[i] == eos and mask[i - 1]:
-            mask[i] = 1
-    labels = [token if wanted else IGNORED for token, wanted in zip(ids, mask, strict=True)]
-    if messages[-1]["role"] == "assistant" and eos not in _last_answer(labels):
+        if ids[i] == eos and labels[i - 1] not in (IGNORED, eos):
+            labels[i] = eos
+    if is_learned(messages[-1]) and eos not in _last_answer(labels):
         ids, labels = [*ids, eos], [*labels, eos]
     return ids, labels
 
 
-def beginning(example: str | Messages) -> str:
+def _encode_pieces(pieces: Sequence[tuple[str, bool]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens and labels of the text that ``pieces`` are joined, each learned or not."""
+    so_far = list(accumulate(text for text, _ in pieces))
+    ids: list[int] = []
+    labels: list[int] = []
+    encoded = tokenizer(so_far, add_special_tokens=False, verbose=False)["input_ids"] if so_far else []
+    for (text, wanted), both in zip(pieces, encoded, strict=True):
+        tokens = both[len(ids) :] if both[: len(ids)] == ids else _encode_apart(text, tokenizer)
+        ids += tokens
+        labels += tokens if wanted else [IGNORED] * len(tokens)
+    return ids, labels
+
+
+def beginning(example: Example | Messages) -> str:
     """What a text or a chat begins with, to name it by."""
-    content = example if isinstance(example, str) else example[0]["content"]
+    if isinstance(example, Piece):
+        example = example.text
+    messages = example.messages if isinstance(example, Chat) else example
+    content = messages if isinstance(messages, str) else messages[0]["content"]
     if not isinstance(content, str):
         content = "".join(part.get("text", "") for part in content)
     return str(content[:60])
@@ -166,42 +254,78 @@ def _last_answer(labels: list[int]) -> list[int]:
     return labels[start:end]
 
 
-def _mask_by_prefixes(messages: Messages, tokenizer: Any) -> tuple[list[int], list[int]]:
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
-    whole = render(messages)
-    pieces: list[tuple[str, int]] = []
+def _marked_pieces(
+    messages: Messages, sent: Messages, template: str, tokenizer: Any, tools: Tools | None
+) -> list[tuple[str, bool]]:
+    """The rendered chat cut at its answers' starts and ends, and which pieces are learned: those that it marks."""
+    (whole,), (marks,) = render_jinja_template(
+        [sent],
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    answers = [message for message in messages if message["role"] == "assistant"]
+    learned = [is_learned(message) for message in answers]
+    if not all(learned) and len(marks) != len(answers):
+        raise ValueError(
+            f"it marks {len(marks)} answers of {len(answers)}, so that those of weight 0 cannot be told from others"
+        )
+    cuts = [0, *(place for mark in marks for place in mark), len(whole)]
+    wanted = [False] * (len(cuts) - 1)
+    wanted[1::2] = learned if len(marks) == len(answers) else [True] * len(marks)
+    return [(whole[start:end], want) for (start, end), want in zip(pairwise(cuts), wanted, strict=True)]
+
+
+def _pieces_by_prefixes(
+    messages: Messages, sent: Messages, tokenizer: Any, tools: Tools | None
+) -> list[tuple[str, bool]]:
+    """As `_marked_pieces`, where an answer is what its message adds to the chat before it."""
+    render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
+    whole = render(sent)
+    pieces: list[tuple[str, bool]] = []
     done = 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = render(messages[:i], add_generation_prompt=True), render(messages[: i + 1])
+        before, after = render(sent[:i], add_generation_prompt=True), render(sent[: i + 1])
         if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
             raise ValueError(
                 f"it renders message {i + 1} differently in different surroundings, so that answers cannot be told "
                 "apart; put {% generation %} and {% endgeneration %} around them in the template"
             )
-        pieces += [(whole[done : len(before)], 0), (whole[len(before) : len(after)], 1)]
-        done = len(after)
-    pieces.append((whole[done:], 0))
-    ids: list[int] = []
-    mask: list[int] = []
-    for text, wanted in pieces:
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += tokens
-        mask += [wanted] * len(tokens)
-    return ids, mask
+        is_last = i == len(messages) - 1
+        end = len(before) + _answer_length(after[len(before) :], message["content"], tokenizer, is_last)
+        pieces += [(whole[done : len(before)], False), (whole[len(before) : end], is_learned(message))]
+        done = end
+    return [*pieces, (whole[done:], False)]
+
+
+def _answer_length(added: str, content: Any, tokenizer: Any, is_last: bool) -> int:
+    """How much of the text that an answer has ``added`` is the answer with its end marker: the line ends that some
+    templates write after that are never generated, unless an eos has to be put behind them."""
+    said = content.strip() if isinstance(content, str) else ""
+    start = max(added.find(said), 0) + len(said)
+    eos = added.find(tokenizer.eos_token, start)
+    if eos >= 0:
+        return eos + len(tokenizer.eos_token)
+    if is_last:
+        return len(added)
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return max((end + len(t) for t in special if (end := added.rfind(t, start)) >= 0), default=len(added))
 
 
 @torch.inference_mode()
 def mean_loss(model: Any, blocks: Rows, batch_size: int) -> float:
     """Nats per predicted token of ``blocks``."""
+    # With a cache, transformers takes positions that start anew for one document's.
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
         batch = {name: value.to(model.device) for name, value in blocks.collate(rows).items()}
         targets = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1].float()
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         ).item()

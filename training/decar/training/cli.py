@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -41,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(markup=False)  # what is printed may hold the user's paths and texts, brackets included
 _SHOWN_CHARS = 600
 # Of a parameter in training: itself, its gradient and Adam's two moments in fp32.
 _STATE_BYTES = 16
@@ -76,14 +77,17 @@ def run(config: ConfigPath, set_: Overrides = None, dry_run: DryRun = False) -> 
     settings = _load(config, set_, check=not dry_run)
     if dry_run:
         _dry_run(settings)
-    else:
+        return
+    with _alone(settings):
         _run(settings)
 
 
 @app.command()
 def partition(config: ConfigPath, set_: Overrides = None) -> None:
     """Split the data into one shard per expert, and make the tokenizer they share."""
-    _partition(_load(config, set_))
+    settings = _load(config, set_)
+    with _alone(settings):
+        _partition(settings)
 
 
 @app.command()
@@ -101,14 +105,17 @@ def expert(
     settings = _load(config, set_, name, check=not dry_run)
     if dry_run:
         _dry_run(settings, name)
-    else:
+        return
+    with _alone(settings, name):
         _expert(settings, name)
 
 
 @app.command()
 def router(config: ConfigPath, set_: Overrides = None) -> None:
     """Train the classifier and the centroids on all shards, and measure them on held-out text."""
-    _router(_load(config, set_))
+    settings = _load(config, set_)
+    with _alone(settings):
+        _router(settings)
 
 
 @app.command()
@@ -122,16 +129,19 @@ def export(
 ) -> None:
     """Write the ensemble directory, or one merged model."""
     settings = _load(config, set_)
-    if merge is None:
-        _export(settings)
-    else:
-        _average(settings)
+    with _alone(settings):
+        if merge is None:
+            _export(settings)
+        else:
+            _average(settings)
 
 
 @app.command()
 def centralized(config: ConfigPath, set_: Overrides = None) -> None:
     """Train what the ensemble is held against: one model on all shards, with all the experts' compute."""
-    _centralized(_load(config, set_))
+    settings = _load(config, set_)
+    with _alone(settings):
+        _centralized(settings)
 
 
 @app.command()
@@ -141,14 +151,17 @@ def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
     configs = load_seeds(config, set_)
     for one in configs:
         _check_models(one)
-    for one in configs:
-        if len(configs) > 1:
-            console.rule(f"seed {one.seed}")
-        _run(one)
-        _centralized(one)
-        _random_split(one)
-        _scores(one)
-    _evaluate(settings, configs)
+    with ExitStack() as stack:
+        for one in {one.work_dir: one for one in (settings, *configs)}.values():
+            stack.enter_context(_alone(one))
+        for one in configs:
+            if len(configs) > 1:
+                console.rule(f"seed {one.seed}")
+            _run(one)
+            _centralized(one)
+            _random_split(one)
+            _scores(one)
+        _evaluate(settings, configs)
 
 
 def main() -> None:
@@ -156,8 +169,8 @@ def main() -> None:
     try:
         app()
     except (DecarError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False
+        Console(stderr=True, soft_wrap=True, markup=False).print(
+            f"error: {error}", style="red", highlight=False
         )
         sys.exit(1)
 
@@ -184,6 +197,27 @@ def _load(
     # Of several processes, the first one speaks.
     console.quiet = os.environ.get("RANK", "0") != "0"
     return config
+
+
+@contextmanager
+def _alone(config: TrainConfig, expert: str | None = None) -> Iterator[None]:
+    """Work on the run as nobody else does; or on one ``expert``, beside others who train others of it.
+
+    Raises:
+        TrainingError: another process is at work on it.
+    """
+    from decar.training.stages import lock
+
+    if (
+        os.environ.get("RANK", "0") != "0"
+    ):  # of several processes that train one expert, the first one holds the lock
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(lock(config.run.lock(), str(config.work_dir), shared=expert is not None))
+        if expert is not None:
+            stack.enter_context(lock(config.run.lock(expert), f"expert {expert} in {config.work_dir}"))
+        yield
 
 
 def _check_models(config: TrainConfig, only: str | None = None) -> None:
@@ -240,26 +274,35 @@ def _show_partition(report: PartitionReport, map_file: Path) -> None:
             sources[3:] = [f"{len(sources) - 3} more"]
         numbers = f"{shard.train_documents:,}", f"{shard.held_out_documents:,}"
         table.add_row(shard.expert, *numbers, ", ".join(sources), " ".join(shard.top_terms))
-    console.print(table, markup=False)
+    console.print(table)
     for shard in report.shards:
         for example in shard.nearest[:1]:
-            console.print(
-                f"{shard.expert}, nearest example: {example}", markup=False, no_wrap=True, overflow="ellipsis"
-            )
-    if report.skipped_lines:
-        files = ", ".join(f"{file} {count:,}" for file, count in report.skipped_lines.items())
-        console.print(
-            f"skipped {sum(report.skipped_lines.values()):,} bad lines ({files}); the first: {report.first_skipped}",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
+            console.print(f"{shard.expert}, nearest example: {example}", no_wrap=True, overflow="ellipsis")
+    _show_dropped(report)
     silhouette = "none" if report.silhouette is None else f"{report.silhouette:.3f}"
     console.print(
         f"{report.method}: {report.documents:,} documents, largest/smallest {report.balance:.3f}; of {report.sample:,} "
         f"of them mean cosine to the centroid {report.mean_cosine:.3f}, silhouette {silhouette}; map {map_file}",
         soft_wrap=True,
     )
+
+
+def _show_dropped(report: PartitionReport) -> None:
+    for reason, count in report.dropped.items():
+        _warn(f"dropped {count:,} of {report.texts:,} texts {reason}")
+    if report.held_out_duplicates:
+        what = "removed" if report.duplicates_removed else "kept"
+        _warn(
+            f"{what} {report.held_out_duplicates:,} held-out documents that are among the training documents too"
+        )
+    if report.skipped_lines:
+        files = ", ".join(f"{file} {count:,}" for file, count in report.skipped_lines.items())
+        skipped = sum(report.skipped_lines.values())
+        _warn(f"skipped {skipped:,} bad lines ({files}); the first: {report.first_skipped}")
+
+
+def _warn(line: str) -> None:
+    console.print(line, style="yellow", soft_wrap=True)
 
 
 def _expert(config: TrainConfig, name: str) -> None:
@@ -312,6 +355,8 @@ def _model(stage: Stage, what: str, train: Callable[[Stage, list[Any]], ExpertRe
         f"(perplexity {math.exp(min(report.held_out_loss, 100)):.1f})",
         soft_wrap=True,
     )
+    for reason, count in report.dropped.items():
+        _warn(f"{what}: dropped {count:,} {reason}")
 
 
 def _router(config: TrainConfig) -> None:
@@ -330,7 +375,7 @@ def _router(config: TrainConfig) -> None:
     for name, row in {**rows, "all": [router.all_lengths for router in routers]}.items():
         cells = (f"{quality.accuracy:.1%} {quality.nll:.3f} {quality.ece:.3f}" for quality in row)
         table.add_row(name, f"{row[0].prefixes:,}", *cells)
-    console.print(table, markup=False)
+    console.print(table)
     console.print(
         "each router's accuracy, negative log-likelihood in nats and calibration error, by length of text"
     )
@@ -403,7 +448,7 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
                 f"{row.active_experts:.3f}",
                 f"{row.prompt_passes:.2f}",
             )
-    console.print(table, markup=False)
+    console.print(table)
     what = (
         "the error over texts" if len(configs) == 1 else f"the standard deviation over {len(configs)} seeds"
     )
@@ -425,7 +470,7 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
         )
     console.print(f"centralized model: {report.centralized}", soft_wrap=True)
     for sentence in report.verdict:
-        console.print(sentence, markup=False, soft_wrap=True)
+        console.print(sentence, soft_wrap=True)
     console.print(f"evaluate: {verb}, {page_file(stage.directory)}, json and plots beside it", soft_wrap=True)
 
 
@@ -439,15 +484,15 @@ def _average(config: TrainConfig) -> None:
 
 def _dry_run(config: TrainConfig, only: str | None = None) -> None:
     from decar.training.dry_run import Cost, count_parameters, estimate, problems, with_shards
+    from decar.training.partition_report import PartitionReport
+    from decar.training.run import read_report
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError("--dry-run measures one process; run it without `accelerate launch`")
-    console.print(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, soft_wrap=True
-    )
+    console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), soft_wrap=True)
     found = problems(config, only)
     for line in found:
-        console.print(f"problem: {line}", style="yellow", markup=False, soft_wrap=True)
+        _warn(f"problem: {line}")
     if found:
         for name in config.expert_names if only is None else [only]:
             number = count_parameters(config, name)
@@ -461,9 +506,13 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
     known: dict[str, Cost] = {}
     if only is None:
         with with_shards(config) as shards:
+            _show_dropped(read_report(shards.run.partition, PartitionReport))
             estimates = [estimate(config, name, shards, known) for name in config.expert_names]
     else:
         estimates = [estimate(config, only, config, known)]
+    for expert in estimates:
+        for reason, count in expert.dropped.items():
+            _warn(f"{expert.expert}: dropped {count:,} {reason}")
     columns = "expert", "state", "parameters", "tokens", "steps", "memory", "time"
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for expert in estimates:
@@ -486,7 +535,7 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
             _size(cost.memory_bytes),
             _duration(expert.time_s),
         )
-    console.print(table, markup=False)
+    console.print(table)
     console.print(
         "tokens: of the training documents; steps × tokens of one; time: "
         f"{_duration(sum(e.time_s for e in estimates))} in all, at the measured "
@@ -498,7 +547,7 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
         console.print(f"the first batch of {expert.expert}:")
         for row, text in enumerate(expert.batch):
             cut = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]} … ({len(text):,} characters)"
-            console.print(f"[{row}] {cut}", markup=False, soft_wrap=True, highlight=False)
+            console.print(f"[{row}] {cut}", soft_wrap=True, highlight=False)
     console.print("dry run: nothing was trained, nothing was written")
 
 

@@ -72,10 +72,14 @@ class DataConfig(_Strict):
 
 
 class DocumentConfig(_Strict):
-    """How long texts are cut, at line ends where possible, into the documents that are partitioned."""
+    """What of the texts is partitioned: each as a whole, or cut into pieces of at most ``max_chars``.
 
-    max_chars: int = Field(default=2_000, gt=0)
-    min_chars: int = Field(default=32, ge=0, description="shorter pieces are dropped")
+    Cuts are at line ends where possible, else before a word. Experts learn adjacent pieces that they both get as one
+    text. A piece shorter than ``min_chars`` stays with the one before it.
+    """
+
+    max_chars: int | None = Field(default=None, gt=0, description="characters; texts stay whole unless set")
+    min_chars: int = Field(default=32, ge=0, description="shorter texts are dropped, and counted")
 
 
 class TokenizerConfig(_Strict):
@@ -111,7 +115,10 @@ class PartitionConfig(_Strict):
     each such expert holds as much of its source as possible. Without it, clusters are named in order.
     ``domains`` maps an expert to what it gets by ``by-field``: values, or shell patterns of them, of the rows' field
     ``field``, or of the source where ``field`` is not set. Without it, the values are the experts' names.
-    ``held_out_by`` says what is held out whole: an input ``document``, or a ``piece`` of one.
+    ``held_out`` is the share of each expert's documents. ``held_out_by`` says what is held out whole: an input
+    ``document``, or a ``piece`` of one. ``held_out_as`` names the partition of another run of the same data
+    (``WORK_DIR/partition``): what is held out there is held out here, and nothing else. Held-out documents that are
+    among the training documents as well, in the same words, are removed from the held-out ones, or kept.
     """
 
     method: Literal["kmeans", "two-stage", "random", "by-field"] = "kmeans"
@@ -128,6 +135,8 @@ class PartitionConfig(_Strict):
     max_iterations: int = Field(default=50, gt=0)
     held_out: float = Field(default=0.05, gt=0, lt=1)
     held_out_by: Literal["document", "piece"] = "document"
+    held_out_as: Path | None = Field(default=None, description="another run's WORK_DIR/partition")
+    held_out_duplicates: Literal["remove", "keep"] = "remove"
     name_by: dict[str, str] = {}
 
     @pydantic.model_validator(mode="after")

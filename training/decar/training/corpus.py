@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from decar.router.errors import TrainingError
 from decar.training.run import require
-from decar.training.sources import MESSAGES_FIELD, Document
+from decar.training.sources import MESSAGES_FIELD, TOOLS_FIELD, Document
 
 Ints = NDArray[np.int64]
 Progress = Callable[[str, int, int | None], None]
@@ -29,6 +29,8 @@ Progress = Callable[[str, int, int | None], None]
 BATCH_DOCUMENTS = 512
 BATCH_CHARS = 1_000_000
 IMAGES_FIELD = "images"
+PIECE_COLUMNS = ("origin", "piece", "is_last")
+_JSON_COLUMNS = (MESSAGES_FIELD, TOOLS_FIELD)
 
 
 @dataclass
@@ -44,7 +46,12 @@ class DocumentWriter:
         import pyarrow
         from pyarrow import parquet
 
-        kinds = {"origin": pyarrow.int64(), IMAGES_FIELD: pyarrow.list_(pyarrow.binary())}
+        kinds = {
+            "origin": pyarrow.int64(),
+            "piece": pyarrow.int64(),
+            "is_last": pyarrow.bool_(),
+            IMAGES_FIELD: pyarrow.list_(pyarrow.binary()),
+        }
         self._schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in self.columns])
         self.file.parent.mkdir(parents=True, exist_ok=True)
         repeated = [name for name in self.columns if name not in ("text", IMAGES_FIELD)]
@@ -78,9 +85,9 @@ class DocumentWriter:
 
 
 def _column(document: Document, name: str) -> Any:
-    """A field of ``document`` as it is written: a chat as JSON, or null."""
+    """A field of ``document`` as it is written: a chat and its tools as JSON, or null."""
     value = getattr(document, name)
-    return json.dumps(value) if name == MESSAGES_FIELD and value is not None else value
+    return json.dumps(value) if name in _JSON_COLUMNS and value is not None else value
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,8 @@ class Corpus:
     """The documents in ``file``; ``sample`` and ``sampled``, a uniform sample of them and their numbers, ascending.
 
     The sample is kept without its images. ``source_of``, ``domain_of`` [N] index ``sources`` and ``domains``;
-    ``origins``, ``chars`` [N]; ``with_images`` [N], whether a document has any.
+    ``origins``, ``chars`` [N]; ``with_images`` [N], whether a document has any; ``digests`` [N], equal where documents
+    say the same.
     """
 
     file: Path
@@ -98,10 +106,13 @@ class Corpus:
     domain_of: Ints
     origins: Ints
     chars: Ints
+    digests: Ints
     sample: list[Document]
     sampled: Ints
     with_images: NDArray[np.bool_]
     has_chats: bool
+    has_tools: bool
+    has_pieces: bool
 
     def __len__(self) -> int:
         return len(self.origins)
@@ -112,18 +123,14 @@ class Corpus:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those of a shard: a corpus of texts has neither chats nor images."""
-        chats, images = [MESSAGES_FIELD] * self.has_chats, [IMAGES_FIELD] * self.has_images
-        return "text", "source", *chats, *images
+        """Those of a shard: a corpus of whole texts has neither chats, tools, images nor pieces."""
+        chats, tools = [MESSAGES_FIELD] * self.has_chats, [TOOLS_FIELD] * self.has_tools
+        pieces, images = PIECE_COLUMNS if self.has_pieces else (), [IMAGES_FIELD] * self.has_images
+        return "text", "source", *chats, *tools, *pieces, *images
 
     def batches(self) -> Iterator[list[Document]]:
         """All documents, in order, in batches that were written at once."""
-        for rows in read_row_groups(self.file):
-            documents = rows.to_pylist()
-            for row in documents:
-                row[MESSAGES_FIELD] = row[MESSAGES_FIELD] and json.loads(row[MESSAGES_FIELD])
-                row[IMAGES_FIELD] = tuple(row[IMAGES_FIELD])
-            yield [Document(**row) for row in documents]
+        yield from read_batches(self.file)
 
     def sample_of(self, kind: NDArray[np.bool_]) -> Iterator[list[Document]]:
         """The sampled documents among those that ``kind`` [N] marks, whole, in batches; where there are none, the
@@ -155,15 +162,18 @@ def spool(
     rng = np.random.default_rng(seed)
     sources: dict[str, int] = {}
     domains: dict[str, int] = {}
-    source_of, domain_of, origins, chars = (array("q") for _ in range(4))
+    source_of, domain_of, origins, chars, digests = (array("q") for _ in range(5))
     sample: dict[int, tuple[int, Document]] = {}
     with_images = array("b")
-    has_chats = False
+    has_chats = has_tools = has_pieces = False
     same = _Groups()
-    with DocumentWriter(file, ("text", "source", "origin", "domain", MESSAGES_FIELD, IMAGES_FIELD)) as writer:
+    columns = "text", "source", "domain", *_JSON_COLUMNS, *PIECE_COLUMNS, IMAGES_FIELD
+    with DocumentWriter(file, columns) as writer:
         for number, document in enumerate(documents):
             writer.add(document)
             has_chats = has_chats or document.messages is not None
+            has_tools = has_tools or document.tools is not None
+            has_pieces = has_pieces or not document.is_last
             source_of.append(sources.setdefault(document.source, len(sources)))
             # Without a field, the source is the domain.
             domain = document.source if document.domain is None else document.domain
@@ -172,6 +182,7 @@ def spool(
             with_images.append(bool(document.images))
             same.join(document.origin, document.images)
             chars.append(len(document.text))
+            digests.append(digest_of(document))
             place = number if number < sample_size else int(rng.integers(number + 1))
             if place < sample_size:
                 sample[place] = number, replace(document, images=())
@@ -187,11 +198,24 @@ def spool(
         _ints(domain_of),
         same.of(_ints(origins)),
         _ints(chars),
+        _ints(digests),
         [document for _, document in chosen],
         np.array([number for number, _ in chosen], dtype=np.int64),
         np.frombuffer(with_images, dtype=np.bool_) if with_images else np.zeros(0, dtype=np.bool_),
         has_chats,
+        has_tools,
+        has_pieces,
     )
+
+
+def digest_of(document: Document) -> int:
+    """64 bits of what ``document`` says: its text, its messages with their tools, its images."""
+    total = hashlib.blake2b(digest_size=8)
+    for part in (document.text, json.dumps([document.messages, document.tools])):
+        total.update(hashlib.blake2b(part.encode()).digest())
+    for image in document.images:
+        total.update(hashlib.blake2b(image).digest())
+    return int.from_bytes(total.digest(), "big", signed=True)
 
 
 class _Groups:
@@ -251,6 +275,22 @@ def read_texts(file: Path) -> Iterator[str]:
     require(file.parents[1], file)
     for rows in read_row_groups(file, ["text"]):
         yield from rows.column("text").to_pylist()
+
+
+def read_batches(file: Path) -> Iterator[list[Document]]:
+    """The documents of a spool file, or of a shard (which says nothing of origins), a row group at a time.
+
+    Raises:
+        TrainingError: ``file`` is damaged.
+    """
+    for rows in read_row_groups(file):
+        documents = rows.to_pylist()
+        for row in documents:
+            row.setdefault("origin", 0)
+            for name in {*_JSON_COLUMNS} & row.keys():
+                row[name] = row[name] and json.loads(row[name])
+            row[IMAGES_FIELD] = tuple(row.get(IMAGES_FIELD) or ())
+        yield [Document(**row) for row in documents]
 
 
 def read_row_groups(file: Path, columns: list[str] | None = None) -> Iterator[Any]:

@@ -33,7 +33,7 @@ from decar.training.expert import (
     step_of,
 )
 from decar.training.features import embedding_files
-from decar.training.model import build_model, check_model, check_weights
+from decar.training.model import build_model, check_model, check_weights, keeps_apart
 from decar.training.partition import make_partition, partition_stage
 from decar.training.processor import reads_images
 from decar.training.sources import input_files
@@ -71,6 +71,7 @@ class Estimate:
     tokens_per_step: int
     train_tokens: int
     num_targets: int
+    dropped: dict[str, int]
     cost: Cost
     batch: list[str]
 
@@ -149,9 +150,10 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
     checkpoints = complete_checkpoints(config.run.checkpoints(stage))
     tokenizer = load_tokenizer(shards.run.tokenizer)
     processor = expert_processor(shards, name, tokenizer)
-    train = read_blocks(shards, [name], "train", tokenizer, processor)
-    read_blocks(shards, [name], "held_out", tokenizer, processor)
     model = build_model(shards, name, tokenizer)
+    apart = keeps_apart(model)
+    train = read_blocks(shards, [name], "train", tokenizer, processor, apart)
+    read_blocks(shards, [name], "held_out", tokenizer, processor, apart)
     with TemporaryDirectory(prefix="decar-dry-run-") as directory, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = make_trainer(config, model, train, Path(directory))
@@ -170,6 +172,7 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
         tokens_per_step=round(settings.batch_size * settings.gradient_accumulation * train.row_tokens[0]),
         train_tokens=train.num_tokens,
         num_targets=train.num_targets,
+        dropped=dict(train.dropped),
         cost=known[key],
         batch=[
             shown(ids, labels, tokenizer, getattr(processor, "image_token", None))

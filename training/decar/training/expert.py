@@ -6,6 +6,7 @@ Knows no other expert, and nothing about how shards were made. Several processes
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -24,7 +25,7 @@ from decar.training.config import TrainConfig, TrainingConfig
 from decar.training.corpus import IMAGES_FIELD
 from decar.training.image_blocks import read_image_blocks
 from decar.training.image_export import with_vision_model
-from decar.training.model import build_model, model_config
+from decar.training.model import build_model, keeps_apart, model_config
 from decar.training.partition import (
     check_marker,
     has_column,
@@ -33,9 +34,13 @@ from decar.training.partition import (
 )
 from decar.training.processor import load_processor, processor_files, reads_images
 from decar.training.run import SPLITS, adapter_folder, complete_file, read_report, report_file, require
-from decar.training.stages import Stage, digest, fingerprint, sha256, write_atomically
+from decar.training.stages import Stage, digest, fingerprint, is_full_disk, sha256, write_atomically
 from decar.training.tokenizer import load_tokenizer
 
+_DIVERGED = (
+    "nothing of it is kept as finished. "
+    "Lower training.learning_rate or training.max_grad_norm, or raise training.warmup"
+)
 # What the trained weights do not depend on.
 _NOT_IN_WEIGHTS = {"save_steps", "save_total_limit", "log_steps", "tensorboard", "gradient_checkpointing"}
 # Settings that are younger than experts which are finished. Unset they count for nothing, so that those stay finished.
@@ -46,6 +51,7 @@ class ExpertReport(BaseModel):
     """``report.json`` of an expert; losses in nats per token.
 
     ``shards`` holds the SHA-256 of each file that it was trained or measured on, ``versions`` the software that did.
+    ``dropped`` counts what of its training documents it did not learn, by what it is.
     """
 
     expert: str
@@ -58,6 +64,7 @@ class ExpertReport(BaseModel):
     train_time_s: float
     train_documents: int | None = None
     held_out_documents: int | None = None
+    dropped: dict[str, int] = {}
     shards: dict[str, str] = {}
     versions: dict[str, str] = {}
 
@@ -107,7 +114,7 @@ def train_expert(config: TrainConfig, name: str, stage: Stage, callbacks: Iterab
         callbacks: transformers ``TrainerCallback`` objects, e.g. a progress bar.
 
     Raises:
-        TrainingError: an unusable model, shard or tokenizer.
+        TrainingError: an unusable model, shard or tokenizer, a loss that is not finite, or a full disk.
     """
     return train_model(config, name, [name], stage, callbacks)
 
@@ -118,15 +125,16 @@ def train_model(
     """Train the model that ``config`` describes for expert ``name`` on any ``shards``, and put it in ``stage``'s place.
 
     Raises:
-        TrainingError: an unusable model, shard or tokenizer.
+        TrainingError: an unusable model, shard or tokenizer, a loss that is not finite, or a full disk.
     """
     from transformers.integrations import TensorBoardCallback
 
     tokenizer = load_tokenizer(config.run.tokenizer)
     processor = expert_processor(config, name, tokenizer)
-    blocks = {split: read_blocks(config, shards, split, tokenizer, processor) for split in SPLITS}
-    train, held_out = blocks["train"], blocks["held_out"]
     model = build_model(config, name, tokenizer)
+    apart = keeps_apart(model)
+    blocks = {split: read_blocks(config, shards, split, tokenizer, processor, apart) for split in SPLITS}
+    train, held_out = blocks["train"], blocks["held_out"]
     directory = config.run.checkpoints(stage)
     trainer = make_trainer(config, model, train, directory)
     accelerator = trainer.accelerator
@@ -160,15 +168,20 @@ def train_model(
         train_time_s=time.monotonic() - start_s,
         train_documents=_num_documents(config, shards, "train"),
         held_out_documents=_num_documents(config, shards, "held_out"),
+        dropped=dict(train.dropped),
         shards=_hashes(config, shards),
         versions={package: _version(package) for package in ("decar", "torch", "transformers")},
     )
     if writer is not None:
         writer.add_scalar("held_out_loss", report.held_out_loss, report.steps)
         writer.close()
+    if not math.isfinite(report.held_out_loss):
+        raise TrainingError(
+            f"the held-out loss of {report.expert} is {report.held_out_loss} after step {report.steps}; {_DIVERGED}"
+        )
     if accelerator.is_main_process:
         # The Trainer switches the cache off, and whoever generates with the saved model would generate without one.
-        model.config.use_cache = True
+        model.config.use_cache = model.config.get_text_config().use_cache = True
         with stage.writing() as target:
             model.save_pretrained(target)
             if processor is not None:
@@ -195,12 +208,18 @@ def expert_processor(config: TrainConfig, name: str, tokenizer: Any) -> Any | No
 
 
 def read_blocks(
-    config: TrainConfig, shards: Sequence[str], split: str, tokenizer: Any, processor: Any = None
+    config: TrainConfig,
+    shards: Sequence[str],
+    split: str,
+    tokenizer: Any,
+    processor: Any = None,
+    apart: bool = True,
 ) -> Rows:
     """The ``split`` of ``shards`` in rows of at most ``config.training.sequence_length`` tokens.
 
     Args:
         processor: that of an image-text model.
+        apart: whether the model keeps documents that share a row apart.
 
     Raises:
         TrainingError: a shard is missing or damaged, holds images for a model of text, or teaches nothing.
@@ -215,9 +234,9 @@ def read_blocks(
         )
     if processor is not None:
         files = [config.run.shard(shard, split) for shard in shards]
-        blocks = read_image_blocks(examples, files, processor, length)
+        blocks = read_image_blocks(examples, files, processor, length, apart)
     else:
-        blocks = pack([example for shard in examples for example in shard], tokenizer, length)
+        blocks = pack([example for shard in examples for example in shard], tokenizer, length, apart)
     if not len(blocks):
         raise TrainingError(
             f"the {split} documents of {', '.join(shards)} hold no token to predict; add data, or raise "
@@ -229,12 +248,37 @@ def read_blocks(
 def make_trainer(config: TrainConfig, model: Any, train: Rows, directory: Path) -> Any:
     """A transformers ``Trainer`` of ``model`` on ``train`` that keeps its checkpoints in ``directory``.
 
+    It raises a TrainingError where a loss is not finite, or no space is left for a checkpoint.
+
     Raises:
         TrainingError: a batch cannot be dealt out to the processes that there are.
     """
     from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-    class ResumedTrainer(Trainer):
+    class ExpertTrainer(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
+            # The Trainer would log another number in its place, and go on with weights that are not numbers.
+            if not torch.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps}, at "
+                    f"learning rate {self.lr_scheduler.get_last_lr()[0]:.3g}; {_DIVERGED}"
+                )
+            return loss
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            step = self.state.global_step
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            except Exception as error:
+                shutil.rmtree(directory / f"checkpoint-{step}", ignore_errors=True)
+                if not is_full_disk(error):
+                    raise
+                raise TrainingError(
+                    f"no space is left for the checkpoint of step {step} in {directory}; free some or set work_dir to "
+                    "another disk. Nothing of it was kept, and the same command continues from the one before"
+                ) from error
+
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             if not (isinstance(self.model, PreTrainedModel) and reads_images(self.model.config)):
                 return super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -245,6 +289,8 @@ def make_trainer(config: TrainConfig, model: Any, train: Rows, directory: Path) 
             )
             self.model.load_state_dict(saved.state_dict())
 
+    # The Trainer switches off the cache of the outer configuration alone; with one, packed documents see each other.
+    model.config.get_text_config().use_cache = False
     settings = config.training
     if settings.batch_size % num_processes():
         raise TrainingError(
@@ -283,7 +329,7 @@ def make_trainer(config: TrainConfig, model: Any, train: Rows, directory: Path) 
     # A plain process that sees several GPUs uses one of them: torch's DataParallel would multiply the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     keep = _keep_checkpoints(directory, settings.save_total_limit)
-    trainer = ResumedTrainer(
+    trainer = ExpertTrainer(
         model=model, args=arguments, train_dataset=train, data_collator=train.collate, callbacks=[keep]
     )
     trainer.remove_callback(PrinterCallback)

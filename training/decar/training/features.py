@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from decar.router.errors import TrainingError
 from decar.router.features import TERM, EmbeddingFeatures, Features, TfidfFeatures, unit_rows
 from decar.router.images import ImageEmbeddingFeatures, PixelFeatures, decode_image, pixels
+from decar.training.checkpoint_files import check_files
 from decar.training.config import PartitionConfig
 from decar.training.corpus import Corpus
 from decar.training.sources import Document
@@ -103,7 +104,7 @@ def embedding_files(directory: Path | None, setting: str) -> list[Path]:
         setting: the field of the configuration that names the directory.
 
     Raises:
-        TrainingError: no model is there.
+        TrainingError: no model is there, or a file of it is not whole.
     """
     if directory is None:
         return []
@@ -113,6 +114,7 @@ def embedding_files(directory: Path | None, setting: str) -> list[Path]:
         raise TrainingError(
             f"{setting}: {directory} holds no config.json with *.safetensors; save a model there"
         )
+    check_files(directory, setting)
     return files
 
 

@@ -28,12 +28,13 @@ from decar.training.corpus import IMAGES_FIELD
 from decar.training.image_blocks import ImageRenderer, ShardImages, image_inputs, image_sizes
 from decar.training.partition import has_column, read_examples
 from decar.training.processor import reads_images
+from decar.training.sources import Chat, Piece
 from decar.training.systems import Scores
 
 
 @dataclass(frozen=True)
 class Text:
-    """One example: ``ids``, bos in front, of which the first ``prompt_tokens`` are given and the others scored.
+    """One example: ``ids``, as the tokenizer gives them; the first ``prompt_tokens`` are given, the others scored.
 
     ``domain``: whose held-out text it is. An answer is an assistant's, its end included; what else is scored goes on
     after a prompt of any text. ``places``: which of the ids stand for each image; ``images`` decodes those.
@@ -72,21 +73,26 @@ def read_texts(config: TrainConfig, tokenizer: Any, max_tokens: int, processor: 
     for domain, name in enumerate(config.expert_names):
         examples = read_examples(config, name, "held_out")
         drawn = rng.permutation(len(examples))[: settings.max_texts].tolist()
-        texts = [example for example in (examples[i] for i in drawn) if isinstance(example, str)]
+        texts = [
+            example.text if isinstance(example, Piece) else example
+            for example in (examples[i] for i in drawn)
+            if not isinstance(example, Chat)
+        ]
         encoded = tokenizer(texts, truncation=True, max_length=max_tokens, verbose=False) if texts else {}
         long_enough = [ids for ids in encoded.get("input_ids", []) if len(ids) > settings.prompt_tokens]
-        chats = {i: example for i in drawn if not isinstance(example := examples[i], str)}
+        chats = {i: example for i in drawn if isinstance(example := examples[i], Chat)}
         answers = []
         if processor is None:
-            for messages in chats.values():
-                answers += _answers(domain, *render_chat(messages, tokenizer))
+            for chat in chats.values():
+                answers += _answers(domain, *render_chat(chat.messages, tokenizer, chat.tools))
         else:
             render, file = ImageRenderer(processor), config.run.shard(name, "held_out")
             any_images = has_column(config, name, "held_out", IMAGES_FIELD)
             sizes = list(image_sizes(file)) if any_images else [[] for _ in examples]
             of_shard = ShardImages(file)
-            for i, messages in chats.items():
-                answers += _answers(domain, *render(messages, sizes[i]), partial(of_shard.__getitem__, i))
+            for i, chat in chats.items():
+                rendered = render(chat.messages, sizes[i], chat.tools)
+                answers += _answers(domain, *rendered, partial(of_shard.__getitem__, i))
         fitting = [answer for answer in answers if len(answer.ids) <= max_tokens]
         if not long_enough and not fitting:
             problem = f"no held-out text of {name!r} is longer than evaluate.prompt_tokens, {settings.prompt_tokens}"

@@ -6,6 +6,7 @@ Shapes: N rows, T tokens of the longest.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
-from decar.training.blocks import IGNORED, Blocks, beginning, pack, render_chat
+from decar.training.blocks import IGNORED, UNTAUGHT, Blocks, beginning, pack, render_chat
 from decar.training.corpus import IMAGES_FIELD, read_columns, read_row_groups
-from decar.training.sources import Messages, split_at_images
+from decar.training.sources import Chat, Example, Messages, Piece, Tools, split_at_images
 
 # A row group is about a megabyte, unless a document alone has more.
 _ROW_GROUPS_KEPT = 128
 _EXIF_ORIENTATION = 0x0112
+CUT_OFF = "tokens of chats about images beyond training.sequence_length"
 
 
 class ShardImages:
@@ -73,12 +75,16 @@ class ImageChat:
 
 @dataclass
 class ImageBlocks(torch.utils.data.Dataset[dict[str, Any]]):
-    """``texts`` packed into rows of one length, and ``chats`` about images, each a row of its own length."""
+    """``texts`` packed into rows of one length, and ``chats`` about images, each a row of its own length.
+
+    ``dropped`` counts what the experts do not learn, by what it is.
+    """
 
     texts: Blocks
     chats: list[ImageChat]
     processor: Any
     fill: int
+    dropped: Counter[str]
 
     @property
     def num_tokens(self) -> int:
@@ -104,14 +110,18 @@ class ImageBlocks(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": chat.input_ids, "labels": chat.labels, "images": chat.images()}
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids`` and ``labels`` [N, T], padded on the right, where no token of a row attends to it; and what the
-        model needs of all images, in order."""
+        """``input_ids``, ``labels`` and, where documents share a row, ``position_ids`` [N, T], padded on the right,
+        where no token of a row attends to it; and what the model needs of all images, in order."""
         images = [image for row in rows for image in row["images"]]
-        return {
+        batch = {
             "input_ids": _padded([row["input_ids"] for row in rows], self.fill),
             "labels": _padded([row["labels"] for row in rows], IGNORED),
             **image_inputs(images, self.processor),
         }
+        if any("position_ids" in row for row in rows):
+            positions = [row.get("position_ids", torch.arange(len(row["input_ids"]))) for row in rows]
+            batch["position_ids"] = _padded(positions, 0)
+        return batch
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:
@@ -130,7 +140,11 @@ def image_inputs(images: Sequence[Any], processor: Any) -> dict[str, Tensor]:
 
 
 def read_image_blocks(
-    examples: Sequence[Sequence[str | Messages]], files: Sequence[Path], processor: Any, length: int
+    examples: Sequence[Sequence[Example]],
+    files: Sequence[Path],
+    processor: Any,
+    length: int,
+    keeps_apart: bool = True,
 ) -> ImageBlocks:
     """The rows that an image-text model is trained on; see `pack` for those without images.
 
@@ -139,32 +153,38 @@ def read_image_blocks(
     Args:
         examples: of each shard, its texts and chats, as `read_examples` gives them.
         files: the shards.
+        keeps_apart: as for `pack`.
 
     Raises:
         TrainingError: an image reaches beyond ``length`` tokens, the image token is in a text without images, or the
             chat template cannot render a chat.
     """
     tokenizer, render = processor.tokenizer, ImageRenderer(processor)
-    texts: list[str | Messages] = []
+    texts: list[Example] = []
     chats = []
+    dropped: Counter[str] = Counter()
     for shard, file in zip(examples, files, strict=True):
         images = ShardImages(file)
         for row, (example, sizes) in enumerate(zip(shard, image_sizes(file), strict=True)):
             if not sizes:
                 texts.append(_without_images(example, processor.image_token))
                 continue
-            assert not isinstance(example, str)
-            ids, labels, _ = render(example, sizes)
+            assert isinstance(example, Chat)
+            ids, labels, _ = render(example.messages, sizes, example.tools)
             if processor.image_token_id in ids[length:]:
                 raise TrainingError(
                     f"the images of the chat that begins with {beginning(example)!r} reach beyond "
                     f"{length} tokens; raise training.sequence_length, or leave the chat out"
                 )
+            dropped[CUT_OFF] += max(len(ids) - length, 0)
             ids, labels = ids[:length], labels[:length]
             if any(label != IGNORED for label in labels[1:]):
                 chats.append(ImageChat(torch.tensor(ids), torch.tensor(labels), images, row))
+            else:
+                dropped[UNTAUGHT] += 1
     fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return ImageBlocks(pack(texts, tokenizer, length), chats, processor, fill)
+    packed = pack(texts, tokenizer, length, keeps_apart)
+    return ImageBlocks(packed, chats, processor, fill, packed.dropped + dropped)
 
 
 class ImageRenderer:
@@ -175,7 +195,7 @@ class ImageRenderer:
         self._known: dict[tuple[int, int], list[int]] = {}
 
     def __call__(
-        self, messages: Messages, sizes: Sequence[tuple[int, int]]
+        self, messages: Messages, sizes: Sequence[tuple[int, int]], tools: Tools | None = None
     ) -> tuple[list[int], list[int], list[range]]:
         """The tokens of a chat about images of these (width, height), their labels (see `render_chat`), and which of
         the tokens stand for each image.
@@ -184,7 +204,7 @@ class ImageRenderer:
             TrainingError: the chat template cannot render the chat, or not with each image once.
         """
         image = self.processor.image_token_id
-        ids, labels = render_chat(as_parts(messages), self.processor.tokenizer)
+        ids, labels = render_chat(as_parts(messages), self.processor.tokenizer, tools)
         if ids.count(image) != len(sizes):
             raise TrainingError(
                 f"the chat template renders {ids.count(image)} images of the {len(sizes)} in the chat that begins "
@@ -230,14 +250,17 @@ def _parts(content: str) -> list[dict[str, str]]:
     return parts
 
 
-def _without_images(example: str | Messages, image_token: str) -> str | Messages:
-    said = [example] if isinstance(example, str) else [message["content"] for message in example]
+def _without_images(example: Example, image_token: str) -> Example:
+    if isinstance(example, Chat):
+        said = [message["content"] for message in example.messages]
+    else:
+        said = [example.text if isinstance(example, Piece) else example]
     if any(image_token in text for text in said):
         raise TrainingError(
             f"the text that begins with {beginning(example)!r} has the token {image_token}, but no image; "
             "take it out, or choose another tokenizer.image_token"
         )
-    return example if isinstance(example, str) else as_parts(example)
+    return Chat(as_parts(example.messages), example.tools) if isinstance(example, Chat) else example
 
 
 def image_sizes(file: Path) -> Iterator[list[tuple[int, int]]]:

@@ -14,9 +14,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from decar.router.errors import TrainingError, did_you_mean
+from decar.training.checkpoint_files import check_files
 from decar.training.config import LoraConfig, TrainConfig
 from decar.training.processor import load_processor, reads_images
 
+_NAMED_IN_ERRORS = 3
+_TRIED_TOKENS = 8
+# Of the largest logit: rounding is a tenth of it, what a document sees of another many times as much.
+_TRIED_TOLERANCE = 1e-4
 # What transformers raises at a configuration or checkpoint that makes no model.
 _REFUSED = (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError)
 
@@ -47,16 +52,17 @@ def check_model(config: TrainConfig, name: str) -> None:
 
 
 def check_weights(config: TrainConfig, name: str) -> None:
-    """Refuse a checkpoint that has a configuration and no weights.
+    """Refuse a checkpoint that has a configuration and no weights, or files that are not whole.
 
     Raises:
-        TrainingError: it has none.
+        TrainingError: it has none, or one is a git-lfs pointer or truncated.
     """
     checkpoint = config.model_of(name).get("checkpoint")
     if checkpoint is None or not (Path(checkpoint) / "config.json").is_file():
         return  # as `check_model` says
     if not any(Path(checkpoint).glob("*.safetensors")) and not any(Path(checkpoint).glob("*.bin")):
         raise TrainingError(f"the checkpoint of {name!r}, {checkpoint}, holds no weights (*.safetensors)")
+    check_files(Path(checkpoint), f"the checkpoint of {name!r}")
 
 
 def _check_fields(model: Mapping[str, Any], default: Any, where: str) -> None:
@@ -91,11 +97,12 @@ def model_config(config: TrainConfig, name: str, tokenizer: Any) -> Any:
     """The transformers configuration of expert ``name``'s model: a checkpoint's, or one for ``tokenizer``.
 
     Raises:
-        TrainingError: transformers refuses it, or misreads it.
+        TrainingError: transformers refuses it, or misreads it, or the checkpoint is not whole.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     check_model(config, name)
+    check_weights(config, name)
     description = config.model_of(name)
     own = {"vocab_size": len(tokenizer), **_special_tokens(tokenizer)}
     try:
@@ -121,7 +128,8 @@ def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
     With ``config.training.lora`` the checkpoint is frozen and wrapped in peft's model, whose adapters are trained.
 
     Raises:
-        TrainingError: a configuration that transformers or peft refuses, or too small a vocabulary.
+        TrainingError: as `model_config`, or peft refuses it, its weights are not those that it describes, or its
+            vocabulary is too small.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, set_seed
 
@@ -134,12 +142,15 @@ def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
     set_seed(config.seed)
     try:
         if "checkpoint" in description:
-            model = auto.from_pretrained(
+            model, loading = auto.from_pretrained(
                 description["checkpoint"],
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with their names
             )
+            _check_names(loading, f"the checkpoint of {name!r}, {description['checkpoint']},")
         else:
             model = auto.from_config(wanted, dtype=torch.float32, trust_remote_code=False)
             model.generation_config = GenerationConfig(**_special_tokens(tokenizer))
@@ -161,6 +172,52 @@ def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
         model = _with_adapters(model, config, config.training.lora)
     _freeze(model, config.training.freeze)
     return model
+
+
+@torch.inference_mode()
+def keeps_apart(model: Any) -> bool:
+    """Whether ``model`` keeps documents that share a row apart where their positions start anew, as transformers has
+    it of most architectures: tried out, by what it makes of one beside another and alone."""
+    if hasattr(model.get_decoder(), "get_rope_index") or hasattr(
+        getattr(model, "model", None), "get_rope_index"
+    ):
+        return False  # its positions are those of images as well, and its own affair
+    was_training = model.training
+    model.eval()
+    ids = (
+        torch.arange(2 * _TRIED_TOKENS)[None].to(model.device) % model.get_output_embeddings().weight.shape[0]
+    )
+    positions = torch.arange(_TRIED_TOKENS).repeat(2)[None].to(model.device)
+    try:
+        beside = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, _TRIED_TOKENS:]
+        alone = model(input_ids=ids[:, _TRIED_TOKENS:], use_cache=False).logits
+    except (TypeError, ValueError, RuntimeError):  # it takes no positions, or not these
+        return False
+    finally:
+        model.train(was_training)
+    return bool((beside - alone).abs().max() <= _TRIED_TOLERANCE * alone.abs().max())
+
+
+def _check_names(loading: Mapping[str, Iterable[Any]], what: str) -> None:
+    """Refuse weights that transformers did not find, has no place for, or found in another shape.
+
+    It would draw the missing ones by chance, say so in a warning, and go on. Tied weights are not missing.
+    """
+    problems = []
+    for key, problem in (
+        ("missing_keys", "missing"),
+        ("unexpected_keys", "unexpected"),
+        ("mismatched_keys", "of another shape"),
+    ):
+        names = sorted(str(found if isinstance(found, str) else found[0]) for found in loading[key])
+        if names:
+            more = ", ..." if len(names) > _NAMED_IN_ERRORS else ""
+            problems.append(f"{len(names):,} {problem} ({', '.join(names[:_NAMED_IN_ERRORS])}{more})")
+    if problems:
+        raise TrainingError(
+            f"{what} does not hold the weights that its config.json describes: {'; '.join(problems)}; save it "
+            "again with save_pretrained, or rename them"
+        )
 
 
 def _use_image_token(wanted: Any, token_id: int, description: Mapping[str, Any], name: str) -> None:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,12 @@ from decar.training.cluster import balanced_kmeans, two_stage_kmeans
 from decar.training.config import PartitionConfig, TrainConfig
 from decar.training.corpus import (
     BATCH_DOCUMENTS,
+    PIECE_COLUMNS,
     Corpus,
     DocumentWriter,
     Progress,
+    digest_of,
+    read_batches,
     read_columns,
     read_row_groups,
     read_texts,
@@ -48,9 +52,13 @@ from decar.training.partition_report import (
 from decar.training.run import SPLITS, plot_file, read_report, report_file, shard_file, spool_file
 from decar.training.sources import (
     MESSAGES_FIELD,
+    TOOLS_FIELD,
     BadLines,
+    Chat,
     Document,
-    Messages,
+    Example,
+    Piece,
+    Tally,
     input_files,
     read_documents,
 )
@@ -66,11 +74,13 @@ def partition_stage(config: TrainConfig) -> Stage:
     """The stage as ``config`` and the input files are now.
 
     Raises:
-        TrainingError: ``data.files`` matches nothing, or there is no usable embedding model.
+        TrainingError: ``data.files`` matches nothing, there is no usable embedding model, or no partition at
+            ``partition.held_out_as``.
     """
     files = input_files(config.data)
     files += embedding_files(config.partition.embedding, "partition.embedding")
     files += embedding_files(config.partition.image_embedding, "partition.image_embedding")
+    files += _held_out_shards(config.partition)
     return Stage(
         config.run.partition,
         partition_fingerprint(config),
@@ -125,21 +135,26 @@ def has_column(config: TrainConfig, expert: str, split: str, name: str) -> bool:
     return name in read_columns(config.run.shard(expert, split))
 
 
-def read_examples(config: TrainConfig, expert: str, split: str) -> list[str | Messages]:
-    """What of a shard an expert is trained on: its texts, and its chats as messages.
+def read_examples(config: TrainConfig, expert: str, split: str) -> list[Example]:
+    """What of a shard an expert is trained on, a row each; chats without their images.
 
     Raises:
         TrainingError: the partition has not been made, or is damaged.
     """
-    texts = read_shard(config, expert, split)
-    if not has_column(config, expert, split, MESSAGES_FIELD):
-        return list(texts)
-    chats = [
-        chat
-        for rows in read_row_groups(config.run.shard(expert, split), [MESSAGES_FIELD])
-        for chat in rows.column(MESSAGES_FIELD).to_pylist()
-    ]
-    return [text if chat is None else json.loads(chat) for text, chat in zip(texts, chats, strict=True)]
+    file = config.run.shard(expert, split)
+    wanted = ("text", MESSAGES_FIELD, TOOLS_FIELD, *PIECE_COLUMNS)
+    columns = [name for name in wanted if name in read_columns(file)]
+    return [_example(row) for rows in read_row_groups(file, columns) for row in rows.to_pylist()]
+
+
+def _example(row: dict[str, Any]) -> Example:
+    if row.get(MESSAGES_FIELD) is not None:
+        tools = row.get(TOOLS_FIELD)
+        return Chat(json.loads(row[MESSAGES_FIELD]), tools and json.loads(tools))
+    if row.get("piece", 0) > 0 or not row.get("is_last", True):
+        return Piece(row["text"], row["origin"], row["piece"], row["is_last"])
+    text: str = row["text"]
+    return text
 
 
 def read_partition_report(stage: Stage) -> PartitionReport:
@@ -161,22 +176,26 @@ def make_partition(
             training or held-out documents, or a full disk. Nothing is left behind then.
     """
     settings = config.partition
-    bad = BadLines(skip=config.data.on_bad_line == "skip")
+    bad, tally = BadLines(skip=config.data.on_bad_line == "skip"), Tally()
     with stage.writing() as directory:
-        documents = read_documents(config.data, config.documents, config.seed, settings.field, bad)
+        documents = read_documents(config.data, config.documents, config.seed, settings.field, bad, tally)
         corpus = spool(documents, spool_file(directory), settings.sample, config.seed, progress)
         if len(corpus) < len(config.experts):
             raise TrainingError(
                 f"{len(corpus)} documents cannot be split among {len(config.experts)} experts; "
-                "add data, lower documents.max_chars or list fewer experts"
+                "add data, have texts cut (documents.max_chars) or list fewer experts"
             )
         features = document_features(settings, corpus, config.seed)
         labels, sample_features = _deal_out(config, corpus, features, progress)
-        held_out = _choose_held_out(corpus, settings, config.seed)
-        _check_none_is_empty(config, labels, held_out)
-        _write_shards(config, corpus, labels, held_out, directory, progress)
+        held_out = _choose_held_out(corpus, labels, settings, config.seed)
+        duplicates = held_out & np.isin(corpus.digests, corpus.digests[~held_out])
+        kept = ~duplicates if settings.held_out_duplicates == "remove" else np.ones_like(held_out)
+        _check_none_is_empty(config, labels, held_out, kept)
+        _write_shards(config, corpus, labels, held_out, kept, directory, progress)
         progress("report", 0, None)
-        report = _report(config, corpus, labels, held_out, sample_features, bad)
+        report = _report(
+            config, corpus, labels, held_out, kept, int(duplicates.sum()), sample_features, bad, tally
+        )
         if corpus.has_images:
             _draw_nearest(config, corpus, labels, sample_features, plot_file(directory, "nearest"))
         report_file(directory).write_text(report.model_dump_json(indent=2) + "\n")
@@ -325,23 +344,62 @@ def _name_clusters(labels: Labels, corpus: Corpus, config: TrainConfig, members:
     return expert_of[labels]
 
 
-def _choose_held_out(corpus: Corpus, config: PartitionConfig, seed: int) -> NDArray[np.bool_]:
-    """Marks [N] of whole inputs (or pieces), drawn until the held-out share of the documents is reached."""
+def _choose_held_out(corpus: Corpus, labels: Labels, config: PartitionConfig, seed: int) -> NDArray[np.bool_]:
+    """Marks [N] of whole inputs (or pieces), drawn until every expert has the held-out share of its documents."""
+    shards = _held_out_shards(config)
+    if shards:
+        digests = [
+            digest_of(document) for file in shards for batch in read_batches(file) for document in batch
+        ]
+        return np.isin(corpus.digests, np.array(digests, dtype=np.int64))
     groups = corpus.origins if config.held_out_by == "document" else np.arange(len(corpus))
-    ids, sizes = np.unique(groups, return_counts=True)
-    shuffled = np.random.default_rng(seed).permutation(len(ids))
-    before = np.concatenate([[0], np.cumsum(sizes[shuffled])[:-1]])
-    return np.isin(groups, ids[shuffled[before < config.held_out * len(corpus)]])
+    _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    # The documents of each group, one group after another.
+    members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(sizes)[:-1])
+    missing = config.held_out * np.bincount(labels)
+    chosen = np.zeros(len(corpus), dtype=bool)
+    for group in order.tolist():
+        experts = labels[members[group]]
+        if (missing[experts] > 0).any():
+            chosen[members[group]] = True
+            np.subtract.at(missing, experts, 1)
+    return chosen
 
 
-def _check_none_is_empty(config: TrainConfig, labels: Labels, held_out: NDArray[np.bool_]) -> None:
+def _held_out_shards(config: PartitionConfig) -> list[Path]:
+    """The held-out shards of the partition that ``config.held_out_as`` names.
+
+    Raises:
+        TrainingError: there are none.
+    """
+    if config.held_out_as is None:
+        return []
+    found = sorted(config.held_out_as.glob(f"*/{shard_file(Path(), '', SPLITS[1]).name}"))
+    if not found:
+        raise TrainingError(
+            f"partition.held_out_as: {config.held_out_as} holds no held-out documents; name the partition "
+            "directory of a run whose partition is finished"
+        )
+    return found
+
+
+def _check_none_is_empty(
+    config: TrainConfig, labels: Labels, held_out: NDArray[np.bool_], kept: NDArray[np.bool_]
+) -> None:
     for k, name in enumerate(config.expert_names):
         for what, members in (("training", ~held_out), ("held-out", held_out)):
             if not (labels[members] == k).any():
                 raise TrainingError(
                     f"expert {name!r} is left without {what} documents; "
-                    "change partition.held_out, set partition.held_out_by to 'piece', or add data"
+                    "change partition.held_out, add data, or have texts cut (documents.max_chars) and set "
+                    "partition.held_out_by to 'piece'"
                 )
+        if not (labels[held_out & kept] == k).any():
+            raise TrainingError(
+                f"expert {name!r} is left without held-out documents: all of them are among the training documents "
+                "too; add data, or set partition.held_out_duplicates to keep"
+            )
 
 
 def _write_shards(
@@ -349,6 +407,7 @@ def _write_shards(
     corpus: Corpus,
     labels: Labels,
     held_out: NDArray[np.bool_],
+    kept: NDArray[np.bool_],
     directory: Path,
     progress: Progress,
 ) -> None:
@@ -363,7 +422,8 @@ def _write_shards(
         number = 0
         for batch in corpus.batches():
             for document in batch:
-                writers[labels[number]][int(held_out[number])].add(document)
+                if kept[number]:
+                    writers[labels[number]][int(held_out[number])].add(document)
                 number += 1
             progress("writing", number, len(corpus))
 
@@ -400,8 +460,11 @@ def _report(
     corpus: Corpus,
     labels: Labels,
     held_out: NDArray[np.bool_],
+    kept: NDArray[np.bool_],
+    duplicates: int,
     sample_features: Rows,
     bad: BadLines,
+    tally: Tally,
 ) -> PartitionReport:
     names, texts = config.expert_names, [document.text for document in corpus.sample]
     sampled = labels[corpus.sampled]
@@ -417,7 +480,7 @@ def _report(
             ShardReport(
                 expert=name,
                 train_documents=int((members & ~held_out).sum()),
-                held_out_documents=int((members & held_out).sum()),
+                held_out_documents=int((members & held_out & kept).sum()),
                 train_chars=int(corpus.chars[members & ~held_out].sum()),
                 sources=dict(sorted(sources.items(), key=lambda pair: -pair[1])),
                 top_terms=terms[k],
@@ -426,7 +489,11 @@ def _report(
         )
     return PartitionReport(
         method=config.partition.method,
+        texts=tally.read,
+        dropped=dict(tally.dropped),
         documents=len(corpus),
+        held_out_duplicates=duplicates,
+        duplicates_removed=not kept.all(),
         balance=sizes.max() / sizes.min(),
         sample=len(corpus.sample),
         mean_cosine=float(np.einsum("nd,nd->n", sample_features, middles[sampled]).mean()),

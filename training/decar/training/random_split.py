@@ -21,11 +21,13 @@ def why_no_random_split(config: TrainConfig) -> str | None:
 def random_config(config: TrainConfig) -> TrainConfig:
     """An ordinary run in ``WORK_DIR/random``, like ``config`` but for who gets a document. Its mixing is the default.
 
-    Which documents are held out depends on the seed and the data, and the tokenizer is that of ``config``: both runs
-    learn from the same tokens in all, and have not seen the same texts.
+    What is held out is what the run of ``config`` holds out, and the tokenizer is that of ``config``: both runs learn
+    from the same tokens in all, and have not seen the same texts.
     """
     # `field` stays, which method random does not look at: rows without it are no documents there either.
-    partition = config.partition.model_copy(update={"method": "random", "name_by": {}, "domains": {}})
+    partition = config.partition.model_copy(
+        update={"method": "random", "name_by": {}, "domains": {}, "held_out_as": config.run.partition}
+    )
     tokenizer = config.tokenizer.model_copy(update={"path": config.run.tokenizer})
     return config.model_copy(
         update={

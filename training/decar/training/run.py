@@ -63,8 +63,9 @@ class Run:
     def shard(self, expert: str, split: str) -> Path:
         """The parquet file of a shard; ``split`` is one of `SPLITS`.
 
-        Its columns are ``text``, ``source``; where there are chats, ``messages`` (JSON, or null); where there are
-        images, ``images`` (encoded as they came, a list in each row).
+        Its columns are ``text``, ``source``; where there are chats, ``messages`` and, if any has them, ``tools`` (JSON,
+        or null); where texts are cut, ``origin``, the number of the input text, ``piece``, from 0, and ``is_last``;
+        where there are images, ``images`` (encoded as they came, a list in each row).
         """
         return shard_file(self.partition, expert, split)
 
@@ -122,6 +123,10 @@ class Run:
         """Where the model of ``stage`` keeps checkpoints; those of another configuration or shard lie elsewhere."""
         place = stage.directory.relative_to(self.work_dir)
         return self.work_dir / "checkpoints" / place / f"{stage.config}-{stage.inputs}"
+
+    def lock(self, expert: str | None = None) -> Path:
+        """The file that is locked by who works on the run, or on one ``expert`` of it."""
+        return self.work_dir / ".lock" if expert is None else self.expert(expert).with_name(f".{expert}.lock")
 
     def logs(self, stage: Stage) -> Path:
         """Where TensorBoard finds the curves of the model of ``stage``."""

@@ -21,7 +21,11 @@ from decar.training.config import DataConfig, DocumentConfig
 Messages = list[dict[str, Any]]
 """One chat: ``{"role": ..., "content": ...}`` each, and what else a chat template reads."""
 
+Tools = list[dict[str, Any]]
+"""What a chat's assistant may call, as OpenAI's API describes it."""
+
 MESSAGES_FIELD = "messages"
+TOOLS_FIELD = "tools"
 IMAGE_MARK = "<image>"
 """Stands in a message where an image belongs."""
 # LLaVA's name for a chat, and its names for who speaks.
@@ -34,6 +38,12 @@ _ROWS_AT_ONCE = 256
 _READ_BUFFER_BYTES = 1 << 20
 
 
+# Why texts are dropped, as it goes on after "dropped 40 of 52 texts".
+SHORT = "shorter than documents.min_chars"
+EMPTY = "without any text"
+UNLEARNED = "whose answers all have weight 0"
+
+
 class NoDocuments(TrainingError):
     """The data can be read, and hold no text."""
 
@@ -43,8 +53,9 @@ class Document:
     """``text``, the data ``source`` it comes from, the number of the input text it is a piece of, and that input's
     ``domain``: the value of the field that was asked for.
 
-    A chat is one document with its ``messages``; its text is what they say. Its ``images``, encoded, belong in order
-    where its messages have an `IMAGE_MARK`.
+    A chat is one document with its ``messages`` and ``tools``; its text is what they say. Its ``images``, encoded,
+    belong in order where its messages have an `IMAGE_MARK`. Of an input text that was cut, ``piece`` counts the pieces
+    from 0.
     """
 
     text: str
@@ -52,7 +63,18 @@ class Document:
     origin: int
     domain: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     images: tuple[bytes, ...] = ()
+    piece: int = 0
+    is_last: bool = True
+
+
+@dataclass
+class Tally:
+    """How many texts and chats were ``read``, and how many of them ``dropped``, by reason."""
+
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -79,16 +101,27 @@ class BadLines:
 def input_files(config: DataConfig) -> list[Path]:
     """The files that ``config.files`` names, each once, sorted within each pattern.
 
+    What of a path exists is taken literally, brackets included; the rest of it is a glob.
+
     Raises:
         TrainingError: a path or glob matches nothing.
     """
     found: dict[Path, None] = {}
     for pattern in config.files:
-        matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+        found_by_glob = glob.glob(_escaped(pattern), recursive=True)
+        matches = sorted(Path(match) for match in found_by_glob if Path(match).is_file())
         if not matches:
             raise TrainingError(f"data.files: {pattern!r} matches no file")
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def _escaped(pattern: str) -> str:
+    """``pattern`` as a glob in which the leading parts that exist stand for themselves."""
+    existing, *rest = Path(), *Path(pattern).parts
+    while rest and (existing / rest[0]).exists():
+        existing /= rest.pop(0)
+    return str(Path(glob.escape(str(existing)), *rest))
 
 
 def read_documents(
@@ -97,52 +130,101 @@ def read_documents(
     seed: int,
     domain_field: str | None = None,
     bad: BadLines | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[Document]:
     """All documents of all sources, in a fixed order, read one by one.
 
     Args:
         domain_field: the field of a .jsonl or .parquet row that becomes `Document.domain`.
         bad: counts what ``data.on_bad_line`` has skipped.
+        tally: counts what was read, and what of it was dropped.
 
     Raises:
         TrainingError: a file that cannot be read (named, with the line where there is one), or no text at all.
     """
     bad = bad or BadLines(skip=data.on_bad_line == "skip")
+    tally = tally or Tally()
     any_found = False
     for origin, (source, domain, given) in enumerate(_inputs(data, seed, domain_field, bad)):
+        tally.read += 1
         if isinstance(given, Chat):
+            if not any(is_learned(message) for message in given.messages):
+                tally.dropped[UNLEARNED] += 1
+                continue
             any_found = True
             says = [message["content"] for message in given.messages]
             if given.images:
                 says = ["".join(split_at_images(content)) for content in says]
             said = "\n\n".join(says)
-            yield Document(said, source, origin, domain, given.messages, given.images)
+            yield Document(said, source, origin, domain, given.messages, given.tools, given.images)
             continue
-        for piece in cut(given, cutting.max_chars):
-            if piece.strip() and len(piece.strip()) >= cutting.min_chars:
-                any_found = True
-                yield Document(piece, source, origin, domain)
+        pieces = _pieces(given, cutting, tally)
+        for number, (piece, is_last) in enumerate(pieces):
+            any_found = True
+            yield Document(piece, source, origin, domain, piece=number, is_last=is_last)
     if not any_found:
         skipped = (
             f"; {bad.counts.total()} bad lines were skipped, the first: {bad.first}" if bad.first else ""
         )
-        raise NoDocuments(f"the data holds no documents; check data.files and documents.min_chars{skipped}")
+        dropped = "".join(
+            f"; dropped {count:,} of {tally.read:,} texts {reason}" for reason, count in tally.dropped.items()
+        )
+        raise NoDocuments(
+            f"the data holds no documents; check data.files and documents.min_chars{dropped}{skipped}"
+        )
 
 
-def cut(lines: Iterable[str], max_chars: int) -> Iterator[str]:
+def is_learned(message: dict[str, Any]) -> bool:
+    """Whether an expert learns ``message``: an assistant's, unless OpenAI's ``weight`` of it is 0."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
+def _pieces(lines: Iterable[str], cutting: DocumentConfig, tally: Tally) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it is the last) of a text; nothing where the whole of it is too short.
+
+    A piece that is too short by itself, a tail above all, stays with the one before it.
+    """
+
+    def is_enough(piece: str) -> bool:
+        said = piece.strip()
+        return bool(said) and len(said) >= cutting.min_chars
+
+    whole = tail = ""
+    for piece in cut(lines, cutting.max_chars):
+        tail += piece
+        if is_enough(tail):
+            if whole:
+                yield whole, False
+            whole, tail = tail, ""
+    if whole:
+        yield whole + tail, True
+    else:
+        tally.dropped[SHORT if tail.strip() else EMPTY] += 1
+
+
+def cut(lines: Iterable[str], max_chars: int | None) -> Iterator[str]:
     """A text, given as ``lines`` with their ends, in pieces of at most ``max_chars``; joined, the same text.
 
-    Cut at line ends, unless a line is longer.
+    Cut at line ends; a longer line before a word, and only a longer word anywhere.
     """
+    if max_chars is None:
+        whole = "".join(lines)
+        if whole:
+            yield whole
+        return
     piece = ""
     for line in lines:
         if piece and len(piece) + len(line) > max_chars:
             yield piece
             piece = ""
-        whole = max(len(line) - 1, 0) // max_chars * max_chars
-        for start in range(0, whole, max_chars):
-            yield line[start : start + max_chars]
-        piece += line[whole:]
+        start = 0
+        while len(line) - start > max_chars:
+            end = start + max_chars
+            # The space stays with the word that follows it, as tokenizers have it.
+            end = next((i for i in range(end, start, -1) if line[i].isspace()), end)
+            yield line[start:end]
+            start = end
+        piece += line[start:]
     if piece:
         yield piece
 
@@ -155,10 +237,25 @@ def split_at_images(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Chat:
-    """A row that holds a chat instead of a text."""
+    """A chat instead of a text, with the ``tools`` that its template is told of and its ``images``, encoded."""
 
     messages: Messages
+    tools: Tools | None = None
     images: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text that is not the whole of its input text: the ``number``-th piece, from 0, of input ``origin``."""
+
+    text: str
+    origin: int
+    number: int
+    is_last: bool
+
+
+Example = str | Piece | Chat
+"""What an expert is trained on: a whole text, a piece of one, or a chat."""
 
 
 # (source, domain, lines of a text or a chat)
@@ -222,11 +319,14 @@ def _read_lines(file: Path) -> Iterator[str]:
             yield from line.splitlines(keepends=True)  # a stream knows fewer kinds of line ends
 
 
-def _field_of(names: Iterable[str], text_field: str) -> str:
-    names = list(names)
-    return next(
-        (name for name in (text_field, MESSAGES_FIELD, _CONVERSATIONS_FIELD) if name in names), text_field
-    )
+def _fields(names: Iterable[str], text_field: str) -> list[str]:
+    """Which of ``names`` may hold a row's text or chat, the first choice first."""
+    wanted = dict.fromkeys((text_field, MESSAGES_FIELD, _CONVERSATIONS_FIELD))
+    return [name for name in wanted if name in names]
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def _text_or_chat(value: Any, field: str) -> str | Messages:
@@ -236,18 +336,75 @@ def _text_or_chat(value: Any, field: str) -> str | Messages:
         raise _BadRow(f"field {field!r} is not a string")
     if field == _CONVERSATIONS_FIELD:
         value = [_from_llava(message, number) for number, message in enumerate(value, start=1)]
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise _BadRow(f"field {field!r}: message {number} needs a role and a content, both strings")
-    roles = [message["role"] for message in value]
+    messages = [
+        _message(message, f"field {field!r}: message {i}") for i, message in enumerate(value, start=1)
+    ]
+    roles = [message["role"] for message in messages]
     if "assistant" not in roles[1:] or roles[0] == "assistant":
         raise _BadRow(
             f"field {field!r}: a chat needs an assistant's message after another's; its roles are {roles}"
         )
+    return messages
+
+
+def _message(given: Any, where: str) -> dict[str, Any]:
+    """A message as chat templates want it, and as a server makes it of a request.
+
+    Args:
+        where: names it in errors.
+    """
+    if not isinstance(given, dict):
+        raise _BadRow(f"{where} needs a role and a content, both strings")
     # A parquet column has the same keys in every message, null where one has none.
-    return [{key: said for key, said in message.items() if said is not None} for message in value]
+    message = {key: said for key, said in given.items() if said is not None}
+    if message.get("tool_calls") == []:
+        del message["tool_calls"]
+    if "tool_calls" in message:
+        message.setdefault("content", "")
+        message["tool_calls"] = _tool_calls(message["tool_calls"], where)
+    if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise _BadRow(f"{where} needs a role and a content, both strings")
+    if message.get("weight", 1) not in (0, 1):
+        raise _BadRow(f"{where} has the weight {message['weight']!r}; it is 1, or 0 where it is not learned")
+    return message
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """``calls`` with their arguments as objects: OpenAI writes them as JSON, which a template would quote again."""
+    if not isinstance(calls, list) or not all(
+        isinstance(call, dict) and isinstance(call.get("function", call), dict) for call in calls
+    ):
+        raise _BadRow(f"{where} has tool_calls that are not a list of objects, each with a function")
+    parsed = []
+    for call in calls:
+        function = call.get("function", call)
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise _BadRow(
+                    f"{where} calls a tool with arguments that are not valid JSON ({error})"
+                ) from None
+        if not isinstance(arguments, dict):
+            raise _BadRow(f"{where} calls a tool with arguments that are not an object")
+        function = {**function, "arguments": arguments}
+        parsed.append({**call, "function": function} if "function" in call else function)
+    return parsed
+
+
+def _tools(value: Any) -> Tools | None:
+    """The tools of a row, which may write them as JSON."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _BadRow(f"field {TOOLS_FIELD!r} is not valid JSON ({error})") from None
+    if _is_nothing(value):
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise _BadRow(f"field {TOOLS_FIELD!r} is not a list of objects")
+    return value
 
 
 def _from_llava(message: Any, number: int) -> dict[str, Any]:
@@ -326,12 +483,15 @@ class _BadRow(Exception):
 
 def _use_row(row: dict[str, Any], data: DataConfig, domain_field: str | None, file: Path) -> _Row:
     """(text or chat, domain) of ``row``."""
-    field = _field_of(row, data.text_field)
-    if field not in row:
+    fields = _fields(row, data.text_field)
+    if not fields:
         raise _BadRow(_no_field(data.text_field, "data.text_field", row))
+    # An empty text beside a chat, or an empty chat beside a text, is none.
+    field = next((name for name in fields if not _is_nothing(row[name])), fields[0])
     given = _text_or_chat(row[field], field)
+    tools = None if isinstance(given, str) else _tools(row.get(TOOLS_FIELD))
     try:
-        json.dumps(given, ensure_ascii=False).encode()
+        json.dumps([given, tools], ensure_ascii=False).encode()
     except UnicodeEncodeError:  # JSON can spell half of a character, which no file can hold
         raise _BadRow(f"field {field!r} holds half of a surrogate pair") from None
     if isinstance(given, str):
@@ -342,7 +502,7 @@ def _use_row(row: dict[str, Any], data: DataConfig, domain_field: str | None, fi
             )
         used: str | Chat = given
     else:
-        used = _chat(given, row, field, data, file)
+        used = Chat(given, tools, _images_of(given, row, field, data, file))
     if domain_field is None:
         return used, None
     if row.get(domain_field) is None:
@@ -350,12 +510,14 @@ def _use_row(row: dict[str, Any], data: DataConfig, domain_field: str | None, fi
     return used, str(row[domain_field])
 
 
-def _chat(messages: Messages, row: dict[str, Any], field: str, data: DataConfig, file: Path) -> Chat:
+def _images_of(
+    messages: Messages, row: dict[str, Any], field: str, data: DataConfig, file: Path
+) -> tuple[bytes, ...]:
     images = _read_images(row.get(data.image_field), data, file)
     # Text that never heard of images may well speak of <image>.
     if images or field == _CONVERSATIONS_FIELD:
         _check_marks(messages, images)
-    return Chat(messages, images)
+    return images
 
 
 def _read_parquet(file: Path, data: DataConfig, domain_field: str | None, bad: BadLines) -> Iterator[_Row]:
@@ -366,25 +528,33 @@ def _read_parquet(file: Path, data: DataConfig, domain_field: str | None, bad: B
         # Buffered: else a whole row group is read at once, and a file may be one row group.
         with _readable(file), parquet.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES) as table:
             names = table.schema_arrow.names
-            fields = {_field_of(names, data.text_field): "data.text_field"}
+            fields = dict.fromkeys(_fields(names, data.text_field) or [data.text_field], "data.text_field")
             if domain_field is not None:
                 fields[domain_field] = "partition.field"
             for name, setting in fields.items():
                 if name not in names:
                     raise TrainingError(f"{file}: {_no_field(name, setting, names)}")
-            columns = [*fields, *({data.image_field} & set(names) - set(fields))]
+            columns = [*fields, *({data.image_field, TOOLS_FIELD} & set(names) - set(fields))]
             number = 0
             for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
+                    # Messages and tools of one column share their keys, and are null where one has none.
+                    chat = {name: _without_nulls(row[name]) for name in row if isinstance(row[name], list)}
                     try:
-                        used = _use_row(row, data, domain_field, file)
+                        used = _use_row(row | chat, data, domain_field, file)
                     except _BadRow as error:
                         bad.found(file, f"row {number}", str(error))
                     else:
                         yield used
     except pyarrow.ArrowException as error:
         raise TrainingError(f"{file} is not a parquet file ({error})") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 _ROW_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

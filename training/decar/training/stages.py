@@ -6,12 +6,13 @@ Knows fingerprints and renames, nothing about what a stage produces.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,8 @@ def replaced_directory(directory: Path, elsewhere: str = "set work_dir to anothe
         if directory.exists():
             os.replace(directory, old)
         os.replace(temporary, directory)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not is_full_disk(error):
             raise
         raise TrainingError(
             f"no space is left for {directory}; free some or {elsewhere}. "
@@ -88,6 +89,64 @@ def replaced_directory(directory: Path, elsewhere: str = "set work_dir to anothe
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def lock(file: Path, work: str, shared: bool = False) -> Iterator[None]:
+    """Hold the lock ``file``, which is removed afterwards. The system takes it from a process that is killed.
+
+    Args:
+        work: what is done under it, for errors.
+        shared: whether others may hold it who share it too.
+
+    Raises:
+        TrainingError: another process holds it.
+    """
+    is_new = not file.parent.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _locked(file, work, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # somebody else shares it, or the directory holds more
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+            if is_new:
+                file.parent.rmdir()
+        os.close(descriptor)
+
+
+def _locked(file: Path, work: str, kind: int) -> int:
+    """A descriptor of ``file`` under a lock."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            # Whoever held it before may have removed the file that was opened here.
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise TrainingError(
+                f"another decar-train is at work on {work}; wait until it has ended, or set another work_dir"
+            ) from None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            return descriptor  # a file system without locks
+        os.close(descriptor)
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether ``error`` says that the disk, or the user's share of it, is full, in whichever library's words."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors gives the system's message, torch its archive's.
+    return os.strerror(errno.ENOSPC) in str(error) or (
+        isinstance(error, RuntimeError) and "inline_container.cc" in str(error)
+    )
 
 
 @dataclass(frozen=True)

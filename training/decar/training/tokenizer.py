@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decar.router.errors import TrainingError
+from decar.training.checkpoint_files import check_files
 from decar.training.config import CONTINUATION_TEMPLATE, IMAGE_TEMPLATE, TokenizerConfig, TrainConfig
 from decar.training.corpus import IMAGES_FIELD
 from decar.training.partition import has_column, iter_shard
@@ -36,12 +37,14 @@ def check_given(config: TokenizerConfig) -> None:
     """Refuse a ``config.path`` without a tokenizer.
 
     Raises:
-        TrainingError: there is none.
+        TrainingError: there is none, or a file there is not whole.
     """
     if config.path is not None and not (config.path / "tokenizer.json").is_file():
         raise TrainingError(
             f"tokenizer.path: {config.path} holds no tokenizer.json; save a fast tokenizer there"
         )
+    if config.path is not None:
+        check_files(config.path, "tokenizer.path")
 
 
 def make_tokenizer(config: TrainConfig, stage: Stage) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from decar.router.errors import EnsembleError, TrainingError
-from decar.training.config import DocumentConfig, RouterConfig
+from decar.training.config import RouterConfig
 from decar.training.new.texts import sample_texts
 from decar.training.router import Fitted, RouterReport, fit_to_texts
 
 HELD_OUT = 0.1
+PIECE_CHARS = 2_000
+"""Texts are cut to this, so that a few long ones are many to learn from."""
 _SEED = 0
 
 
@@ -29,10 +31,10 @@ def fit_routers(files: Mapping[str, Path]) -> tuple[Fitted[str], RouterReport]:
     train: list[list[str]] = []
     held_out: list[list[str]] = []
     for name, file in files.items():
-        texts = sample_texts(f"--data {name}", file, of_each, DocumentConfig().max_chars, cut_rows=True)
+        texts = sample_texts(f"--data {name}", file, of_each, PIECE_CHARS, cut_rows=True)
         if len(texts) < 2:
             raise EnsembleError(
-                f"--data {name}: {file} holds one text of at most {DocumentConfig().max_chars:,} characters; a router "
+                f"--data {name}: {file} holds one text of at most {PIECE_CHARS:,} characters; a router "
                 "needs some to learn from and others to be measured on, a hundred or more"
             )
         order = rng.permutation(len(texts)).tolist()

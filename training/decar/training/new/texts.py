@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from decar.training.sources import BadLines, NoDocuments, read_documents
 
 WHOLE_FILES = (".txt", ".md")
 """Files of one text, which is cut into pieces; of others, each row is one."""
-_A_WHOLE_ROW = 2**31
 _SETTING = re.compile(
     r" \((?:data|partition)\.\w+\)"
 )  # of decar-train's configuration, which nobody has here
@@ -39,7 +37,7 @@ def sample_texts(option: str, file: Path, size: int, piece_chars: int, cut_rows:
     """
     if not file.is_file():
         raise EnsembleError(f"{option}: {file} is no file; give one of .txt, .md, .jsonl or .parquet")
-    max_chars = piece_chars if cut_rows or file.suffix in WHOLE_FILES else _A_WHOLE_ROW
+    max_chars = piece_chars if cut_rows or file.suffix in WHOLE_FILES else None
     try:
         return _drawn(_texts(file, max_chars), size)
     except NoDocuments:
@@ -48,8 +46,8 @@ def sample_texts(option: str, file: Path, size: int, piece_chars: int, cut_rows:
         raise EnsembleError(f"{option}: {_SETTING.sub('', str(error))}") from None
 
 
-def _texts(file: Path, max_chars: int) -> Iterator[str]:
-    data = DataConfig(files=[glob.escape(str(file))])
+def _texts(file: Path, max_chars: int | None) -> Iterator[str]:
+    data = DataConfig(files=[str(file)])
     cutting = DocumentConfig(max_chars=max_chars, min_chars=1)
     for document in read_documents(data, cutting, seed=0, bad=_BadLines(skip=False)):
         yield document.text
