@@ -22,7 +22,7 @@ from decar.training.config import TrainConfig, load_config, load_seeds
 from decar.training.evaluate import EvaluationReport
 from decar.training.held_out import read_texts
 from decar.training.partition import make_partition, partition_stage, read_examples
-from decar.training.scores import AVERAGE, CENTRALIZED, RANDOM
+from decar.training.scores import AVERAGE, CENTRALIZED, MOE, RANDOM
 from decar.training.sources import Chat
 from decar.training.systems import DENSE
 from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
@@ -59,7 +59,7 @@ def test_the_page_holds_every_number_of_the_main_table(two_seeds: Path) -> None:
     config = load_config(two_seeds)
     report = EvaluationReport.model_validate(report_in(config.work_dir))
     page = (config.work_dir / "evaluate" / "report.html").read_text()
-    for name in (CENTRALIZED, "code alone", "prose alone", AVERAGE, RANDOM, DENSE, "centroid, top-1"):
+    for name in (CENTRALIZED, "code alone", "prose alone", AVERAGE, MOE, RANDOM, DENSE, "centroid, top-1"):
         assert name in {row.system for row in report.rows}
     table = page[page.index("<h2>All systems</h2>") :]
     for row in report.rows:
@@ -162,7 +162,7 @@ def test_every_seeds_checkpoint_is_looked_for_before_anything_is_trained(
 def test_what_is_not_defined_is_said(
     write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Experts of two architectures, dealt out by chance: no twin, no average, no control, and still a report."""
+    """Experts of two architectures, dealt out by chance: no twin, no merged model, no control, and still a report."""
     path = write_config(
         evaluate={**SETTINGS, "prune": [0.1], "prune_grid": [0.1]},
         experts=["code", {"name": "prose", "model": {"hidden_size": 64}}],
@@ -170,12 +170,13 @@ def test_what_is_not_defined_is_said(
     )
     assert run(monkeypatch, path) == 0
     report = EvaluationReport.model_validate(report_in(load_config(path).work_dir))
-    assert set(report.undefined) == {CENTRALIZED, AVERAGE, RANDOM}
+    assert set(report.undefined) == {CENTRALIZED, AVERAGE, MOE, RANDOM}
     assert "hidden_size (32 and 64)" in report.undefined[AVERAGE]
     assert not {row.system for row in report.rows} & set(report.undefined)
     assert report.gaps == []
     out = capsys.readouterr().out
-    assert "No parameter average: experts 'code' and 'prose' cannot be averaged" in out
+    for merged in ("parameter average", MOE):
+        assert f"No {merged}: experts 'code' and 'prose' cannot be averaged" in out
     page = (load_config(path).work_dir / "evaluate" / "report.html").read_text()
     assert "have different models" in page
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from decar.training.scores import (
     AVERAGE,
     BEST,
     CENTRALIZED,
+    MOE,
     RANDOM,
     TOP_1,
     make_scores,
@@ -61,9 +64,9 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Ev
 
 
 @torch.inference_mode()
-def log_likelihoods(directory: Path, texts: list[list[int]]) -> np.ndarray:
+def log_likelihoods(directory: Path, texts: list[list[int]], **options: Any) -> np.ndarray:
     """[N, 2]: log p of each prompt and of each whole text, by a forward pass for each text alone."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, **options)
     sums = []
     for ids in texts:
         rows = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
@@ -186,7 +189,7 @@ def test_a_finished_evaluation_is_shown_again(
     assert run(monkeypatch, config.work_dir.parent / "config.yaml") == 0
     out = capsys.readouterr().out
     assert "evaluate: done before" in out
-    assert out.count("done before") == 14
+    assert out.count("done before") == 15
     for name in ("classifier→posterior ε 0.01", "posterior, logit rule", CENTRALIZED):
         assert name in out
     assert (directory / "report.json").stat().st_mtime_ns == before
@@ -285,6 +288,34 @@ def test_the_average_is_that_of_the_weights(
     assert row.nll == pytest.approx(float(np.dot([e.prior for e in experts], by_domain)), rel=1e-5)
 
 
+def test_the_mixture_of_experts_is_the_merged_model(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
+    config, report = evaluated
+    experts = Ensemble.load(config.run.ensemble).experts
+    by_domain = []
+    for name in config.expert_names:
+        texts = held_out_ids(config, name)
+        # The usual implementation knows no float64.
+        sums = log_likelihoods(config.run.moe, texts, experts_implementation="eager")
+        by_domain.append(-(sums[:, 1] - sums[:, 0]).sum() / sum(len(ids) - PROMPT for ids in texts))
+    row = next(row for row in report.rows if row.system == MOE)
+    assert row.nll == pytest.approx(float(np.dot([e.prior for e in experts], by_domain)), rel=1e-5)
+    assert (row.active_experts, row.prompt_passes) == (2, 2)
+    took = next(trained for trained in report.seeds[0].trained if trained.model == MOE)
+    assert (took.steps, took.tokens_per_step) == (50, 64)
+    assert took.num_parameters > read_expert_report(config.run.expert("code")).num_parameters
+    assert "50 steps of all weights, of 2 × 32 tokens" in report.moe
+    page = (config.run.evaluate / "report.html").read_text()
+    assert report.moe in html.unescape(page)
+    (config.run.moe / "DONE").rename(config.run.moe / "AWAY")
+    try:
+        with pytest.raises(
+            TrainingError, match="not merged into a mixture of experts; run `decar-train eval"
+        ):
+            scores_stage(config)
+    finally:
+        (config.run.moe / "AWAY").rename(config.run.moe / "DONE")
+
+
 def test_a_model_that_says_nan_is_named(evaluated: tuple[TrainConfig, EvaluationReport]) -> None:
     config, _ = evaluated
     path = Ensemble.load(config.run.ensemble).experts[0].path
@@ -314,7 +345,7 @@ def test_what_is_compared(evaluated: tuple[TrainConfig, EvaluationReport]) -> No
     nll = {row.system: row.nll for row in report.rows}
     nll[BEST] = min(nll["code alone"], nll["prose alone"])
     pairs = [(comparison.first, comparison.second) for comparison in report.comparisons]
-    assert pairs == [(DENSE, other) for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, BEST)]
+    assert pairs == [(DENSE, other) for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, MOE, BEST)]
     for comparison in report.comparisons:
         expected = nll[comparison.first] - nll[comparison.second]
         assert comparison.difference.mean == pytest.approx(expected, abs=1e-12)

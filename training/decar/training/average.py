@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,43 @@ def average(experts: Sequence[ExpertCheckpoint], directory: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    _check_configurations(experts)
-    with ExitStack() as stack:
-        tensors: dict[str, dict[str, Any]] = {}
-        for expert in experts:
-            files = [stack.enter_context(safe_open(file, framework="pt")) for file in expert.weight_files]
-            tensors[expert.name] = {name: file for file in files for name in list(file.keys())}
-        _check_tensors(tensors)
+    check_configurations(experts)
+    with open_weights(experts) as weights:
         for file in experts[0].weight_files:
             with safe_open(file, framework="pt") as opened:
                 names = list(opened.keys())
-            means = {name: _mean(name, [file_of[name] for file_of in tensors.values()]) for name in names}
+            means = {name: mean(name, weights) for name in names}
             save_file(means, directory / file.name, metadata={"format": "pt"})
     for name in ("config.json", INDEX_NAME):
         if (experts[0].path / name).exists():
             shutil.copyfile(experts[0].path / name, directory / name)
 
 
-def _mean(name: str, files: Sequence[Any]) -> torch.Tensor:
-    first, *others = (file.get_tensor(name) for file in files)
+@contextmanager
+def open_weights(experts: Sequence[ExpertCheckpoint]) -> Iterator[list[dict[str, Any]]]:
+    """Of each expert, every tensor's name with the safetensors file that holds it, open to read it from.
+
+    Raises:
+        TrainingError: the names or shapes of the experts' tensors differ.
+    """
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        tensors: dict[str, dict[str, Any]] = {}
+        for expert in experts:
+            files = [stack.enter_context(safe_open(file, framework="pt")) for file in expert.weight_files]
+            tensors[expert.name] = {name: file for file in files for name in list(file.keys())}
+        _check_tensors(tensors)
+        yield list(tensors.values())
+
+
+def mean(name: str, weights: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """The mean of the experts' tensors ``name``, computed in fp32; ``weights`` are as `open_weights` gives them.
+
+    Raises:
+        TrainingError: they are integers, and differ.
+    """
+    first, *others = (file_of[name].get_tensor(name) for file_of in weights)
     if not first.is_floating_point():
         if not all(torch.equal(first, other) for other in others):
             raise TrainingError(f"the experts cannot be averaged: the integers {name} differ")
@@ -59,10 +77,15 @@ def _mean(name: str, files: Sequence[Any]) -> torch.Tensor:
     total = first.float()
     for other in others:
         total = total + other.float()
-    return (total / len(files)).to(first.dtype)
+    return (total / len(weights)).to(first.dtype)
 
 
-def _check_configurations(experts: Sequence[ExpertCheckpoint]) -> None:
+def check_configurations(experts: Sequence[ExpertCheckpoint]) -> None:
+    """Refuse experts of different architectures.
+
+    Raises:
+        TrainingError: the first two that differ, and in what.
+    """
     first, *others = experts
     for other in others:
         keys = sorted((first.config.keys() | other.config.keys()) - _NOT_ARCHITECTURE)

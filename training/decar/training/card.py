@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from decar.router.manifest import Manifest
 from decar.training.config import TrainConfig
@@ -83,6 +84,50 @@ def average_card(config: TrainConfig, reports: Mapping[str, ExpertReport], read_
     )
 
 
+def moe_card(config: TrainConfig, reports: Mapping[str, ExpertReport], merged: ExpertReport) -> str:
+    """The ``README.md`` of the merged mixture of experts, whose report is ``merged``, as `ensemble_card`."""
+    settings = config.moe
+    weights = "all weights" if settings.train == "all" else "its gates alone"
+    tokens_per_step = (
+        config.training.batch_size * config.training.gradient_accumulation * config.training.sequence_length
+    )
+    trained = (
+        f"then {weights} were trained for {merged.steps:,} steps of {tokens_per_step:,} tokens on all experts' text"
+        if merged.steps
+        else "nothing was trained after that"
+    )
+    return "\n".join(
+        [
+            _header(["decar", "merge", "moe", "mixtral"], False),
+            f"# {config.name}, merged into a mixture of experts",
+            "",
+            f"One language model in Mixtral's format, of {merged.num_parameters:,} parameters: in every layer the "
+            f"feed-forward blocks of {len(reports)} experts, of which a gate chooses {min(2, len(reports))} for each "
+            "token; all other weights are the mean of the experts' (Branch-Train-MiX, arXiv 2403.07816). The experts "
+            "were trained alone, each on its own part of the data. The gates started from the hidden states of each "
+            f"expert's text; {trained}.",
+            "",
+            "It is another model than the ensemble of these experts, which mixes their distributions. Experts that "
+            "branch from one trained checkpoint merge well, those trained from scratch hardly.",
+            "",
+            "## Serve it",
+            "",
+            "```bash",
+            "vllm serve .    # in this directory; any other tool that reads Mixtral's checkpoints will do",
+            "```",
+            "",
+            "## Experts it is made of",
+            "",
+            *_experts_table(reports, {}),
+            "",
+            "The loss is in nats per token, of each expert before merging on the held-out text of its own part. The "
+            f"merged model's on all of it is {merged.held_out_loss:.4f}.",
+            "",
+            *_making(config, reports, moe=settings),
+        ]
+    )
+
+
 def _header(tags: Sequence[str], read_images: bool) -> str:
     task = "image-text-to-text" if read_images else "text-generation"
     header = {"library_name": "transformers", "pipeline_tag": task, "tags": list(tags)}
@@ -124,7 +169,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
-def _making(config: TrainConfig, reports: Mapping[str, ExpertReport]) -> list[str]:
+def _making(config: TrainConfig, reports: Mapping[str, ExpertReport], **more: BaseModel) -> list[str]:
     models = {name: config.model_of(name) for name in reports}
     alike = len({str(model) for model in models.values()}) == 1
     settings: dict[str, Any] = {
@@ -133,6 +178,7 @@ def _making(config: TrainConfig, reports: Mapping[str, ExpertReport]) -> list[st
         "training": config.training.model_dump(mode="json"),
         "documents": config.documents.model_dump(mode="json"),
         "partition": config.partition.model_dump(mode="json"),
+        **{section: value.model_dump(mode="json") for section, value in more.items()},
     }
     software = ("decar", "torch", "transformers")
     versions = [

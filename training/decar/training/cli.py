@@ -123,8 +123,10 @@ def export(
     config: ConfigPath,
     set_: Overrides = None,
     merge: Annotated[
-        Literal["average"] | None,
-        typer.Option(help="one model of the experts' mean weights, beside the ensemble"),
+        Literal["average", "moe"] | None,
+        typer.Option(
+            help="one model beside the ensemble: of the experts' mean weights, or a mixture of experts (Mixtral)"
+        ),
     ] = None,
 ) -> None:
     """Write the ensemble directory, or one merged model."""
@@ -132,8 +134,10 @@ def export(
     with _alone(settings):
         if merge is None:
             _export(settings)
-        else:
+        elif merge == "average":
             _average(settings)
+        else:
+            _moe(settings)
 
 
 @app.command()
@@ -159,6 +163,7 @@ def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
                 console.rule(f"seed {one.seed}")
             _run(one)
             _centralized(one)
+            _mixture(one)
             _random_split(one)
             _scores(one)
         _evaluate(settings, configs)
@@ -321,6 +326,24 @@ def _centralized(config: TrainConfig) -> None:
     _model(centralized_stage(config), "centralized model", partial(train_centralized, config))
 
 
+def _mixture(config: TrainConfig) -> None:
+    from decar.training.moe import why_no_moe
+
+    problem = why_no_moe(config)
+    if problem:
+        console.print(f"mixture of experts: none, {problem}", soft_wrap=True)
+    else:
+        _merge(config)
+
+
+def _merge(config: TrainConfig) -> Stage:
+    from decar.training.moe import moe_stage, train_moe
+
+    stage = moe_stage(config)
+    _model(stage, "mixture of experts", partial(train_moe, config), "starts it again")
+    return stage
+
+
 def _random_split(config: TrainConfig) -> None:
     from decar.training.random_split import random_config, why_no_random_split
 
@@ -336,7 +359,12 @@ def _random_split(config: TrainConfig) -> None:
     _export(split)
 
 
-def _model(stage: Stage, what: str, train: Callable[[Stage, list[Any]], ExpertReport]) -> None:
+def _model(
+    stage: Stage,
+    what: str,
+    train: Callable[[Stage, list[Any]], ExpertReport],
+    again: str = "continues from its last checkpoint",
+) -> None:
     from decar.training.expert import read_expert_report
 
     if stage.is_done:
@@ -346,7 +374,7 @@ def _model(stage: Stage, what: str, train: Callable[[Stage, list[Any]], ExpertRe
         try:
             report = train(stage, [_progress_callback(what)])
         except KeyboardInterrupt:
-            console.print(f"{what}: interrupted; the same command continues from its last checkpoint")
+            console.print(f"{what}: interrupted; the same command {again}")
             raise typer.Exit(130) from None
         verb = f"done in {report.train_time_s:.0f} s"
     console.print(
@@ -469,6 +497,7 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
             soft_wrap=True,
         )
     console.print(f"centralized model: {report.centralized}", soft_wrap=True)
+    console.print(f"mixture of experts: {report.moe}", markup=False, soft_wrap=True)
     for sentence in report.verdict:
         console.print(sentence, soft_wrap=True)
     console.print(f"evaluate: {verb}, {page_file(stage.directory)}, json and plots beside it", soft_wrap=True)
@@ -480,6 +509,13 @@ def _average(config: TrainConfig) -> None:
     console.print(
         f"export: done, {export_average(config)} (the mean of {len(config.experts)} experts)", soft_wrap=True
     )
+
+
+def _moe(config: TrainConfig) -> None:
+    from decar.training.moe import export_moe
+
+    target = export_moe(config, _merge(config))
+    console.print(f"export: done, {target} (a mixture of {len(config.experts)} experts)", soft_wrap=True)
 
 
 def _dry_run(config: TrainConfig, only: str | None = None) -> None:

@@ -232,6 +232,22 @@ class RouterConfig(RouterEntry):
         return RouterEntry(**{name: getattr(self, name) for name in RouterEntry.model_fields})
 
 
+class MoeConfig(_Strict):
+    """How ``export --merge moe`` finishes the mixture of experts that it merges (docs/training.md).
+
+    Its gates start from the hidden states of ``sample`` rows of each expert's training text. Then it is trained on all
+    experts' text, in steps like an expert's: ``training`` says how large they are, and all that is not said here, but
+    for ``lora`` and ``freeze``. ``balance`` weights the loss that keeps experts equally busy (Branch-Train-MiX, arXiv
+    2403.07816).
+    """
+
+    sample: int = Field(default=32, gt=0, description="rows of training.sequence_length tokens")
+    steps: int = Field(default=50, ge=0, description="0: as merged, gates from centroids")
+    train: Literal["all", "gates"] = Field(default="all", description="which weights")
+    learning_rate: float | None = Field(default=None, gt=0, description="default: training.learning_rate")
+    balance: float = Field(default=0.01, ge=0)
+
+
 class EvaluateConfig(_Strict):
     """Which held-out texts systems are compared on: prompts of ``prompt_tokens``, and what follows them.
 
@@ -277,6 +293,7 @@ class TrainConfig(_Strict):
     training: TrainingConfig = TrainingConfig()
     router: RouterConfig = RouterConfig()
     mixing: Mixing = Mixing()
+    moe: MoeConfig = MoeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @pydantic.model_validator(mode="after")

@@ -14,9 +14,10 @@ from decar.training.environment import command, environment
 from decar.training.evaluate_html import render
 from decar.training.evaluate_plot import plot_comparisons, plot_gaps, plot_pruning, plot_systems
 from decar.training.measures import Row, perplexity
+from decar.training.moe import experts_per_token
 from decar.training.run import page_file, plot_file, read_report, report_file
 from decar.training.sampled import SampledRow
-from decar.training.scores import CENTRALIZED, SeedReport, read_scores, scores_stage
+from decar.training.scores import CENTRALIZED, MOE, SeedReport, read_scores, scores_stage
 from decar.training.stages import Stage, fingerprint, read_marker
 from decar.training.verdict import Comparison, Gap, comparisons, gaps, in_words
 
@@ -38,6 +39,7 @@ class EvaluationReport(BaseModel):
     model: str
     served: str
     centralized: str
+    moe: str
     verdict: list[str]
     margin: float
     comparisons: list[Comparison]
@@ -100,6 +102,7 @@ def make_evaluation(config: TrainConfig, configs: Sequence[TrainConfig], stage: 
         model=first.model,
         served=first.served,
         centralized=_how_compute_is_matched(config, seeds),
+        moe=_how_it_is_merged(config, seeds),
         verdict=in_words(compared, parts[0] if parts else None, undefined, len(seeds), settings.margin),
         margin=settings.margin,
         comparisons=compared,
@@ -154,6 +157,19 @@ def _how_compute_is_matched(config: TrainConfig, seeds: Sequence[SeedReport]) ->
         f"the same architecture on all shards, {took} steps of {blocks} × {training.sequence_length} tokens, "
         f"as many as all experts took together, from {'fresh weights' if start is None else f'the checkpoint {start}'} "
         "as they do"
+    )
+
+
+def _how_it_is_merged(config: TrainConfig, seeds: Sequence[SeedReport]) -> str:
+    if MOE in seeds[0].undefined:
+        return f"none: {seeds[0].undefined[MOE]}"
+    training, settings = config.training, config.moe
+    blocks = training.batch_size * training.gradient_accumulation
+    weights = "of all weights" if settings.train == "all" else "of the gates alone"
+    return (
+        f"the experts' feed-forward blocks, {experts_per_token(len(config.experts))} of them for each token, all else "
+        f"averaged; then {settings.steps:,} steps {weights}, of {blocks} × {training.sequence_length} tokens of all "
+        "shards, which no other system had"
     )
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from decar.training.measures import Row
 from decar.training.run import plot_files
-from decar.training.scores import AVERAGE, CENTRALIZED, RANDOM, TOP_1
+from decar.training.scores import AVERAGE, CENTRALIZED, MOE, RANDOM, TOP_1
 from decar.training.verdict import CONFIDENCE, Estimate
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def render(report: EvaluationReport, directory: Path) -> str:
     source = resources.files("decar.training").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         report=report,
-        keys=[CENTRALIZED, report.served, TOP_1[0], RANDOM, AVERAGE],
+        keys=[CENTRALIZED, report.served, TOP_1[0], RANDOM, AVERAGE, MOE],
         confidence=f"{CONFIDENCE:.0%}",
         shown=[row for row in report.rows if row.prune in (0.0, *report.config["evaluate"]["prune"])],
         pictures={

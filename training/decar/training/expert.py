@@ -50,8 +50,9 @@ _YOUNGER = ("gradient_accumulation", "lora", "freeze")
 class ExpertReport(BaseModel):
     """``report.json`` of an expert; losses in nats per token.
 
-    ``shards`` holds the SHA-256 of each file that it was trained or measured on, ``versions`` the software that did.
-    ``dropped`` counts what of its training documents it did not learn, by what it is.
+    ``train_loss`` is None where nothing was trained, as in a model that is merged and no more. ``shards`` holds the
+    SHA-256 of each file that it was trained or measured on, ``versions`` the software that did. ``dropped`` counts what
+    of its training documents it did not learn, by what it is.
     """
 
     expert: str
@@ -59,7 +60,7 @@ class ExpertReport(BaseModel):
     train_tokens: int
     held_out_tokens: int
     steps: int
-    train_loss: float
+    train_loss: float | None
     held_out_loss: float
     train_time_s: float
     train_documents: int | None = None

@@ -25,7 +25,7 @@ from decar.router.manifest import (
 from decar.training.average import average
 from decar.training.card import CARD_NAME, average_card, ensemble_card
 from decar.training.config import TrainConfig
-from decar.training.expert import expert_fingerprint, read_expert_report
+from decar.training.expert import ExpertReport, expert_fingerprint, read_expert_report
 from decar.training.router import router_fingerprint
 from decar.training.run import NOT_EXPORTED, expert_path
 from decar.training.stages import Stage, fingerprint, read_marker, replaced_directory
@@ -42,7 +42,7 @@ def export_stage(config: TrainConfig) -> Stage:
         TrainingError: an expert, or a router that the ensemble needs, is not trained; or one of them was trained
             with another configuration.
     """
-    markers = [_expert_marker(config, name) for name in config.expert_names]
+    markers = [expert_marker(config, name) for name in config.expert_names]
     router = read_marker(config.run.router)
     if router is None and config.router.reads_text:
         raise TrainingError("the router is not trained; run `decar-train router` first")
@@ -63,7 +63,12 @@ def export_stage(config: TrainConfig) -> Stage:
     )
 
 
-def _expert_marker(config: TrainConfig, name: str) -> dict[str, str]:
+def expert_marker(config: TrainConfig, name: str) -> dict[str, str]:
+    """What says that expert ``name`` is trained as ``config`` says.
+
+    Raises:
+        TrainingError: it is not.
+    """
     marker = read_marker(config.run.expert(name))
     if marker is None:
         raise TrainingError(f"expert {name!r} is not trained; run `decar-train expert {name}` first")
@@ -89,7 +94,7 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
         EnsembleError: the experts do not fit together, e.g. their tokenizers differ.
     """
     target = config.run.ensemble
-    _check_target(target, MANIFEST_NAME, "an ensemble")
+    check_target(target, MANIFEST_NAME, "an ensemble")
     reports = {name: read_expert_report(config.run.expert(name)) for name in config.expert_names}
     num_tokens = sum(report.train_tokens for report in reports.values())
     entries = tuple(
@@ -127,23 +132,45 @@ def export_average(config: TrainConfig) -> Path:
         EnsembleError: an expert is damaged, or tokenizers differ.
     """
     target = config.run.ensemble_average
-    _check_target(target, "config.json", "a model")
-    for name in config.expert_names:
-        _expert_marker(config, name)
-    reports = {name: read_expert_report(config.run.expert(name)) for name in config.expert_names}
-    entries = [ExpertEntry(name=name, path=expert_path(name), prior=1.0) for name in config.expert_names]
-    experts = _read_fitting(config, entries)
+    check_target(target, "config.json", "a model")
+    experts, reports = read_trained(config)
     with replaced_directory(target) as directory:
         average(experts, directory)
-        for file in experts[0].path.iterdir():
-            if file.name in _COPIED or "token" in file.name or "processor" in file.name:
-                shutil.copyfile(file, directory / file.name)
+        copy_text_files(experts[0], directory)
         card = average_card(config, reports, experts[0].reads_images)
         (directory / CARD_NAME).write_text(card, encoding="utf-8")
     return target
 
 
-def _check_target(target: Path, sign: str, what: str) -> None:
+def read_trained(
+    config: TrainConfig,
+) -> tuple[tuple[ExpertCheckpoint, ...], dict[str, ExpertReport]]:
+    """The experts of one merged model, and their reports.
+
+    Raises:
+        TrainingError: an expert is not trained, or tokenizer settings differ.
+        EnsembleError: an expert is damaged, or tokenizers differ.
+    """
+    for name in config.expert_names:
+        expert_marker(config, name)
+    reports = {name: read_expert_report(config.run.expert(name)) for name in config.expert_names}
+    entries = [ExpertEntry(name=name, path=expert_path(name), prior=1.0) for name in config.expert_names]
+    return _read_fitting(config, entries), reports
+
+
+def copy_text_files(expert: ExpertCheckpoint, directory: Path) -> None:
+    """Copy what a merged model needs besides weights: tokenizer, chat template, processor, generation settings."""
+    for file in expert.path.iterdir():
+        if file.name in _COPIED or "token" in file.name or "processor" in file.name:
+            shutil.copyfile(file, directory / file.name)
+
+
+def check_target(target: Path, sign: str, what: str) -> None:
+    """Refuse to replace a directory that does not hold ``what``, which has a file ``sign``.
+
+    Raises:
+        TrainingError: ``target`` is something else.
+    """
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / sign).exists())):
         raise TrainingError(f"{target} exists and is not {what}; move it away or change ensemble_dir")
 

@@ -9,6 +9,8 @@ A directory has the name of the command that writes it, or of the module where t
     router/                     the router, report.json, calibration.png
     export/                     nothing but the marker; the ensemble is where `ensemble_dir` says, or in ensemble/
     ensemble-average/           one model of the experts' mean weights, always beside the ensemble
+    ensemble-moe/               one mixture-of-experts model, always beside the ensemble
+    moe/                        the same model before its export, and report.json
     centralized/                as an expert
     random/                     a work directory of its own: the random split's
     scores/                     report.json: what `evaluate` measures of one seed
@@ -42,7 +44,7 @@ _MARKER, _REPORT, _ADAPTER = "DONE", "report.json", "adapter"
 # Of a stage's directory, patterns of what no ensemble holds.
 NOT_EXPORTED = (_MARKER, _REPORT, "*.png", _ADAPTER)
 # Directories whose name is not that of the command which writes them.
-_PARTS_OF_COMMANDS = {"tokenizer": "partition", "scores": "evaluate"}
+_PARTS_OF_COMMANDS = {"tokenizer": "partition", "scores": "evaluate", "moe": "export --merge moe"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,15 @@ class Run:
     @property
     def ensemble_average(self) -> Path:
         return self.ensemble.with_name(f"{self.ensemble.name}-average")
+
+    @property
+    def ensemble_moe(self) -> Path:
+        return self.ensemble.with_name(f"{self.ensemble.name}-moe")
+
+    @property
+    def moe(self) -> Path:
+        """The merged mixture of experts, trained; `ensemble_moe` is its export."""
+        return self.work_dir / "moe"
 
     @property
     def centralized(self) -> Path:

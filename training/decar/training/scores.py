@@ -29,6 +29,7 @@ from decar.training.expert import expert_processor, read_expert_report
 from decar.training.export import export_stage
 from decar.training.held_out import Text, load_model, read_texts, scored, scores_of
 from decar.training.measures import Difference, Pool, Row, Totals, summed
+from decar.training.moe import experts_per_token, moe_stage, why_no_moe
 from decar.training.random_split import random_config, why_no_random_split
 from decar.training.run import average_folder, read_report, report_file
 from decar.training.sampled import SampledRow, compare_pruned, sample_continuations
@@ -38,6 +39,7 @@ from decar.training.tokenizer import load_tokenizer
 
 CENTRALIZED = "centralized model"
 AVERAGE = "parameter average"
+MOE = "mixture of experts (merged)"
 RANDOM = "random split"
 BEST = "best expert alone"
 # One expert for each input: the one whose cluster is nearest, as the paper serves, and the surest that there is.
@@ -99,6 +101,11 @@ def scores_stage(config: TrainConfig) -> Stage:
         if not twin.is_done:
             raise TrainingError(f"the centralized model is not trained; {_FIX}")
         inputs.append(read_marker(twin.directory))
+    if why_no_moe(config) is None:
+        merged = moe_stage(config)
+        if not merged.is_done:
+            raise TrainingError(f"the experts are not merged into a mixture of experts; {_FIX}")
+        inputs.append(read_marker(merged.directory))
     if why_no_random_split(config) is None:
         split = export_stage(random_config(config))
         if not split.is_done:
@@ -152,7 +159,8 @@ def make_scores(
         forward = _Forward(settings.batch_size, ensemble.vocab_size, processor, num_steps, progress)
         totals: dict[str, Totals] = {}
         for name, path in singles.items():
-            way = {name: partial(Outcome.alone, expert=0)}
+            active = experts_per_token(len(ensemble.experts)) if name == MOE else 1
+            way = {name: partial(Outcome.alone, expert=0, active=active)}
             totals |= _totals(forward([load_model(path)], texts, {}), way)
         shutil.rmtree(average_folder(directory), ignore_errors=True)
         if no_split is None:
@@ -192,7 +200,7 @@ def make_scores(
 
         pool = Pool(texts, {expert.name: expert.prior for expert in ensemble.experts})
         best = min(alone, key=lambda name: pool.excess(totals[name], totals[DENSE])[0])
-        order = [CENTRALIZED, *alone, AVERAGE, RANDOM, *(system.name for system in compared)]
+        order = [CENTRALIZED, *alone, AVERAGE, MOE, RANDOM, *(system.name for system in compared)]
         first = ensemble.experts[0]
         report = SeedReport(
             seed=config.seed,
@@ -284,6 +292,11 @@ def _single_models(
         found[AVERAGE] = directory
     except TrainingError as error:
         undefined[AVERAGE] = str(error)
+    no_moe = why_no_moe(config)
+    if no_moe is None:
+        found[MOE] = config.run.moe
+    else:
+        undefined[MOE] = no_moe
     return found, undefined
 
 
@@ -319,7 +332,7 @@ def _differences(
     """All that the report states: the default against what it has to beat, clusters against chance, and the gap of
     every way to weight experts, in two parts."""
     named = {**totals, BEST: totals[best]}
-    pairs = [(default.name, other) for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, BEST)]
+    pairs = [(default.name, other) for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, MOE, BEST)]
     pairs += [
         (s.name, other) for s in compared if not s.prune or s is default for other in (DENSE, CENTRALIZED)
     ]
@@ -332,10 +345,13 @@ def _differences(
 
 
 def _trained(config: TrainConfig) -> list[Trained]:
-    """The experts, the centralized model and the experts of the random split, as far as there are any."""
+    """The experts, the centralized model, the mixture of experts after its merge (without what its experts took), and
+    the experts of the random split, as far as there are any."""
     found = {name: config.run.expert(name) for name in config.expert_names}
     if why_no_twin(config) is None:
         found[CENTRALIZED] = config.run.centralized
+    if why_no_moe(config) is None:
+        found[MOE] = config.run.moe
     if why_no_random_split(config) is None:
         split = random_config(config)
         found |= {f"{RANDOM}: {name}": split.run.expert(name) for name in config.expert_names}

@@ -72,10 +72,11 @@ class Outcome:
     dropped: float = 0.0
 
     @classmethod
-    def alone(cls, scores: Scores, expert: int) -> Outcome:
-        """Of one expert, which no router weights."""
+    def alone(cls, scores: Scores, expert: int, active: int = 1) -> Outcome:
+        """Of one expert, which no router weights; or of one model in which ``active`` experts run for each token."""
         right = scores.right[:, expert]
-        return cls(scores.tokens[:, expert], right, float(right.all()), np.ones(len(right)), 1)
+        ran = np.full(len(right), active, dtype=np.float64)
+        return cls(scores.tokens[:, expert], right, float(right.all()), ran, active)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
-from decar.training.scores import AVERAGE, BEST, CENTRALIZED, RANDOM, TOP_1, SeedReport
+from decar.training.scores import AVERAGE, BEST, CENTRALIZED, MOE, RANDOM, TOP_1, SeedReport
 from decar.training.systems import DENSE
 
 CONFIDENCE = 0.95
@@ -23,6 +23,7 @@ _WORDS = {
     TOP_1[0]: "top-1 by the nearest centroid (the paper's)",
     TOP_1[1]: "top-1 by the posterior",
     AVERAGE: "the experts' parameter average",
+    MOE: "the experts merged into a mixture of experts (and trained for moe.steps more)",
     BEST: "the best expert alone",
 }
 
@@ -98,7 +99,7 @@ def comparisons(seeds: Sequence[SeedReport], margin: float) -> list[Comparison]:
     """What the ensemble has to be held against, as far as it is defined."""
     served = seeds[0].served
     found = []
-    for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, BEST):
+    for other in (CENTRALIZED, RANDOM, *TOP_1, AVERAGE, MOE, BEST):
         difference = _over_seeds(seeds, served, other)
         if difference is not None:
             found.append(
