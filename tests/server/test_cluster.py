@@ -108,8 +108,8 @@ class Elsewhere:
     def __init__(self, host: Host):
         self._wrong = host.wrong
 
-    def wrong(self, directory: str, sizes: Any) -> str | None:
-        return self._wrong(f"/elsewhere{directory}", sizes)
+    def wrong(self, directory: str, files: Any) -> str | None:
+        return self._wrong(f"/elsewhere{directory}", files)
 
 
 def test_a_checkpoint_has_to_be_the_same(host: Host, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_checkpoint_has_to_be_the_same(host: Host, tmp_path: Path) -> None:
     config.write_text("{}")
     facts = host.facts()
     assert wrong_with(NODES[1], host, facts, facts, [tmp_path]) == []
-    assert host.wrong(str(tmp_path), {config.name: 3}) == f"{config} has 2 bytes, and 3 at the gateway"
+    assert host.wrong(str(tmp_path), {config.name: (3, 0)}) == f"{config} has 2 bytes, and 3 at the gateway"
     [missing] = wrong_with(NODES[1], Elsewhere(host), facts, facts, [tmp_path])  # type: ignore[arg-type]
     assert missing.startswith(
         f"node 'grace': there is no /elsewhere{config}; weights have to be at the same path"

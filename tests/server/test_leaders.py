@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from decar.kernels import Rule
 from decar.server.gateway import core_policy
 from decar.server.gateway.core_policy import CorePolicy
 from decar.server.gateway.leaders import ROOM_BYTES, Leaders
@@ -38,7 +39,7 @@ def logs(*weights: float) -> np.ndarray:
 
 
 ONE_HOST = (0, 0, 0)
-ROW = ROOM_BYTES // 4
+ROW: dict[Rule, int] = {"velocity": ROOM_BYTES // 4, "logit": ROOM_BYTES // 4}
 
 
 def test_the_heaviest_of_the_active_leads() -> None:
@@ -87,7 +88,7 @@ def test_the_host_with_the_most_rows_leads_whatever_the_weights_are() -> None:
     ],
 )
 def test_hosts_that_are_as_near_share_what_a_link_takes_long_for(row_bytes: int, expected: list[int]) -> None:
-    leaders = Leaders((0, 1, 2), row_bytes)
+    leaders = Leaders((0, 1, 2), {"velocity": row_bytes, "logit": 0})
     led = []
     for slot in range(len(expected)):
         led.append(leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2)))
@@ -96,7 +97,7 @@ def test_hosts_that_are_as_near_share_what_a_link_takes_long_for(row_bytes: int,
 
 
 def test_what_is_brought_is_counted_of_experts_that_are_left() -> None:
-    leaders = Leaders((0, 1, 2), ROOM_BYTES)
+    leaders = Leaders((0, 1, 2), {"velocity": ROOM_BYTES, "logit": 0})
     alone = member(0, leader=0, prune=0.1)
     leaders.begin(alone)
     assert leaders.choose(logs(0.8, 0.1, 0.1), among(0, 1, 2)) == 1

@@ -181,6 +181,23 @@ def test_another_host_is_not_waited_for_long_where_others_want_to_go_on(
     assert follower.adopt(theirs).tolist() == [HELD]
 
 
+def test_who_waits_for_another_host_by_way_of_an_engine_beside_it_is_as_patient(tmp_path: Path) -> None:
+    """A leader on this host that waits for another host runs that step for as long as it waits."""
+    plane = Plane.create(experts=3, slots=4, vocab_size=VOCABULARY, positions=16, hosts=(0, 0, 1))
+    try:
+        plane.weights_read[:] = stamp_of(9, 0)
+        leader, beside = (Lockstep(plane, k, HostTransport(plane, k)) for k in range(2))
+        of_three = replace(member(), active=(0, 1, 2), log_weights=np.log([0.2, 0.3, 0.5]).tolist())
+        turns, theirs = begin(leader, of_three), begin(beside, of_three)
+        leader.announce(turns)
+        beside.announce(theirs)
+        beside.bound_waits(theirs, rows=2)
+        assert beside.adopt(theirs).tolist() == [HELD], "its other row goes on"
+        assert Observer(plane, 1).needs_hosts(of_three)
+    finally:
+        plane.unlink()
+
+
 def test_another_host_is_waited_for_where_all_need_it(apart: tuple[Lockstep, Lockstep]) -> None:
     leader, follower = apart
     turns, theirs = begin(leader, member()), begin(follower, member())

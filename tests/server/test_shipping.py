@@ -13,8 +13,8 @@ import pytest
 from decar.router.errors import StartError
 from decar.server.cluster import host as of_hosts
 from decar.server.cluster import shipping
-from decar.server.cluster.host import Host
-from decar.server.cluster.shipping import ship, sizes_of
+from decar.server.cluster.host import Host, Stamp
+from decar.server.cluster.shipping import files_of, ship
 
 CLUSTER: Any = SimpleNamespace(put=lambda part: part)
 
@@ -27,15 +27,15 @@ class Elsewhere(Host):
         self.disk = disk
         self.received: list[tuple[str, int]] = []
 
-    def absent(self, directory: str, sizes: Mapping[str, int]) -> list[str]:
-        return super().absent(f"{self.disk}{directory}", sizes)
+    def absent(self, directory: str, files: Mapping[str, Stamp]) -> list[str]:
+        return super().absent(f"{self.disk}{directory}", files)
 
-    def wrong(self, directory: str, sizes: Mapping[str, int]) -> str | None:
-        return super().wrong(f"{self.disk}{directory}", sizes)
+    def wrong(self, directory: str, files: Mapping[str, Stamp]) -> str | None:
+        return super().wrong(f"{self.disk}{directory}", files)
 
-    def receive(self, path: str, offset: int, part: bytes, last: bool) -> None:
+    def receive(self, path: str, attempt: str, offset: int, part: bytes, stamp: Stamp | None) -> None:
         self.received.append((Path(path).name, len(part)))
-        super().receive(f"{self.disk}{path}", offset, part, last)
+        super().receive(f"{self.disk}{path}", attempt, offset, part, stamp)
 
 
 @pytest.fixture
@@ -68,10 +68,10 @@ def test_what_is_missing_is_copied_in_parts_and_once(
     told = shipped(elsewhere, checkpoint)
     there = Path(f"{elsewhere.disk}{checkpoint}")
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    assert {path.name: path.read_bytes() for path in there.iterdir()} == files
+    assert {path.name: path.read_bytes() for path in there.iterdir() if path.name[0] != "."} == files
     assert [size for name, size in elsewhere.received if name == "model.safetensors"] == [10, 10, 5]
     assert told[-1] == "copying weights to grace: 0.00 GiB of 0.00 GiB"
-    assert elsewhere.wrong(str(checkpoint), sizes_of(checkpoint)) is None
+    assert elsewhere.wrong(str(checkpoint), files_of(checkpoint)) is None
     assert shipped(elsewhere, checkpoint) == [], "it is there"
 
 
@@ -81,8 +81,50 @@ def test_what_is_there_already_is_left_as_it_is(elsewhere: Elsewhere, checkpoint
     (there / "config.json").write_text("another")
     shipped(elsewhere, checkpoint)
     assert (there / "config.json").read_text() == "another"
-    wrong = elsewhere.wrong(str(checkpoint), sizes_of(checkpoint))
+    wrong = elsewhere.wrong(str(checkpoint), files_of(checkpoint))
     assert wrong == f"{there}/config.json has 7 bytes, and 2 at the gateway"
+
+
+def test_what_was_copied_and_is_another_by_now_is_copied_again(
+    elsewhere: Elsewhere, checkpoint: Path
+) -> None:
+    """Weights that were trained again have the size that they had."""
+    shipped(elsewhere, checkpoint)
+    (checkpoint / "model.safetensors").write_bytes(bytes(25))
+    assert "where there is another by now" in str(elsewhere.wrong(str(checkpoint), files_of(checkpoint)))
+    shipped(elsewhere, checkpoint)
+    assert Path(f"{elsewhere.disk}{checkpoint}/model.safetensors").read_bytes() == bytes(25)
+    assert elsewhere.wrong(str(checkpoint), files_of(checkpoint)) is None
+
+
+def test_an_attempt_that_was_given_up_does_no_harm_to_the_next(
+    elsewhere: Elsewhere, checkpoint: Path
+) -> None:
+    path, stamp = f"{checkpoint}/model.safetensors", files_of(checkpoint)["model.safetensors"]
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    elsewhere.receive(path, "1", 0, whole[:10], None)
+    elsewhere.receive(path, "2", 0, whole[:10], None)
+    elsewhere.receive(path, "1", 10, whole[10:], stamp)  # late
+    elsewhere.receive(path, "2", 10, whole[10:], stamp)
+    assert Path(f"{elsewhere.disk}{path}").read_bytes() == whole
+
+
+def test_what_hosts_that_are_gone_had_of_a_file_is_removed(elsewhere: Elsewhere, checkpoint: Path) -> None:
+    there = Path(f"{elsewhere.disk}{checkpoint}")
+    there.mkdir(parents=True)
+    (there / ".model.safetensors.decar-1-2-3-4.5").touch()
+    shipped(elsewhere, checkpoint)
+    assert not list(there.glob(".model*"))
+    assert ".decar-shipped.json" not in files_of(there)
+
+
+def test_a_file_that_becomes_shorter_is_told(
+    elsewhere: Elsewhere, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = {name: (size + 5, changed) for name, (size, changed) in files_of(checkpoint).items()}
+    monkeypatch.setattr(shipping, "files_of", lambda _: longer)
+    with pytest.raises(StartError, match=r"config\.json has become shorter while it was copied"):
+        shipped(elsewhere, checkpoint)
 
 
 def test_no_file_is_there_by_half(
@@ -90,12 +132,12 @@ def test_no_file_is_there_by_half(
 ) -> None:
     """The gateway ends between two parts, and then a part cannot be written."""
     there = Path(f"{elsewhere.disk}{checkpoint}")
-    elsewhere.receive(f"{checkpoint}/model.safetensors", 0, b"12345", False)
+    elsewhere.receive(f"{checkpoint}/model.safetensors", "1", 0, b"12345", None)
     assert len(list(there.iterdir())) == 1
     assert not (there / "model.safetensors").exists()
     elsewhere.close()
     assert list(there.iterdir()) == []
-    monkeypatch.setattr(Path, "rename", _full)
+    monkeypatch.setattr(Path, "replace", _full)
     with pytest.raises(StartError, match=r"config\.json cannot be written: No space left on device"):
         shipped(elsewhere, checkpoint)
     assert list(there.iterdir()) == []

@@ -39,7 +39,7 @@ from decar.benchmarks.servers import Bench
 from decar.clients.child import Server, ServerDidNotStart, end_on_sigterm
 
 CLIENTS, PROMPT_TOKENS, ANSWER_TOKENS = 8, 16, 200
-BEFORE_S, AFTER_S, MOST_S = 5, 5, 240
+BEFORE_S, AFTER_S, MOST_S, LATER_S = 5, 5, 240, 0.2
 ADMIN_KEY = "of-this-benchmark"
 
 
@@ -229,6 +229,7 @@ class _Client:
         seen.answers[second] += 1
         if len(tokens) != ANSWER_TOKENS:
             seen.failed[second] += 1
+            await asyncio.sleep(LATER_S)  # whoever is refused does not ask again at once
         elif degraded:
             seen.degraded[second] += 1
         elif self._expected and tokens != self._expected:

@@ -122,14 +122,15 @@ class RayCluster:
             *(f"--node-ip-address={machine.address}", f"--num-cpus={cpus}", "--num-gpus=0", "--block"),
             *("--object-store-memory=200000000", "--disable-usage-stats", f"--temp-dir={self.folder}/{name}"),
         ]
-        log = (self.folder / f"{name}.log").open("ab")
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=self.environment,
-        )
+        (self.folder / f"{name}.log").unlink(missing_ok=True)  # of an earlier one that had this name
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=self.environment,
+            )
         node = RayNode(machine, core, process)
         self.nodes = [other for other in self.nodes if other.name != name] + [node]
 

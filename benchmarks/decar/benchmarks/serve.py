@@ -82,7 +82,7 @@ def serve(
         str,
         typer.Option(
             help=f"What is compared with one expert: of {', '.join(SYSTEMS)}.",
-            show_default=f"{','.join(DEFAULT_SYSTEMS)}; with --hosts {','.join(OVER_HOSTS)}",
+            show_default=f"{','.join(DEFAULT_SYSTEMS)}; with --hosts {','.join(OVER_HOSTS[:2])}",
         ),
     ] = "",
     prompts: Annotated[
@@ -118,7 +118,7 @@ def serve(
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140  # a table cut to 80 columns would lose its ratios
-    known, usual = (SYSTEMS, DEFAULT_SYSTEMS) if hosts == 1 else (OVER_HOSTS, OVER_HOSTS)
+    known, usual = (SYSTEMS, DEFAULT_SYSTEMS) if hosts == 1 else (OVER_HOSTS, OVER_HOSTS[:2])
     compared = [name for name in systems.split(",") if name] or list(usual)
     for name in compared:
         if name not in known:
@@ -132,7 +132,8 @@ def serve(
     loads = [int(c) for c in concurrency.split(",")]
     shares = [float(share) for share in poisson.split(",") if share]
     if quick:
-        loads, shares, repeats, requests, output_len, compared = [16], [], 1, 1, 64, ["dense", "top-1"]
+        loads, shares, repeats, requests, output_len = [16], [], 1, 1, 64
+        compared = ["dense", "top-1"] if hosts == 1 else ["dense"]
         vllm += " --enforce-eager"  # compiling three small models takes longer than all the rest
     closed = [Load(c, max(requests * c, 4), input_len, output_len) for c in loads]
     if hosts > 1 and (reason := over_hosts.cannot(hosts)):

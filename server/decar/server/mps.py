@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 CONTROL = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 DEFAULT_PIPES = "/tmp/nvidia-mps"  # where CUDA looks if nothing else is said
-_START_S, _ANSWER_S = 10.0, 5.0
+_START_S, _ANSWER_S, _LOOK_S = 10.0, 5.0, 0.2
 _QUIT_S = 10.0
 """What a daemon has to quit, which waits for the engines that still use it."""
 
@@ -46,9 +47,17 @@ def mps(gpus: Iterable[tuple[int, ...]], folder: Path, wanted: bool = True) -> I
     if not wanted or max(Counter(gpu for theirs in gpus for gpu in theirs).values(), default=0) < 2:
         yield ""
         return
-    theirs = os.environ.get(PIPES) or (DEFAULT_PIPES if _ask("get_server_list", DEFAULT_PIPES) else None)
-    if theirs is not None:
+    theirs = os.environ.get(PIPES, DEFAULT_PIPES)
+    if _ask("get_server_list", theirs):
         logger.info("engines share a GPU: they use the MPS daemon at %s, which decar leaves running", theirs)
+        yield ""
+        return
+    if PIPES in os.environ:
+        logger.warning(
+            "engines share a GPU, and take turns on it: no MPS daemon answers at %s (%s); unset it for one of decar's",
+            theirs,
+            PIPES,
+        )
         yield ""
         return
     if shutil.which(CONTROL) is None:
@@ -58,8 +67,8 @@ def mps(gpus: Iterable[tuple[int, ...]], folder: Path, wanted: bool = True) -> I
     pipes, logs = folder / "mps", folder / "mps-logs"
     for made in (pipes, logs):
         made.mkdir(mode=0o700)
-    with _guarded(pipes, logs):
-        if _answers_soon(str(pipes)):
+    with _guarded(pipes, logs) as guard:
+        if _answers_soon(str(pipes), guard):
             logger.info("engines share a GPU: started an MPS daemon for them (--no-mps: they take turns)")
             yield str(pipes)
             return
@@ -68,7 +77,7 @@ def mps(gpus: Iterable[tuple[int, ...]], folder: Path, wanted: bool = True) -> I
 
 
 @contextlib.contextmanager
-def _guarded(pipes: Path, logs: Path) -> Iterator[None]:
+def _guarded(pipes: Path, logs: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A guard with a daemon; both are gone afterwards."""
     environment = {**os.environ, PIPES: str(pipes), LOGS: str(logs)}
     # The daemon sees all GPUs, as nvidia-smi numbers them: its clients choose, and count as the server does.
@@ -80,26 +89,31 @@ def _guarded(pipes: Path, logs: Path) -> Iterator[None]:
         start_new_session=True,  # Ctrl-C is for the gateway, which still has answers to finish
     )
     try:
-        yield
+        yield guard
     finally:
         guard.communicate()
 
 
-def _answers_soon(pipes: str) -> bool:
+def _answers_soon(pipes: str, guard: subprocess.Popen[bytes]) -> bool:
     end = time.monotonic() + _START_S
     while not _ask("get_server_list", pipes):
-        if time.monotonic() > end:
+        if time.monotonic() > end or guard.poll() is not None:
             return False
         time.sleep(0.05)
     return True
 
 
 def guard(quit_s: float) -> None:
-    """Have a daemon in this process's environment while there is standard input, and none once that has ended."""
+    """Have a daemon in this process's environment while there is standard input, and none once that has ended.
+
+    If it ends by itself, so does this.
+    """
     daemon = psutil.Popen([CONTROL, "-f"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     ignore_stops()  # from here on: the daemon would inherit it
-    while os.read(0, 1):
-        pass
+    while daemon.poll() is None:
+        ready, _, _ = select.select([0], [], [], _LOOK_S)
+        if ready and not os.read(0, 1):
+            break
     quits = _ask(
         "quit", os.environ[PIPES]
     )  # not where engines have removed the folder of a gateway that is gone

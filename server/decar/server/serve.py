@@ -385,7 +385,9 @@ async def _running_ensemble(
         launcher: Launcher
         if spread.cluster is None or spread.plan is None:
             planes = stack.enter_context(planes_on(hosts, make_plane, folder))
-            pipes = stack.enter_context(mps([placed.gpus for placed in places], folder, use_mps))
+            pipes = stack.enter_context(
+                mps([placed.gpus for placed in places[: len(experts)]], folder, use_mps)
+            )
             launcher = OwnProcesses(planes.of, [placed.ranks for placed in places[: len(experts)]], pipes)
         else:
             from decar.server.cluster.actors import Actors

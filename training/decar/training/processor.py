@@ -94,7 +94,7 @@ _AROUND = {"start_image_token": "<img>", "end_image_token": "</img>", "video_tok
 def name_marks(tokenizer: Any, image_token: str) -> None:
     """Let a tokenizer that has an InternVL's marks say which they are, as its processor asks for them by these names;
     they are saved with the tokenizer."""
-    if not set(_AROUND.values()) <= set(tokenizer.get_vocab()):
+    if not {image_token, *_AROUND.values()} <= set(tokenizer.get_vocab()):
         return
     for name, token in {**_AROUND, "context_image_token": image_token}.items():
         tokenizer.init_kwargs[name] = token

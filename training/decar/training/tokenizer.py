@@ -61,7 +61,7 @@ def make_tokenizer(config: TrainConfig, stage: Stage) -> None:
         tokenizer.chat_template = CONTINUATION_TEMPLATE
         if with_images:
             tokenizer.chat_template = IMAGE_TEMPLATE.replace("IMAGE_TOKEN", config.tokenizer.image_token)
-            name_marks(tokenizer, config.tokenizer.image_token)
+    name_marks(tokenizer, config.tokenizer.image_token)
     if tokenizer.eos_token_id is None:
         raise TrainingError(
             f"the tokenizer at {config.tokenizer.path} has no eos_token, which has to end a document"

@@ -4,6 +4,7 @@ gateway. On the gateway's host it is an object there, on others an actor of Ray'
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -29,12 +30,16 @@ from decar.server.protocol.channels import Channel, channel_names
 from decar.server.protocol.links import SILENT_S, Address, Mirror, introduce, key_for, make_bell
 from decar.server.protocol.mirror import GATEWAY, Hosts
 from decar.server.protocol.plane import Plane, PlaneSpec, create_segment, unlink
-from decar.server.protocol.runtime import DIRECTORY, make_folder, new_name, remove_stale
+from decar.server.protocol.runtime import DIRECTORY, PREFIX, make_folder, new_name, remove_stale
 from decar.server.vllm_adapter.versions import installed_version
 
 logger = logging.getLogger("decar")
 
 GONE_WITHIN_S = 10.0
+Stamp = tuple[int, int]
+"""Of a file: bytes, and when it was changed, in ns since the epoch."""
+_SHIPPED = ".decar-shipped.json"
+"""In a checkpoint's folder: which files have been copied there, with the gateway's stamps."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Host:
         self._starts: dict[int, int] = {}
         self._listener: socket.socket | None = None
         self._arriving: set[Path] = set()  # files of which there are parts
+        self._naming = threading.Lock()
 
     def facts(self) -> Facts:
         versions = {
@@ -84,55 +90,88 @@ class Host:
         cores = tuple(sorted(os.sched_getaffinity(0)))
         return Facts(os.getpid(), cores, str(self._folder), versions)
 
-    def wrong(self, directory: str, sizes: Mapping[str, int]) -> str | None:
+    def wrong(self, directory: str, files: Mapping[str, Stamp]) -> str | None:
         """What is wrong with a checkpoint here; None: nothing.
 
         Args:
-            sizes: of its files, by name, in bytes.
+            files: the gateway's, by name.
         """
-        for name, size in sizes.items():
+        shipped = _shipped_to(Path(directory))
+        for name, stamp in files.items():
+            path = Path(directory) / name
             try:
-                found = (Path(directory) / name).stat().st_size
+                found = path.stat().st_size
             except OSError:
-                return f"there is no {Path(directory) / name}"
-            if found != size:
-                return f"{Path(directory) / name} has {found} bytes, and {size} at the gateway"
+                return f"there is no {path}"
+            if found != stamp[0]:
+                return f"{path} has {found} bytes, and {stamp[0]} at the gateway"
+            if shipped.get(name, stamp) != stamp:
+                return f"{path} was copied from the gateway, where there is another by now"
         return None
 
-    def absent(self, directory: str, sizes: Mapping[str, int]) -> list[str]:
-        """Which files of a checkpoint are not here.
+    def absent(self, directory: str, files: Mapping[str, Stamp]) -> list[str]:
+        """Which files of a checkpoint are not here, or have been copied here and are others by now.
 
         Raises:
             StartError: there is too little room for them.
         """
-        names = [name for name in sizes if not (Path(directory) / name).exists()]
-        needed = sum(sizes[name] for name in names)
-        there = next(path for path in (Path(directory), *Path(directory).parents) if path.exists())
+        there = Path(directory)
+        for path in there.glob(f".*.{PREFIX}*"):  # parts of a file, of a host that is gone
+            if not (DIRECTORY / path.name.split(".")[-2]).exists():
+                path.unlink(missing_ok=True)
+        shipped = _shipped_to(there)
+        names = [
+            name
+            for name, stamp in files.items()
+            if not (there / name).exists() or shipped.get(name, stamp) != stamp
+        ]
+        needed = sum(files[name][0] for name in names)
+        while not there.exists():
+            there = there.parent
         free = shutil.disk_usage(there).free
         if needed > free:
             raise StartError(f"{there} has {gib(free)} free, and {directory} needs {gib(needed)}")
         return names
 
-    def receive(self, path: str, offset: int, part: bytes, last: bool) -> None:
-        """Write a part of a file, which gets its name with the ``last``: there is no file here that is half written.
+    def receive(self, path: str, attempt: str, offset: int, part: bytes, stamp: Stamp | None) -> None:
+        """Write a part of a file, which gets its name with the last: there is no file here that is half written. One
+        that is here and has not been copied is left as it is.
+
+        Args:
+            attempt: to copy this checkpoint; what an earlier one still says does no harm to a later one's.
+            stamp: the gateway's, with the last part.
 
         Raises:
             StartError: it cannot be written.
         """
-        hidden = Path(path).with_name(f".{Path(path).name}.{self._folder.name}")
+        target = Path(path)
+        hidden = target.with_name(f".{target.name}.{self._folder.name}.{attempt}")
         self._arriving.add(hidden)
         try:
             hidden.parent.mkdir(parents=True, exist_ok=True)
             with hidden.open("r+b" if offset else "wb") as file:
                 file.seek(offset)
                 file.write(part)
-            if last:
-                hidden.rename(path)
+                if stamp is not None:
+                    os.fsync(file.fileno())
+            if stamp is not None:
+                self._name(hidden, target, stamp)
         except OSError as error:
             hidden.unlink(missing_ok=True)
             raise StartError(f"{path} cannot be written: {error.strerror}") from None
-        if last:
+        if stamp is not None:
             self._arriving.discard(hidden)
+
+    def _name(self, hidden: Path, target: Path, stamp: Stamp) -> None:
+        with self._naming:
+            shipped = _shipped_to(target.parent)
+            if target.exists() and target.name not in shipped:
+                hidden.unlink()
+                return
+            hidden.replace(target)
+            record = target.with_name(f".{_SHIPPED}.{self._folder.name}.new")
+            record.write_text(json.dumps({**shipped, target.name: stamp}))
+            record.replace(target.with_name(_SHIPPED))
 
     def begin(self, shape: Mapping[str, Any], address: str) -> tuple[PlaneSpec, Address]:
         """Make its plane, of ``shape``: arguments of `Plane.create`. Returns what engines attach to, and where others
@@ -241,6 +280,15 @@ class Host:
                     process.kill()
             psutil.wait_procs(processes, GONE_WITHIN_S)
         remove_stale()
+
+
+def _shipped_to(directory: Path) -> dict[str, Stamp]:
+    """Files there that have been copied from a gateway, and that one's stamps of them."""
+    try:
+        record = json.loads((directory / _SHIPPED).read_text())
+        return {name: (int(size), int(changed)) for name, (size, changed) in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def listen_at(address: str) -> socket.socket:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from decar.router.errors import StartError
 from decar.server.cluster.host import Facts, Host
 from decar.server.cluster.nodes import Cluster, Node, Plan
-from decar.server.cluster.shipping import ship, sizes_of
+from decar.server.cluster.shipping import files_of, ship
 from decar.server.protocol.channels import channel_names
 from decar.server.protocol.links import Address
 from decar.server.protocol.mirror import GATEWAY, Hosts
@@ -81,12 +81,18 @@ class HostElsewhere:
 
 
 def wrong_with(
-    node: Node, host: Host, facts: Facts, gateway: Facts, checkpoints: Iterable[Path] = ()
+    node: Node,
+    host: Host,
+    facts: Facts,
+    gateway: Facts,
+    checkpoints: Iterable[Path] = (),
+    ships: bool = False,
 ) -> list[str]:
     """What would keep engines of ``checkpoints`` from running on a node.
 
     Args:
         facts, gateway: of its host, and of the gateway's.
+        ships: what was missing has been brought there.
 
     Raises:
         StartError: it does not answer.
@@ -97,11 +103,16 @@ def wrong_with(
         if version != gateway.versions[name]
     ]
     for checkpoint in checkpoints:
-        wrong = host.wrong(str(checkpoint.resolve()), sizes_of(checkpoint))
+        wrong = host.wrong(str(checkpoint.resolve()), files_of(checkpoint))
         if wrong is not None:
+            fix = (
+                "remove it there: what decar has not copied it does not write over"
+                if ships
+                else "copy them, or have `decar serve --ship-weights` do so"
+            )
             found.append(
                 f"node {node.name!r}: {wrong}; weights have to be at the same path on every node that serves them: "
-                "copy them, or have `decar serve --ship-weights` do so"
+                f"{fix}"
             )
     return found
 
@@ -216,7 +227,8 @@ class ClusterHosts:
             )
         if self._ship is not None:
             ship(self._cluster, at.host, at.node.name, checkpoint, partial(self._ship, expert))
-        wrong = wrong_with(at.node, at.host, at.facts, self._at[GATEWAY].facts, [checkpoint])
+        gateway, ships = self._at[GATEWAY].facts, self._ship is not None
+        wrong = wrong_with(at.node, at.host, at.facts, gateway, [checkpoint], ships)
         if wrong:
             raise StartError("; ".join(wrong))
 

@@ -45,7 +45,7 @@ from decar.server.gateway.trained_routers import TrainedRouters
 from decar.server.gateway.weights import WeightsReader
 from decar.server.metrics import EnsembleMetrics
 from decar.server.protocol.cores import GatewayThread
-from decar.server.protocol.lockstep import follow_membership
+from decar.server.protocol.lockstep import RULES, follow_membership
 from decar.server.protocol.member import Member
 from decar.server.protocol.mirror import row_bytes
 from decar.server.protocol.plane import Plane
@@ -123,7 +123,8 @@ class EnsembleClient(AllEngines):
         self.slots = Slots(slots)
         self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
         self._aborts = Aborts()
-        self.leaders = Leaders(hosts or (0,) * plane.spec.experts, row_bytes(plane.spec))
+        sizes = {rule: row_bytes(plane.spec, rule) for rule in RULES}
+        self.leaders = Leaders(hosts or (0,) * plane.spec.experts, sizes)
         self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)

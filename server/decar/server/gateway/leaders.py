@@ -6,10 +6,11 @@ K experts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from decar.kernels import Rule
 from decar.server.protocol.member import Member
 
 ROOM_BYTES = 256 << 10
@@ -22,10 +23,10 @@ class Leaders:
     Args:
         hosts: [K], of each expert, by number: a leader needs a row of every other expert each token, and those of its
             own host lie in its memory.
-        row_bytes: of a row on its way from one host to another.
+        row_bytes: of a row on its way from one host to another, by rule.
     """
 
-    def __init__(self, hosts: Sequence[int], row_bytes: int):
+    def __init__(self, hosts: Sequence[int], row_bytes: Mapping[Rule, int]):
         self._hosts, self._row_bytes = hosts, row_bytes
         self._members: dict[int, Member] = {}
 
@@ -57,7 +58,7 @@ class Leaders:
         brought: Counter[int] = Counter()
         for member in self._members.values():
             far = sum(hosts[k] != hosts[member.leader] for k in member.active)
-            brought[hosts[member.leader]] += far * self._row_bytes
+            brought[hosts[member.leader]] += far * self._row_bytes[member.rule]
         return brought
 
     def begin(self, member: Member) -> None:

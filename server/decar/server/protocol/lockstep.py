@@ -1,8 +1,9 @@
 """One decode step of the lockstep: post, wait, mix, publish, adopt. Knows the plane, and nothing about vLLM.
 
 Every engine runs this after its forward pass, for the requests it shares with others. Each wait is bounded
-by what the peer is doing, never by a clock: a row or a token is worth waiting for only while the peer runs
-the very step that makes it. What is not worth waiting for is a *hold*: no token this step.
+by what the peer is doing: a row or a token is worth waiting for only while the peer runs the very step that makes
+it. Where another host has to say something, and others want to go on, the clock bounds it as well. What is not worth
+waiting for is a *hold*: no token this step.
 
 A step's work is done on arrays, one entry a request: what stamps, tokens and weights are anyway.
 
@@ -93,10 +94,8 @@ class Observer:
         return leader.published(member.slot, stamp_of(member.generation, position))
 
     def needs_hosts(self, member: Member) -> bool:
-        """Whether its next token takes another host's row, or is another host's to decide."""
-        if member.leader == self.expert:
-            return not self._far.isdisjoint(member.active)
-        return member.leader in self._far
+        """Whether its next token waits for another host, whoever leads it."""
+        return not self._far.isdisjoint(member.active)
 
     def rows_may_come(self, member: Member, position: int, patient: bool = True) -> bool:
         """Whether a held turn that this engine leads is worth running again: every follower has given its row, or is
@@ -168,6 +167,7 @@ class Lockstep:
         self._far = plane.spec.far_from(expert)
         self._began = 0.0
         self._until = _FOREVER  # that other hosts are waited for
+        self._needs_hosts = np.zeros(slots, bool)  # whose tokens
 
         self.generation = np.zeros(slots, np.int64)
         self.produced = np.zeros(slots, np.int64)  # tokens of the answer that this engine knows
@@ -285,10 +285,8 @@ class Lockstep:
         the step has taken so far. What has not come by then is a hold."""
         self._until = _FOREVER
         if self._far.any():
-            led = turns.leaders == self.expert
-            need = np.where(
-                led, (self._active[turns.slots] & self._far).any(axis=1), self._far[turns.leaders]
-            )
+            need = (self._active[turns.slots] & self._far).any(axis=1)
+            self._needs_hosts[turns.slots] = need
             if need.sum() < rows:
                 now = time.monotonic()
                 self._until = now + (now - self._began) * _PATIENCE
@@ -387,7 +385,8 @@ class Lockstep:
         leaders, slots, entries, stamps = turns.leaders, turns.slots, turns.entries, turns.stamps
         with self.mine.timed("token_wait_ns"):
             while True:
-                running = (self._fields["running"][leaders, slots] == stamps) & self._waited_for()[leaders]
+                running = (self._fields["running"][leaders, slots] == stamps) & (self._alive[leaders] == 1)
+                running &= self._waited_for(slots)
                 there = self._fields["token_stamp"][leaders, entries] == stamps
                 waiting = np.flatnonzero(running & ~there)
                 if not len(waiting):
@@ -433,10 +432,9 @@ class Lockstep:
             self._own["tails"][places] = self._tails(turns, log_weights)
         self.mine.count("mixed_tokens", len(turns))
 
-    def _waited_for(self) -> np.ndarray:
-        """Which experts [K] are: those that live, and of other hosts not for too long."""
-        living: np.ndarray = self._alive == 1
-        return living & ~self._far if time.monotonic() >= self._until else living
+    def _waited_for(self, slots: np.ndarray) -> np.ndarray:
+        """Which of these [n] still are: those that need another host, not for too long."""
+        return ~self._needs_hosts[slots] | (time.monotonic() < self._until)
 
     def _wait_for(self, wanted: np.ndarray, turns: Turns) -> np.ndarray:
         """Wait for the rows of the ``wanted`` experts [n, K]; which turns [n] lack one that is not coming."""
@@ -447,7 +445,8 @@ class Lockstep:
 
         while missing().any():
             # In this order: a row that is not there once its engine no longer runs that step will not come.
-            running = (stamps == self._fields["running"][:, slots].T) & self._waited_for()
+            running = (stamps == self._fields["running"][:, slots].T) & (self._alive == 1)
+            running &= self._waited_for(slots)[:, None]
             lacking = missing()
             held: np.ndarray = (lacking & ~running).any(axis=1)
             waiting = np.argwhere(lacking & ~held[:, None])
@@ -465,7 +464,7 @@ class Lockstep:
         """
         entry, slot, stamp = int(turns.entries[i]), int(turns.slots[i]), int(turns.stamps[i])
         running, alive = self.blocks[peer].running, self._alive
-        until = self._until if self._far[peer] else _FOREVER
+        until = self._until if self._needs_hosts[slot] else _FOREVER
         spins = 0
         while stamps[entry] != stamp and running[slot] == stamp and alive[peer] and time.monotonic() < until:
             spins += 1

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from decar.kernels import Rule
 from decar.server.protocol.plane import NOTHING, WHOLE, Plane, PlaneSpec
 
 GATEWAY = 0
@@ -72,9 +73,9 @@ def best_of(spec: PlaneSpec) -> np.dtype[Any]:
     return np.dtype([("ids", "<u4", n), ("logits", "<f4", n), ("log_normaliser", "<f4"), ("tail", "<f4")])
 
 
-def row_bytes(spec: PlaneSpec) -> int:
-    """Of a row on its way to another host."""
-    return best_of(spec).itemsize if spec.wire_rows else 4 * spec.vocab_size
+def row_bytes(spec: PlaneSpec, rule: Rule) -> int:
+    """Of a row on its way to another host, which the logit rule wants whole."""
+    return best_of(spec).itemsize if spec.wire_rows and rule == "velocity" else 4 * spec.vocab_size
 
 
 def cells_of(plane: Plane, expert: int) -> dict[str, np.ndarray]:
