@@ -106,7 +106,7 @@ class RayCluster:
         """Of whoever is to be in the cluster."""
         # No proxy is asked the way from one machine to another.
         direct = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-        return {**direct, **_PATIENT, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        return {**direct, **_SETTINGS, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
     def start(self, machine: Machine, cpus: int = 4) -> RayNode:
         """Add a node, and wait until the cluster knows it. Each has a core of its own, if there are enough."""
@@ -163,8 +163,12 @@ class RayCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-_PATIENT = {"RAY_health_check_failure_threshold": "30", "RAY_gcs_rpc_server_reconnect_timeout_s": "300"}
-"""Ray soon takes nodes that it has not heard for dead, and those end when they hear of that."""
+_SETTINGS = {
+    # Ray soon takes nodes that it has not heard for dead, and those end when they hear of that.
+    "RAY_health_check_failure_threshold": "30",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
+    "RAY_worker_niceness": "0",  # else engines give way to whatever else runs
+}
 
 
 @contextlib.contextmanager
