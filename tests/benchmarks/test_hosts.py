@@ -113,7 +113,7 @@ def test_a_whole_run_over_links(tmp_path: Path) -> None:
     subprocess.run([*command, "--vllm", "--enforce-eager"], check=True, timeout=600)
     [report] = tmp_path.glob("*-2-hosts.json")
     runs = json.loads(report.read_text())["runs"]
-    assert len(runs) == 2 * (1 + 2 * 2)
+    assert len(runs) == 2 * 2 * (1 + 2)
     assert all(found["completed"] == 4 for found in runs)
 
 

@@ -111,19 +111,18 @@ def measure(bench: Bench, case: Case, load: Load, repeats: int) -> dict[str, Any
                         _bound(bench, system, target, wire_rows, load) for system, target in targets.items()
                     ]
                 for repeat in range(repeats):
-                    say(f"{rows}: one expert's plain server")
-                    with turn_of([single], [plain]):
+                    for link in case.links:
+                        say(f"{rows}, {_name(link)}: one expert's plain server")
                         measured = bench.measured([single], load)
-                    bench.keep("single", load, repeat, measured | {"wire_rows": wire_rows})
-                    with turn_of(targets.values(), [plain]):
-                        for link in case.links:
-                            switch.be(link.delay_ms, gbit_s=link.gbit_s)
+                        bench.keep("single", load, repeat, measured | {"wire_rows": wire_rows})
+                        switch.be(link.delay_ms, gbit_s=link.gbit_s)
+                        with turn_of(targets.values(), [plain]):
                             for system, target in targets.items():
                                 say(f"{rows}, {_name(link)}: {system}, repeat {repeat + 1} of {repeats}")
                                 measured = bench.measured([target], load)
                                 said = {"wire_rows": wire_rows, "link": asdict(link)}
                                 bench.keep(system, load, repeat, measured | said)
-                            switch.be()
+                        switch.be()
     return {"probes": probes, "bounds": bounds}
 
 
@@ -203,7 +202,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 def _of(
     runs: Sequence[dict[str, Any]], system: str, kind: int, link: dict[str, float]
 ) -> tuple[list[dict[str, Any]], float]:
-    """Runs of a system over a link, and the rate of the plain server at about that time."""
+    """Runs of a system over a link, and the plain server's mean rate beside them."""
     mine = [
         run for run in runs if run["system"] == system and run["wire_rows"] == kind and run["link"] == link
     ]
