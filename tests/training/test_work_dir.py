@@ -37,6 +37,8 @@ PATHS = {
     "work/export": RUN.export,
     "work/ensemble": RUN.ensemble,
     "work/ensemble-average": RUN.ensemble_average,
+    "work/ensemble-moe": RUN.ensemble_moe,
+    "work/moe": RUN.moe,
     "work/centralized": RUN.centralized,
     "work/random": RUN.random,
     "work/scores": RUN.scores,
@@ -76,7 +78,9 @@ def test_the_documentation_lists_the_same_directories() -> None:
     table = document[document.index("## The work directory") : document.index("## Partition")]
     rows = re.findall(r"^\| (`.*?) \| (`.*?`).*?\|", table, re.MULTILINE)
     listed = {name: command for names, command in rows for name in re.findall(r"`([\w-]+)/", names)}
-    assert listed.keys() == {Path(path).parts[1] for path in PATHS} - {"export", "seed-3"} | {"seed-SEED"}
+    assert listed.keys() == {Path(path).parts[1] for path in PATHS} - {"export", "moe", "seed-3"} | {
+        "seed-SEED"
+    }
     for name in ("partition", "tokenizer", "router", "centralized", "scores", "evaluate"):
         assert listed[name] == f"`{command_of(RUN.work_dir / name)}`"
 
