@@ -141,6 +141,23 @@ def test_experts_are_trained_side_by_side_and_no_expert_twice(
     assert not list(config.work_dir.rglob("*.lock"))
 
 
+def test_the_centralized_model_is_trained_beside_the_run_and_not_twice(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo trains it so."""
+    path = write_config()
+    config = load_config(path)
+    assert command(monkeypatch, "run", path) == 0
+    with lock(config.run.lock(), "the run"):
+        assert command(monkeypatch, "centralized", path) == 0
+    capsys.readouterr()
+    with lock(config.run.centralized_lock, "it"):
+        assert command(monkeypatch, "centralized", path) == 1
+        assert f"at work on the centralized model in {config.work_dir};" in capsys.readouterr().err
+        assert command(monkeypatch, "run", path) == 0
+    assert not list(config.work_dir.rglob("*.lock"))
+
+
 def test_the_lock_leaves_no_directory_that_it_made(tmp_path: Path) -> None:
     run = Run(tmp_path / "runs" / "new")
     with lock(run.lock(), "it", shared=True), lock(run.lock(), "it", shared=True):

@@ -143,9 +143,7 @@ def export(
 @app.command()
 def centralized(config: ConfigPath, set_: Overrides = None) -> None:
     """Train what the ensemble is held against: one model on all shards, with all the experts' compute."""
-    settings = _load(config, set_)
-    with _alone(settings):
-        _centralized(settings)
+    _centralized(_load(config, set_))
 
 
 @app.command()
@@ -318,12 +316,14 @@ def _expert(config: TrainConfig, name: str) -> None:
 
 def _centralized(config: TrainConfig) -> None:
     from decar.training.centralized import centralized_stage, train_centralized, why_no_twin
+    from decar.training.stages import lock
 
     problem = why_no_twin(config)
     if problem:
         console.print(f"centralized model: none, {problem}", soft_wrap=True)
         return
-    _model(centralized_stage(config), "centralized model", partial(train_centralized, config))
+    with lock(config.run.centralized_lock, f"the centralized model in {config.work_dir}"):
+        _model(centralized_stage(config), "centralized model", partial(train_centralized, config))
 
 
 def _mixture(config: TrainConfig) -> None:

@@ -139,6 +139,11 @@ class Run:
         """The file that is locked by who works on the run, or on one ``expert`` of it."""
         return self.work_dir / ".lock" if expert is None else self.expert(expert).with_name(f".{expert}.lock")
 
+    @property
+    def centralized_lock(self) -> Path:
+        """The file that is locked by who trains the centralized model, beside whatever else goes on in the run."""
+        return self.work_dir / ".centralized.lock"
+
     def logs(self, stage: Stage) -> Path:
         """Where TensorBoard finds the curves of the model of ``stage``."""
         return self.work_dir / "logs" / stage.directory.relative_to(self.work_dir)
