@@ -198,28 +198,28 @@ def test_who_waits_for_another_host_by_way_of_an_engine_beside_it_is_as_patient(
         plane.unlink()
 
 
+def waits(leader: Lockstep, follower: Lockstep, turns: Turns, theirs: Turns, rows: int) -> bool:
+    """Whether ``leader`` waits for a row that comes late, in steps of so many ``rows``."""
+    for engine, its in ((leader, turns), (follower, theirs)):
+        engine.announce(its)
+        engine.bound_waits(its, rows)
+    later = threading.Timer(0.2, lambda: follower.post(theirs, torch.zeros(1, VOCABULARY)))
+    later.start()
+    ready = leader.wait_for_rows(turns)
+    later.join()
+    return len(ready) == 1
+
+
 def test_another_host_is_waited_for_where_all_need_it(apart: tuple[Lockstep, Lockstep]) -> None:
     leader, follower = apart
     turns, theirs = begin(leader, member()), begin(follower, member())
-    for engine, its in ((leader, turns), (follower, theirs)):
-        engine.announce(its)
-        engine.bound_waits(its, rows=1)
-    later = threading.Timer(0.2, lambda: follower.post(theirs, torch.zeros(1, VOCABULARY)))
-    later.start()
-    assert len(leader.wait_for_rows(turns)) == 1
-    later.join()
+    assert waits(leader, follower, turns, theirs, rows=1)
 
 
 def test_an_engine_beside_is_waited_for_whatever_else_there_is(engines: tuple[Lockstep, Lockstep]) -> None:
     leader, follower = engines
     turns, theirs = begin(leader, member()), begin(follower, member())
-    for engine, its in ((leader, turns), (follower, theirs)):
-        engine.announce(its)
-        engine.bound_waits(its, rows=2)
-    later = threading.Timer(0.2, lambda: follower.post(theirs, torch.zeros(1, VOCABULARY)))
-    later.start()
-    assert len(leader.wait_for_rows(turns)) == 1
-    later.join()
+    assert waits(leader, follower, turns, theirs, rows=2)
 
 
 @pytest.mark.parametrize("hosts", [(0, 0), (0, 1)])

@@ -24,6 +24,16 @@ from decar.training.tokenizer import make_tokenizer, tokenizer_stage
 from tests.training.conftest import WriteConfig
 from tests.training.test_run import command, modified
 
+MERGED_FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+"""Of one model that experts are merged into."""
+
 
 def trained(config: TrainConfig) -> TrainConfig:
     make_partition(config, partition_stage(config))
@@ -55,14 +65,7 @@ def test_the_average_is_the_mean_of_the_weights(
     model = AutoModelForCausalLM.from_pretrained(target)
     ids = tokenizer("def f", return_tensors="pt")["input_ids"]
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
-    assert {file.name for file in target.iterdir()} == {
-        "README.md",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert {file.name for file in target.iterdir()} == MERGED_FILES
     export_average(config)  # replaces itself
 
 

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -76,8 +78,9 @@ def test_a_run_in_a_folder_with_brackets_prints_its_paths_whole(
 # ---------------------------------------------------------------------------------------------- one at a time
 
 
-def start(path: Path, *words: str) -> subprocess.Popen[str]:
-    """A decar-train that has the lock and waits, until it is killed."""
+@contextmanager
+def at_work(path: Path, *words: str) -> Iterator[None]:
+    """Beside a decar-train that has the lock and waits; it is killed at the end."""
     script = (
         "import sys, time\n"
         "from decar.training import cli\n"
@@ -87,9 +90,13 @@ def start(path: Path, *words: str) -> subprocess.Popen[str]:
         "cli.main()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "locked\n"
-    return process
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_second_run_is_refused_and_a_killed_one_leaves_nothing_behind(
@@ -97,8 +104,7 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_nothing_behind(
 ) -> None:
     path = write_config()
     config = load_config(path)
-    first = start(path, "run")
-    try:
+    with at_work(path, "run"):
         for words in (("run",), ("partition",), ("expert", "code"), ("export",), ("router",), ("evaluate",)):
             before = time.monotonic()
             assert command(monkeypatch, *words, path) == 1
@@ -109,9 +115,6 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_nothing_behind(
                 "or set another work_dir"
             )
         assert command(monkeypatch, "partition", path, "--set", f"work_dir={config.work_dir}-2") == 0
-    finally:
-        first.kill()
-        first.wait()
     assert command(monkeypatch, "partition", path) == 0
     assert not list(config.work_dir.rglob("*.lock"))
 
@@ -122,8 +125,7 @@ def test_experts_are_trained_side_by_side_and_no_expert_twice(
     path = write_config()
     config = load_config(path)
     assert command(monkeypatch, "partition", path) == 0
-    first = start(path, "expert", "code")
-    try:
+    with at_work(path, "expert", "code"):
         assert command(monkeypatch, "expert", "prose", path) == 0
         capsys.readouterr()
         assert command(monkeypatch, "expert", "code", path) == 1
@@ -134,9 +136,6 @@ def test_experts_are_trained_side_by_side_and_no_expert_twice(
         monkeypatch.setenv("RANK", "1")
         assert command(monkeypatch, "expert", "prose", path) == 0
         monkeypatch.delenv("RANK")
-    finally:
-        first.kill()
-        first.wait()
     assert command(monkeypatch, "expert", "code", path) == 0
     assert not list(config.work_dir.rglob("*.lock"))
 

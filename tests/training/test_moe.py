@@ -31,7 +31,7 @@ from decar.training.expert import read_expert_report
 from decar.training.moe import export_moe, gate_weights, merge, moe_stage, train_moe
 from decar.training.partition import read_shard
 from tests.training.conftest import WriteConfig, config_writer
-from tests.training.test_export import trained
+from tests.training.test_export import MERGED_FILES, trained
 from tests.training.test_run import command, modified
 
 SHAPE: dict[str, Any] = {
@@ -288,14 +288,7 @@ def test_the_export(
     out = "".join(capsys.readouterr().out.split("\n"))
     assert str(target) in out
     assert "mixture of experts: step 2/2" in out
-    assert {file.name for file in target.iterdir()} == {
-        "README.md",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert {file.name for file in target.iterdir()} == MERGED_FILES
     tokenizer = AutoTokenizer.from_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(target)
     ids = tokenizer("def f", return_tensors="pt")["input_ids"]

@@ -34,7 +34,7 @@ from decar.benchmarks.machine import environment, slug
 from decar.benchmarks.models import SHAPES, given_or_random
 from decar.benchmarks.network import Switch, forget_proxies, network
 from decar.benchmarks.nodes import NAMES, NodeDidNotStart, RayCluster, ray_cluster
-from decar.benchmarks.report import write
+from decar.benchmarks.report import wide_console, write
 from decar.benchmarks.servers import Bench
 from decar.clients.child import Server, ServerDidNotStart, end_on_sigterm
 
@@ -147,9 +147,7 @@ def failures(
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("benchmarks/results"),
 ) -> None:
     """Record what clients see, second by second, while simulated hosts and their links fail. Needs root."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
+    console = wide_console()
     if reason := cannot(hosts):
         raise typer.BadParameter(reason, param_hint="--hosts")
     end_on_sigterm()

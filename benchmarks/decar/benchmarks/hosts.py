@@ -93,7 +93,7 @@ def measure(bench: Bench, case: Case, load: Load, repeats: int) -> dict[str, Any
             probes.append({"link": asdict(link), "gbit_s": gbit_s, "round_trip_ms": round_trip_ms})
         switch.be()
         for wire_rows in case.wire_rows:
-            rows = f"{wire_rows} logits a row" if wire_rows else "whole rows"
+            rows = _rows(wire_rows)
             say(f"{rows}: starting")
             with (
                 ray_cluster(case.hosts, switch) as cluster,
@@ -162,7 +162,15 @@ def _bound(bench: Bench, system: str, target: Target, wire_rows: int, load: Load
 
 
 def _name(link: Link) -> str:
-    return f"{link.delay_ms:g} ms, {f'{link.gbit_s:g} Gb/s' if link.gbit_s else 'no limit'}"
+    return f"{link.delay_ms:g} ms, {_bandwidth(link.gbit_s)}"
+
+
+def _bandwidth(gbit_s: float) -> str:
+    return f"{gbit_s:g} Gb/s" if gbit_s else "no limit"
+
+
+def _rows(kind: int) -> str:
+    return f"N = {kind}" if kind else "whole rows"
 
 
 # --- what was found -------------------------------------------------------------------------------------------
@@ -172,22 +180,19 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print a table for each system: a line for each link, a column for each kind of rows."""
     kinds = list(dict.fromkeys(run["wire_rows"] for run in result["runs"]))
     for system in dict.fromkeys(run["system"] for run in result["runs"] if run["system"] != "single"):
-        headings = [f"N = {kind}" if kind else "whole rows" for kind in kinds]
-        table = Table("one way", "bandwidth", *headings, title=system, box=box.SIMPLE_HEAD)
+        table = Table("one way", "bandwidth", *map(_rows, kinds), title=system, box=box.SIMPLE_HEAD)
         for probe_of in result["probes"]:
             link = probe_of["link"]
             cells = [_cell(*_of(result["runs"], system, kind, link)) for kind in kinds]
-            bandwidth = f"{link['gbit_s']:g} Gb/s" if link["gbit_s"] else "no limit"
-            table.add_row(f"{link['delay_ms']:g} ms", bandwidth, *cells)
+            table.add_row(f"{link['delay_ms']:g} ms", _bandwidth(link["gbit_s"]), *cells)
         console.print(table)
     console.print("tokens/s (÷ one expert's plain server), TTFT p50, ITL p50 in ms; means of the repeats")
     seen = Table("one way", "bandwidth", "seen: Gb/s", "round trip", box=box.SIMPLE_HEAD)
     for found in result["probes"]:
         link = found["link"]
-        bandwidth = f"{link['gbit_s']:g} Gb/s" if link["gbit_s"] else "no limit"
         seen.add_row(
             f"{link['delay_ms']:g} ms",
-            bandwidth,
+            _bandwidth(link["gbit_s"]),
             f"{found['gbit_s']:.2f}",
             f"{found['round_trip_ms']:.2f} ms",
         )
@@ -238,10 +243,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         2, 2, figsize=(12, 8), layout="constrained", sharex="col", sharey="row", squeeze=False
     )
     for column, chosen in enumerate((by_delay, by_width)):
-        names = [
-            f"{link.delay_ms:g} ms" if column == 0 else f"{link.gbit_s:g} Gb/s" if link.gbit_s else "no limit"
-            for link in chosen
-        ]
+        names = [f"{link.delay_ms:g} ms" if column == 0 else _bandwidth(link.gbit_s) for link in chosen]
         for s, system in enumerate(systems):
             for k, kind in enumerate(kinds):
                 found = [_of(result["runs"], system, kind, asdict(link)) for link in chosen]
@@ -249,15 +251,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     "color": f"C{s}",
                     "linestyle": ("-", "--", "-.", ":")[k % 4],
                     "marker": "os^v"[k % 4],
-                    "label": f"{system}, {f'N = {kind}' if kind else 'whole rows'}",
+                    "label": f"{system}, {_rows(kind)}",
                 }
                 ratios = [mean(run["output_throughput"] for run in runs) / single for runs, single in found]
                 axes[0][column].plot(names, ratios, **style)
                 axes[1][column].plot(
                     names, [mean(run["p50_itl_ms"] for run in runs) for runs, _ in found], **style
                 )
-        within = f"{widest:g} Gb/s" if widest else "no limit"
-        axes[0][column].set_title(f"links of {within}" if column == 0 else f"{least:g} ms one way")
+        axes[0][column].set_title(
+            f"links of {_bandwidth(widest)}" if column == 0 else f"{least:g} ms one way"
+        )
         axes[1][column].set_xlabel("delay, one way" if column == 0 else "bandwidth")
         for row in axes:
             row[column].grid(alpha=0.3)

@@ -65,6 +65,14 @@ def write(
     return free
 
 
+def wide_console() -> Console:
+    """One that cuts no table to 80 columns where it is written to a file: it would lose its ratios."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    return console
+
+
 def lines_of(result: Any) -> str:
     """``result`` as JSON with each record on a line of its own: what holds no list of records is one."""
     return _lines_of(result, "") + "\n"

@@ -31,7 +31,6 @@ import torch
 import transformers
 import typer
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
 from rich.progress import Progress
 
 from decar.benchmarks import hosts as over_hosts
@@ -115,9 +114,7 @@ def serve(
 
     Load comes from vLLM's own `vllm bench serve`. Answers are checked against a transformers mixture first.
     """
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140  # a table cut to 80 columns would lose its ratios
+    console = report.wide_console()
     known, usual = (SYSTEMS, DEFAULT_SYSTEMS) if hosts == 1 else (OVER_HOSTS, OVER_HOSTS[:2])
     compared = [name for name in systems.split(",") if name] or list(usual)
     for name in compared:

@@ -171,7 +171,7 @@ def train_model(
         held_out_documents=_num_documents(config, shards, "held_out"),
         dropped=dict(train.dropped),
         shards=_hashes(config, shards),
-        versions={package: _version(package) for package in ("decar", "torch", "transformers")},
+        versions=versions(),
     )
     if writer is not None:
         writer.add_scalar("held_out_loss", report.held_out_loss, report.steps)
@@ -394,6 +394,11 @@ def _num_documents(config: TrainConfig, shards: Sequence[str], split: str) -> in
 def _hashes(config: TrainConfig, shards: Sequence[str]) -> dict[str, str]:
     files = [config.run.shard(shard, split) for shard in shards for split in SPLITS]
     return {f"{file.parent.name}/{file.name}": sha256(file) for file in files}
+
+
+def versions() -> dict[str, str]:
+    """Of what trains a model, by package, for its report."""
+    return {package: _version(package) for package in ("decar", "torch", "transformers")}
 
 
 def _version(package: str) -> str:

@@ -15,7 +15,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from decar.training.average import average, check_configurations, mean, open_wei
 from decar.training.blocks import IGNORED, Rows, mean_loss
 from decar.training.card import CARD_NAME, moe_card
 from decar.training.config import TrainConfig
-from decar.training.expert import ExpertReport, make_trainer, read_blocks, read_expert_report
+from decar.training.expert import ExpertReport, make_trainer, read_blocks, read_expert_report, versions
 from decar.training.export import check_target, copy_text_files, expert_marker, read_trained
 from decar.training.held_out import load_model
 from decar.training.run import NOT_EXPORTED, SPLITS, average_folder, report_file
@@ -287,7 +286,7 @@ def train_moe(config: TrainConfig, stage: Stage, callbacks: Iterable[Any] = ()) 
             train_documents=_sum(report.train_documents for report in reports.values()),
             held_out_documents=_sum(report.held_out_documents for report in reports.values()),
             shards={file: sha256 for report in reports.values() for file, sha256 in report.shards.items()},
-            versions={package: version(package) for package in ("decar", "torch", "transformers")},
+            versions=versions(),
         )
         model.to(mixtral_config(experts).dtype or torch.float32).save_pretrained(directory)
         copy_text_files(experts[0], directory)

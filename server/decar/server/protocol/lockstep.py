@@ -386,7 +386,8 @@ class Lockstep:
         with self.mine.timed("token_wait_ns"):
             while True:
                 running = (self._fields["running"][leaders, slots] == stamps) & (self._alive[leaders] == 1)
-                running &= self._waited_for(slots)
+                if self._until < _FOREVER:
+                    running &= self._waited_for(slots)
                 there = self._fields["token_stamp"][leaders, entries] == stamps
                 waiting = np.flatnonzero(running & ~there)
                 if not len(waiting):
@@ -446,7 +447,8 @@ class Lockstep:
         while missing().any():
             # In this order: a row that is not there once its engine no longer runs that step will not come.
             running = (stamps == self._fields["running"][:, slots].T) & (self._alive == 1)
-            running &= self._waited_for(slots)[:, None]
+            if self._until < _FOREVER:
+                running &= self._waited_for(slots)[:, None]
             lacking = missing()
             held: np.ndarray = (lacking & ~running).any(axis=1)
             waiting = np.argwhere(lacking & ~held[:, None])
@@ -466,7 +468,9 @@ class Lockstep:
         running, alive = self.blocks[peer].running, self._alive
         until = self._until if self._needs_hosts[slot] else _FOREVER
         spins = 0
-        while stamps[entry] != stamp and running[slot] == stamp and alive[peer] and time.monotonic() < until:
+        while stamps[entry] != stamp and running[slot] == stamp and alive[peer]:
+            if until < _FOREVER and time.monotonic() >= until:
+                return
             spins += 1
             if spins > _SPINS:
                 self.mine.beat()
