@@ -16,7 +16,7 @@ from PIL import Image
 from decar.router.manifest import Manifest
 from decar.server.gateway.request import DecarOptions
 from decar.training.config import DataConfig, DocumentConfig, TrainConfig
-from decar.training.sources import read_documents
+from decar.training.data.sources import read_documents
 from tests.commands import NoSuchCommand, check
 from tests.documents import (
     DOCUMENTS,

@@ -21,7 +21,7 @@ from decar.router import Ensemble, load_trained_images
 from decar.router.features import TfidfFeatures
 from decar.router.files import Centroids, Classifier, TrainedRouter, write_router
 from decar.router.images import PixelFeatures
-from decar.training.digits import write_digits
+from decar.training.data.digits import write_digits
 from tests.browser import opened
 from tests.helpers import EXACT, Server, assert_error
 from tests.images import ImageReference, data_url, digit_images, image_chat, make_image_ensemble

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from decar.training.moe import merge
+from decar.training.export.moe import merge
 from tests.helpers import serve_environment
 from tests.reference import HEAD_DIM
 from tests.training.test_moe import checkpoint

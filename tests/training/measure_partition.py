@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from decar.training.config import load_config
-from decar.training.partition import make_partition, partition_stage
+from decar.training.partition.stage import make_partition, partition_stage
 
 # What stays loaded whatever the corpus.
 import matplotlib.pyplot  # noqa: F401 isort: skip

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from decar.router import Ensemble
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert import complete_checkpoints, expert_stage, step_of, train_expert
-from decar.training.partition import make_partition, partition_stage
-from decar.training.tokenizer import make_tokenizer, tokenizer_stage
+from decar.training.data.tokenizer import make_tokenizer, tokenizer_stage
+from decar.training.expert.stage import complete_checkpoints, expert_stage, step_of, train_expert
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
 from tests.training.test_run import command
 

@@ -11,14 +11,14 @@ import torch
 from datasets import Dataset
 
 from decar.router.errors import TrainingError
-from decar.training import expert
-from decar.training.blocks import IGNORED, mean_loss, pack, render_chat
 from decar.training.config import CONTINUATION_TEMPLATE, DataConfig, DocumentConfig, load_config
-from decar.training.expert import expert_stage, read_blocks, train_expert
-from decar.training.model import build_model
-from decar.training.partition import make_partition, partition_stage, read_examples, read_shard
-from decar.training.sources import Chat, read_documents
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.data.blocks import IGNORED, mean_loss, pack, render_chat
+from decar.training.data.sources import Chat, read_documents
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.expert import stage as expert
+from decar.training.expert.model import build_model
+from decar.training.expert.stage import expert_stage, read_blocks, train_expert
+from decar.training.partition.stage import make_partition, partition_stage, read_examples, read_shard
 from tests.training.conftest import CODE, WriteConfig
 
 CHATML = (

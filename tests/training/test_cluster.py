@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
-from decar.training.cluster import balanced_assignment, balanced_kmeans, equal_sizes, two_stage_kmeans
+from decar.training.partition.cluster import (
+    balanced_assignment,
+    balanced_kmeans,
+    equal_sizes,
+    two_stage_kmeans,
+)
 
 
 def optimum(scores: np.ndarray, sizes: np.ndarray) -> float:

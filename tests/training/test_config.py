@@ -9,7 +9,7 @@ import pytest
 
 from decar.router.errors import TrainingError
 from decar.training.config import load_config
-from decar.training.model import check_model
+from decar.training.expert.model import check_model
 from tests.training.conftest import WriteConfig
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

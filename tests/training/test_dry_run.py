@@ -11,13 +11,13 @@ import torch
 import yaml
 from transformers import LlamaConfig, TrainerCallback
 
-from decar.training.blocks import Blocks
 from decar.training.config import load_config
+from decar.training.data.blocks import Blocks
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.dry_run import estimate, shown
-from decar.training.expert import expert_stage, train_expert
-from decar.training.model import build_model
-from decar.training.partition import make_partition, partition_stage
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.expert.model import build_model
+from decar.training.expert.stage import expert_stage, train_expert
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
 from tests.training.test_expert import StopAt
 from tests.training.test_run import command, modified

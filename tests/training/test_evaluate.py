@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 from decar.router import Ensemble
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, load_config, load_seeds
-from decar.training.evaluate import EvaluationReport
-from decar.training.held_out import read_texts
-from decar.training.partition import make_partition, partition_stage, read_examples
-from decar.training.scores import AVERAGE, CENTRALIZED, MOE, RANDOM
-from decar.training.sources import Chat
-from decar.training.systems import DENSE
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.data.sources import Chat
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.evaluate.held_out import read_texts
+from decar.training.evaluate.scores import AVERAGE, CENTRALIZED, MOE, RANDOM
+from decar.training.evaluate.stage import EvaluationReport
+from decar.training.evaluate.systems import DENSE
+from decar.training.partition.stage import make_partition, partition_stage, read_examples
 from tests.training.conftest import WriteConfig, config_writer
 from tests.training.test_chat import CHATML, chat
 from tests.training.test_scores import SETTINGS, run

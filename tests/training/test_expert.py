@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from decar.router.errors import TrainingError
-from decar.training.blocks import IGNORED, mean_loss, pack
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert import (
+from decar.training.data.blocks import IGNORED, mean_loss, pack
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.expert.model import build_model
+from decar.training.expert.stage import (
     complete_checkpoints,
     delete_incomplete,
     expert_stage,
     train_expert,
 )
-from decar.training.model import build_model
-from decar.training.partition import make_partition, partition_stage, read_shard
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.partition.stage import make_partition, partition_stage, read_shard
 from tests.training.conftest import WriteConfig
 
 

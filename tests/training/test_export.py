@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from decar.router import Ensemble
 from decar.router.errors import DecarError, EnsembleError, TrainingError
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert import expert_stage, read_expert_report, train_expert
-from decar.training.export import export, export_average, export_stage
-from decar.training.partition import make_partition, partition_stage
-from decar.training.tokenizer import make_tokenizer, tokenizer_stage
+from decar.training.data.tokenizer import make_tokenizer, tokenizer_stage
+from decar.training.expert.stage import expert_stage, read_expert_report, train_expert
+from decar.training.export.stage import export, export_average, export_stage
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
 from tests.training.test_run import command, modified
 

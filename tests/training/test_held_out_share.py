@@ -12,14 +12,14 @@ import pytest
 
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, load_config
-from decar.training.partition import (
+from decar.training.evaluate.random_split import random_config
+from decar.training.partition.stage import (
     make_partition,
     partition_stage,
     read_examples,
     read_partition_report,
     read_shard,
 )
-from decar.training.random_split import random_config
 from decar.training.run import SPLITS
 from tests.training.conftest import WriteConfig
 from tests.training.test_run import command

@@ -16,10 +16,10 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from decar.router.errors import TrainingError
 from decar.training.config import DataConfig, DocumentConfig, TrainConfig, load_config
-from decar.training.corpus import IMAGES_FIELD
-from decar.training.digits import WHICH, write_digits
-from decar.training.partition import make_partition, partition_stage
-from decar.training.sources import BadLines, Document, read_documents
+from decar.training.data.corpus import IMAGES_FIELD
+from decar.training.data.digits import WHICH, write_digits
+from decar.training.data.sources import BadLines, Document, read_documents
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
 
 

@@ -32,25 +32,25 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from decar.router import Ensemble, EnsembleError, load_trained, load_trained_images
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
-from decar.training.blocks import IGNORED, mean_loss
 from decar.training.config import IMAGE_TEMPLATE, TrainConfig, load_config
-from decar.training.corpus import DocumentWriter
-from decar.training.digits import write_digits
-from decar.training.expert import (
+from decar.training.data.blocks import IGNORED, mean_loss
+from decar.training.data.corpus import DocumentWriter
+from decar.training.data.digits import write_digits
+from decar.training.data.image_blocks import ImageBlocks, ShardImages, image_sizes
+from decar.training.data.sources import Chat, Document
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.evaluate.held_out import load_model, read_texts, scored, scores_of
+from decar.training.expert.model import build_model, check_model
+from decar.training.expert.stage import (
     complete_checkpoints,
     expert_processor,
     expert_stage,
     read_blocks,
     train_expert,
 )
-from decar.training.export import export, export_average, export_stage
-from decar.training.held_out import load_model, read_texts, scored, scores_of
-from decar.training.image_blocks import ImageBlocks, ShardImages, image_sizes
-from decar.training.model import build_model, check_model
-from decar.training.partition import make_partition, partition_stage, read_examples
-from decar.training.router import router_stage, train_router
-from decar.training.sources import Chat, Document
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.export.stage import export, export_average, export_stage
+from decar.training.partition.stage import make_partition, partition_stage, read_examples
+from decar.training.router.stage import router_stage, train_router
 from tests.training.conftest import PROSE, config_writer
 from tests.training.test_apart import COMMAND, DEADLINE_S, assert_equal, weights
 

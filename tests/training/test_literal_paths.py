@@ -15,8 +15,8 @@ import pytest
 
 from decar.router.errors import TrainingError
 from decar.training.config import DataConfig, load_config
+from decar.training.data.sources import input_files
 from decar.training.run import Run
-from decar.training.sources import input_files
 from decar.training.stages import lock
 from tests.training.conftest import WriteConfig
 from tests.training.test_run import command

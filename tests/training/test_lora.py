@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from decar.router import Ensemble
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert import expert_fingerprint, expert_stage, train_expert
-from decar.training.model import build_model
-from decar.training.partition import make_partition, partition_stage
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.expert.model import build_model
+from decar.training.expert.stage import expert_fingerprint, expert_stage, train_expert
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
 from tests.training.test_expert import StopAt, weights
 from tests.training.test_run import command

@@ -27,9 +27,9 @@ from transformers import (
 from decar.router.errors import TrainingError
 from decar.router.manifest import ExpertCheckpoint
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert import read_expert_report
-from decar.training.moe import export_moe, gate_weights, merge, moe_stage, train_moe
-from decar.training.partition import read_shard
+from decar.training.expert.stage import read_expert_report
+from decar.training.export.moe import export_moe, gate_weights, merge, moe_stage, train_moe
+from decar.training.partition.stage import read_shard
 from tests.training.conftest import WriteConfig, config_writer
 from tests.training.test_export import MERGED_FILES, trained
 from tests.training.test_run import command, modified
@@ -323,7 +323,7 @@ def test_what_fails_leaves_what_was_there(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"decar.training.moe.{broken}", interrupted)
+    monkeypatch.setattr(f"decar.training.export.moe.{broken}", interrupted)
     with pytest.raises(KeyboardInterrupt):
         work(config, moe_stage(config))
     assert (modified(config.run.ensemble_moe), modified(config.run.moe)) == before
@@ -331,7 +331,7 @@ def test_what_fails_leaves_what_was_there(
 
 
 def test_a_training_that_diverges_keeps_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("decar.training.moe.mean_loss", lambda *_: float("nan"))
+    monkeypatch.setattr("decar.training.export.moe.mean_loss", lambda *_: float("nan"))
     with pytest.raises(TrainingError, match=r"loss is nan after 1 steps; lower moe\.learning_rate"):
         made(config, steps=1)
     assert not config.run.moe.exists()

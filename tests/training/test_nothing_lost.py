@@ -11,9 +11,11 @@ import pytest
 from datasets import Dataset
 
 from decar.router.errors import TrainingError
-from decar.training.blocks import pack
 from decar.training.config import DataConfig, DocumentConfig, TrainConfig, load_config
-from decar.training.partition import (
+from decar.training.data.blocks import pack
+from decar.training.data.sources import EMPTY, SHORT, UNLEARNED, Chat, Document, Piece, Tally, read_documents
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.partition.stage import (
     make_partition,
     partition_stage,
     read_examples,
@@ -21,8 +23,6 @@ from decar.training.partition import (
     read_shard,
 )
 from decar.training.run import SPLITS
-from decar.training.sources import EMPTY, SHORT, UNLEARNED, Chat, Document, Piece, Tally, read_documents
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import CODE, PROSE, WriteConfig
 from tests.training.test_run import command
 

@@ -10,13 +10,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
-from decar.training.blocks import IGNORED, mean_loss, pack
 from decar.training.config import load_config
-from decar.training.expert import expert_stage, make_trainer, read_blocks, read_expert_report, train_expert
-from decar.training.model import build_model, keeps_apart
-from decar.training.partition import make_partition, partition_stage
-from decar.training.sources import Chat
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.data.blocks import IGNORED, mean_loss, pack
+from decar.training.data.sources import Chat
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.expert.model import build_model, keeps_apart
+from decar.training.expert.stage import (
+    expert_stage,
+    make_trainer,
+    read_blocks,
+    read_expert_report,
+    train_expert,
+)
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
 from tests.training.tokenizers_of_kinds import KINDS
 

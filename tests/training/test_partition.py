@@ -19,8 +19,8 @@ from transformers import BertConfig, BertModel
 from decar.router.errors import TrainingError
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
-from decar.training.partition import make_partition, partition_stage, read_partition_report, read_shard
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.partition.stage import make_partition, partition_stage, read_partition_report, read_shard
 from tests.training.conftest import CODE, PROSE, WriteConfig
 
 

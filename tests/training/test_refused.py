@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from decar.router.errors import TrainingError
-from decar.training import expert
 from decar.training.config import TrainConfig, load_config
+from decar.training.data.features import embedding_files
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.dry_run import problems
-from decar.training.expert import complete_checkpoints, expert_stage, train_expert
-from decar.training.features import embedding_files
-from decar.training.model import build_model
-from decar.training.partition import make_partition, partition_stage
+from decar.training.expert import stage as expert
+from decar.training.expert.model import build_model
+from decar.training.expert.stage import complete_checkpoints, expert_stage, train_expert
+from decar.training.partition.stage import make_partition, partition_stage
 from decar.training.stages import is_full_disk
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import WriteConfig
 from tests.training.test_run import command
 

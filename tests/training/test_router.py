@@ -18,10 +18,11 @@ from decar.router.posterior import log_prior
 from decar.router.routers import ClassifierRouter
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert import expert_stage, train_expert
-from decar.training.export import export, export_stage
-from decar.training.partition import make_partition, partition_stage, read_shard
-from decar.training.router import (
+from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.expert.stage import expert_stage, train_expert
+from decar.training.export.stage import export, export_stage
+from decar.training.partition.stage import make_partition, partition_stage, read_shard
+from decar.training.router.stage import (
     RouterReport,
     draw_prefixes,
     fit_classifier,
@@ -31,7 +32,6 @@ from decar.training.router import (
     router_stage,
     train_router,
 )
-from decar.training.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from tests.training.conftest import WriteConfig, tiny_config
 
 

@@ -16,16 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from decar.router import Ensemble
 from decar.router.errors import TrainingError
-from decar.training.centralized import centralized_stage, train_centralized
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
-from decar.training.evaluate import EvaluationReport
-from decar.training.expert import read_expert_report
-from decar.training.held_out import Text, load_model, scored
-from decar.training.partition import read_shard
-from decar.training.random_split import random_config
-from decar.training.sampled import compare_pruned, sample_continuations
-from decar.training.scores import (
+from decar.training.data.tokenizer import load_tokenizer
+from decar.training.evaluate.centralized import centralized_stage, train_centralized
+from decar.training.evaluate.held_out import Text, load_model, scored
+from decar.training.evaluate.random_split import random_config
+from decar.training.evaluate.sampled import compare_pruned, sample_continuations
+from decar.training.evaluate.scores import (
     AVERAGE,
     BEST,
     CENTRALIZED,
@@ -35,8 +33,10 @@ from decar.training.scores import (
     make_scores,
     scores_stage,
 )
-from decar.training.systems import DENSE, Outcome
-from decar.training.tokenizer import load_tokenizer
+from decar.training.evaluate.stage import EvaluationReport
+from decar.training.evaluate.systems import DENSE, Outcome
+from decar.training.expert.stage import read_expert_report
+from decar.training.partition.stage import read_shard
 from tests.training.conftest import WriteConfig, config_writer
 
 PROMPT = 6

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from decar.training import skills
+from decar.training.data import skills
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from decar.router.errors import TrainingError
 from decar.training.config import DataConfig, DocumentConfig
-from decar.training.sources import BadLines, cut, read_documents
+from decar.training.data.sources import BadLines, cut, read_documents
 
 SHORT = DocumentConfig(min_chars=1)
 CUT = DocumentConfig(min_chars=0, max_chars=40)

@@ -11,7 +11,7 @@ import torch
 
 from decar.router.manifest import Mixing, RouterEntry
 from decar.router.posterior import Float64s, log_normalise
-from decar.training.systems import DENSE, ROUTERS, Scores, System, posterior_path, served, systems
+from decar.training.evaluate.systems import DENSE, ROUTERS, Scores, System, posterior_path, served, systems
 
 T, K, V = 9, 3, 5
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from decar.training.blocks import IGNORED, pack, render_chat
-from decar.training.sources import Chat, Piece
+from decar.training.data.blocks import IGNORED, pack, render_chat
+from decar.training.data.sources import Chat, Piece
 from tests.training.tokenizers_of_kinds import KINDS, WORDS
 
 TEXTS = [

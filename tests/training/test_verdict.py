@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from decar.training.scores import CENTRALIZED, RANDOM
-from decar.training.systems import DENSE
-from decar.training.verdict import Comparison, Estimate, Gap, Verdict, estimate, in_words, verdict
+from decar.training.evaluate.scores import CENTRALIZED, RANDOM
+from decar.training.evaluate.systems import DENSE
+from decar.training.evaluate.verdict import Comparison, Estimate, Gap, Verdict, estimate, in_words, verdict
 
 # Student's t, 97.5%, 2 degrees of freedom: any table has it.
 T_2 = 4.3027

@@ -85,7 +85,7 @@ def decar_train(seed: int, *stage: str) -> Command:
 
 def train_experts(console: Console, seed: int) -> None:
     """Two experts at once, which hear nothing of each other."""
-    skills = ["-m", "decar.training.skills", str(DATA), *(["--seed", str(seed)] if seed else [])]
+    skills = ["-m", "decar.training.data.skills", str(DATA), *(["--seed", str(seed)] if seed else [])]
     run(console, Command(" ".join(["python", *skills]), [sys.executable, *skills]))
     run(console, decar_train(seed, "partition"))
     run(console, *(decar_train(seed, "expert", name) for name in EXPERTS))

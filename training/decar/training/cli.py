@@ -31,8 +31,8 @@ from decar.router.errors import DecarError, TrainingError
 from decar.training.config import TrainConfig, load_config, load_seeds
 
 if TYPE_CHECKING:
-    from decar.training.expert import ExpertReport
-    from decar.training.partition_report import PartitionReport
+    from decar.training.expert.stage import ExpertReport
+    from decar.training.partition.report import PartitionReport
     from decar.training.stages import Stage
 
 app = typer.Typer(
@@ -224,7 +224,7 @@ def _alone(config: TrainConfig, expert: str | None = None) -> Iterator[None]:
 
 
 def _check_models(config: TrainConfig, only: str | None = None) -> None:
-    from decar.training.model import check_model
+    from decar.training.expert.model import check_model
 
     for name in config.expert_names if only is None else [only]:
         check_model(config, name)
@@ -239,9 +239,9 @@ def _run(config: TrainConfig) -> None:
 
 
 def _partition(config: TrainConfig) -> None:
-    from decar.training.partition import make_partition, partition_stage, read_partition_report
+    from decar.training.data.tokenizer import make_tokenizer, tokenizer_stage
+    from decar.training.partition.stage import make_partition, partition_stage, read_partition_report
     from decar.training.run import plot_file
-    from decar.training.tokenizer import make_tokenizer, tokenizer_stage
 
     stage = partition_stage(config)
     if stage.is_done:
@@ -309,13 +309,13 @@ def _warn(line: str) -> None:
 
 
 def _expert(config: TrainConfig, name: str) -> None:
-    from decar.training.expert import expert_stage, train_expert
+    from decar.training.expert.stage import expert_stage, train_expert
 
     _model(expert_stage(config, name), f"expert {name}", partial(train_expert, config, name))
 
 
 def _centralized(config: TrainConfig) -> None:
-    from decar.training.centralized import centralized_stage, train_centralized, why_no_twin
+    from decar.training.evaluate.centralized import centralized_stage, train_centralized, why_no_twin
     from decar.training.stages import lock
 
     problem = why_no_twin(config)
@@ -327,7 +327,7 @@ def _centralized(config: TrainConfig) -> None:
 
 
 def _mixture(config: TrainConfig) -> None:
-    from decar.training.moe import why_no_moe
+    from decar.training.export.moe import why_no_moe
 
     problem = why_no_moe(config)
     if problem:
@@ -337,7 +337,7 @@ def _mixture(config: TrainConfig) -> None:
 
 
 def _merge(config: TrainConfig) -> Stage:
-    from decar.training.moe import moe_stage, train_moe
+    from decar.training.export.moe import moe_stage, train_moe
 
     stage = moe_stage(config)
     _model(stage, "mixture of experts", partial(train_moe, config), "starts it again")
@@ -345,7 +345,7 @@ def _merge(config: TrainConfig) -> Stage:
 
 
 def _random_split(config: TrainConfig) -> None:
-    from decar.training.random_split import random_config, why_no_random_split
+    from decar.training.evaluate.random_split import random_config, why_no_random_split
 
     problem = why_no_random_split(config)
     if problem:
@@ -365,7 +365,7 @@ def _model(
     train: Callable[[Stage, list[Any]], ExpertReport],
     again: str = "continues from its last checkpoint",
 ) -> None:
-    from decar.training.expert import read_expert_report
+    from decar.training.expert.stage import read_expert_report
 
     if stage.is_done:
         report = read_expert_report(stage.directory)
@@ -388,7 +388,7 @@ def _model(
 
 
 def _router(config: TrainConfig) -> None:
-    from decar.training.router import read_router_report, router_stage, train_router
+    from decar.training.router.stage import read_router_report, router_stage, train_router
     from decar.training.run import plot_file
 
     stage = router_stage(config)
@@ -418,8 +418,8 @@ def _router(config: TrainConfig) -> None:
 
 def _export(config: TrainConfig) -> None:
     from decar.router import Ensemble
-    from decar.training.export import export as write_ensemble
-    from decar.training.export import export_stage, is_exported
+    from decar.training.export.stage import export as write_ensemble
+    from decar.training.export.stage import export_stage, is_exported
 
     stage = export_stage(config)
     if is_exported(config, stage):
@@ -431,7 +431,7 @@ def _export(config: TrainConfig) -> None:
 
 
 def _scores(config: TrainConfig) -> None:
-    from decar.training.scores import make_scores, scores_stage
+    from decar.training.evaluate.scores import make_scores, scores_stage
 
     stage = scores_stage(config)
     if stage.is_done:
@@ -446,7 +446,7 @@ def _scores(config: TrainConfig) -> None:
 
 
 def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
-    from decar.training.evaluate import evaluate_stage, make_evaluation, read_evaluation
+    from decar.training.evaluate.stage import evaluate_stage, make_evaluation, read_evaluation
     from decar.training.run import page_file
 
     stage = evaluate_stage(config, configs)
@@ -504,7 +504,7 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
 
 
 def _average(config: TrainConfig) -> None:
-    from decar.training.export import export_average
+    from decar.training.export.stage import export_average
 
     console.print(
         f"export: done, {export_average(config)} (the mean of {len(config.experts)} experts)", soft_wrap=True
@@ -512,7 +512,7 @@ def _average(config: TrainConfig) -> None:
 
 
 def _moe(config: TrainConfig) -> None:
-    from decar.training.moe import export_moe
+    from decar.training.export.moe import export_moe
 
     target = export_moe(config, _merge(config))
     console.print(f"export: done, {target} (a mixture of {len(config.experts)} experts)", soft_wrap=True)
@@ -520,7 +520,7 @@ def _moe(config: TrainConfig) -> None:
 
 def _dry_run(config: TrainConfig, only: str | None = None) -> None:
     from decar.training.dry_run import Cost, count_parameters, estimate, problems, with_shards
-    from decar.training.partition_report import PartitionReport
+    from decar.training.partition.report import PartitionReport
     from decar.training.run import read_report
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -22,9 +22,14 @@ import torch
 from torch import Tensor
 
 from decar.router.errors import TrainingError
-from decar.training.blocks import IGNORED
 from decar.training.config import TrainConfig
-from decar.training.expert import (
+from decar.training.data.blocks import IGNORED
+from decar.training.data.features import embedding_files
+from decar.training.data.processor import reads_images
+from decar.training.data.sources import input_files
+from decar.training.data.tokenizer import check_given, load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.expert.model import build_model, check_model, check_weights, keeps_apart
+from decar.training.expert.stage import (
     complete_checkpoints,
     expert_processor,
     expert_stage,
@@ -32,12 +37,7 @@ from decar.training.expert import (
     read_blocks,
     step_of,
 )
-from decar.training.features import embedding_files
-from decar.training.model import build_model, check_model, check_weights, keeps_apart
-from decar.training.partition import make_partition, partition_stage
-from decar.training.processor import reads_images
-from decar.training.sources import input_files
-from decar.training.tokenizer import check_given, load_tokenizer, make_tokenizer, tokenizer_stage
+from decar.training.partition.stage import make_partition, partition_stage
 
 _FLOAT_BYTES = 4
 _MEASURED_STEPS = 3  # the first one warms caches

@@ -1,6 +1,7 @@
 """The layout of a run's work directory, and the refusal where a part of it is missing. Knows names, no contents.
 
-A directory has the name of the command that writes it, or of the module where that is a part of a command:
+A directory has the name of the command that writes it, or of the module where that is a part of a command; a command's
+module is `COMMAND/stage.py`:
 
     partition/                  report.json, map.png, nearest.png (where there are images)
     partition/EXPERT/           train.parquet, held_out.parquet

@@ -61,8 +61,8 @@ def estimate_priors(
         EnsembleError: no text has two tokens, which the least that can be scored has; or an expert gives NaN.
         TrainingError: the first expert's tokenizer cannot be read.
     """
-    from decar.training.held_out import Text, chosen, load_model, scored
-    from decar.training.tokenizer import load_tokenizer
+    from decar.training.data.tokenizer import load_tokenizer
+    from decar.training.evaluate.held_out import Text, chosen, load_model, scored
 
     tokenizer = load_tokenizer(folders[0])
     longest = min(MAX_TOKENS, max_positions or MAX_TOKENS)

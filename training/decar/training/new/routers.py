@@ -10,7 +10,7 @@ import numpy as np
 from decar.router.errors import EnsembleError, TrainingError
 from decar.training.config import RouterConfig
 from decar.training.new.texts import sample_texts
-from decar.training.router import Fitted, RouterReport, fit_to_texts
+from decar.training.router.stage import Fitted, RouterReport, fit_to_texts
 
 HELD_OUT = 0.1
 PIECE_CHARS = 2_000

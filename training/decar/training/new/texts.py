@@ -10,7 +10,7 @@ import numpy as np
 
 from decar.router.errors import EnsembleError, TrainingError
 from decar.training.config import DataConfig, DocumentConfig
-from decar.training.sources import BadLines, NoDocuments, read_documents
+from decar.training.data.sources import BadLines, NoDocuments, read_documents
 
 WHOLE_FILES = (".txt", ".md")
 """Files of one text, which is cut into pieces; of others, each row is one."""

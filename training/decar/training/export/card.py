@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from decar.router.manifest import Manifest
 from decar.training.config import TrainConfig
-from decar.training.expert import ExpertReport
+from decar.training.expert.stage import ExpertReport
 
 CARD_NAME = "README.md"
 

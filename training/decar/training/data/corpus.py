@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decar.router.errors import TrainingError
+from decar.training.data.sources import MESSAGES_FIELD, TOOLS_FIELD, Document
 from decar.training.run import require
-from decar.training.sources import MESSAGES_FIELD, TOOLS_FIELD, Document
 
 Ints = NDArray[np.int64]
 Progress = Callable[[str, int, int | None], None]

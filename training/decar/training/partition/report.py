@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
-from decar.training.features import fit_tfidf
+from decar.training.data.features import fit_tfidf
 
 Labels = NDArray[np.int64]
 Rows = NDArray[np.float32]

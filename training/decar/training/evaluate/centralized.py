@@ -10,7 +10,7 @@ from typing import Any
 
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig
-from decar.training.expert import (
+from decar.training.expert.stage import (
     ExpertReport,
     expert_stage,
     read_expert_report,

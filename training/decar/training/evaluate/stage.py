@@ -10,16 +10,16 @@ from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, seed_overrides
-from decar.training.environment import command, environment
-from decar.training.evaluate_html import render
-from decar.training.evaluate_plot import plot_comparisons, plot_gaps, plot_pruning, plot_systems
-from decar.training.measures import Row, perplexity
-from decar.training.moe import experts_per_token
+from decar.training.evaluate.environment import command, environment
+from decar.training.evaluate.html import render
+from decar.training.evaluate.measures import Row, perplexity
+from decar.training.evaluate.plot import plot_comparisons, plot_gaps, plot_pruning, plot_systems
+from decar.training.evaluate.sampled import SampledRow
+from decar.training.evaluate.scores import CENTRALIZED, MOE, SeedReport, read_scores, scores_stage
+from decar.training.evaluate.verdict import Comparison, Gap, comparisons, gaps, in_words
+from decar.training.export.moe import experts_per_token
 from decar.training.run import page_file, plot_file, read_report, report_file
-from decar.training.sampled import SampledRow
-from decar.training.scores import CENTRALIZED, MOE, SeedReport, read_scores, scores_stage
 from decar.training.stages import Stage, fingerprint, read_marker
-from decar.training.verdict import Comparison, Gap, comparisons, gaps, in_words
 
 # Of a row, the fields whose spread over seeds is shown.
 _SPREAD = ("perplexity", "nll", "above_dense", "accuracy", "exact")

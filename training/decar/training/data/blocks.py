@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from decar.router.errors import TrainingError
-from decar.training.sources import Chat, Example, Messages, Piece, Tools, is_learned
+from decar.training.data.sources import Chat, Example, Messages, Piece, Tools, is_learned
 
 IGNORED = -100
 # What of the documents an expert does not learn, as it goes on after "dropped 3".

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from decar.training.measures import Row
+from decar.training.evaluate.measures import Row
+from decar.training.evaluate.scores import AVERAGE, CENTRALIZED, MOE, RANDOM, TOP_1
+from decar.training.evaluate.verdict import CONFIDENCE, Estimate
 from decar.training.run import plot_files
-from decar.training.scores import AVERAGE, CENTRALIZED, MOE, RANDOM, TOP_1
-from decar.training.verdict import CONFIDENCE, Estimate
 
 if TYPE_CHECKING:
-    from decar.training.evaluate import EvaluationReport
+    from decar.training.evaluate.stage import EvaluationReport
 
 _TEMPLATE = "report.html.jinja"
 
@@ -27,7 +27,7 @@ def render(report: EvaluationReport, directory: Path) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(signed=signed, spread=spread, cell=cell, percent=percent)
-    source = resources.files("decar.training").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    source = resources.files("decar.training.evaluate").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return environment.from_string(source).render(
         report=report,
         keys=[CENTRALIZED, report.served, TOP_1[0], RANDOM, AVERAGE, MOE],

@@ -21,21 +21,21 @@ from decar.router import Ensemble, load_router, load_trained_images, log_weights
 from decar.router.errors import TrainingError
 from decar.router.manifest import Start
 from decar.router.posterior import Float64s, log_prior
-from decar.training.average import average
-from decar.training.centralized import centralized_stage, why_no_twin
 from decar.training.config import TrainConfig
-from decar.training.environment import environment
-from decar.training.expert import expert_processor, read_expert_report
-from decar.training.export import export_stage
-from decar.training.held_out import Text, load_model, read_texts, scored, scores_of
-from decar.training.measures import Difference, Pool, Row, Totals, summed
-from decar.training.moe import experts_per_token, moe_stage, why_no_moe
-from decar.training.random_split import random_config, why_no_random_split
+from decar.training.data.tokenizer import load_tokenizer
+from decar.training.evaluate.centralized import centralized_stage, why_no_twin
+from decar.training.evaluate.environment import environment
+from decar.training.evaluate.held_out import Text, load_model, read_texts, scored, scores_of
+from decar.training.evaluate.measures import Difference, Pool, Row, Totals, summed
+from decar.training.evaluate.random_split import random_config, why_no_random_split
+from decar.training.evaluate.sampled import SampledRow, compare_pruned, sample_continuations
+from decar.training.evaluate.systems import DENSE, ROUTERS, Outcome, Scores, System, served, systems
+from decar.training.expert.stage import expert_processor, read_expert_report
+from decar.training.export.average import average
+from decar.training.export.moe import experts_per_token, moe_stage, why_no_moe
+from decar.training.export.stage import export_stage
 from decar.training.run import average_folder, read_report, report_file
-from decar.training.sampled import SampledRow, compare_pruned, sample_continuations
 from decar.training.stages import Stage, fingerprint, read_marker
-from decar.training.systems import DENSE, ROUTERS, Outcome, Scores, System, served, systems
-from decar.training.tokenizer import load_tokenizer
 
 CENTRALIZED = "centralized model"
 AVERAGE = "parameter average"

@@ -1,6 +1,6 @@
 """Questions about scikit-learn's handwritten digits, as LLaVA-style data: real images without a download.
 
-    python -m decar.training.digits data/digits
+    python -m decar.training.data.digits data/digits
 
 Knows nothing about training.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from decar.training.sources import IMAGE_MARK
+from decar.training.data.sources import IMAGE_MARK
 from decar.training.stages import replaced_directory
 
 SIDE = 32

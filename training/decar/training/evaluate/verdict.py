@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel
 
-from decar.training.scores import AVERAGE, BEST, CENTRALIZED, MOE, RANDOM, TOP_1, SeedReport
-from decar.training.systems import DENSE
+from decar.training.evaluate.scores import AVERAGE, BEST, CENTRALIZED, MOE, RANDOM, TOP_1, SeedReport
+from decar.training.evaluate.systems import DENSE
 
 CONFIDENCE = 0.95
 Verdict = Literal["equivalent within noise", "better", "worse", "not told apart"]

@@ -20,22 +20,22 @@ import torch
 from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
-from decar.training.blocks import Rows, mean_loss, pack
 from decar.training.config import TrainConfig, TrainingConfig
-from decar.training.corpus import IMAGES_FIELD
-from decar.training.image_blocks import read_image_blocks
-from decar.training.image_export import with_vision_model
-from decar.training.model import build_model, keeps_apart, model_config
-from decar.training.partition import (
+from decar.training.data.blocks import Rows, mean_loss, pack
+from decar.training.data.corpus import IMAGES_FIELD
+from decar.training.data.image_blocks import read_image_blocks
+from decar.training.data.processor import load_processor, processor_files, reads_images
+from decar.training.data.tokenizer import load_tokenizer
+from decar.training.expert.model import build_model, keeps_apart, model_config
+from decar.training.export.image_models import with_vision_model
+from decar.training.partition.stage import (
     check_marker,
     has_column,
     partition_fingerprint,
     read_examples,
 )
-from decar.training.processor import load_processor, processor_files, reads_images
 from decar.training.run import SPLITS, adapter_folder, complete_file, read_report, report_file, require
 from decar.training.stages import Stage, digest, fingerprint, is_full_disk, sha256, write_atomically
-from decar.training.tokenizer import load_tokenizer
 
 _DIVERGED = (
     "nothing of it is kept as finished. "

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from decar.router.posterior import Float64s
-from decar.training.systems import Outcome
+from decar.training.evaluate.systems import Outcome
 
 
 class SampledRow(BaseModel):

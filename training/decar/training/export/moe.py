@@ -24,16 +24,16 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.router.manifest import ExpertCheckpoint
-from decar.training.average import average, check_configurations, mean, open_weights
-from decar.training.blocks import IGNORED, Rows, mean_loss
-from decar.training.card import CARD_NAME, moe_card
 from decar.training.config import TrainConfig
-from decar.training.expert import ExpertReport, make_trainer, read_blocks, read_expert_report, versions
-from decar.training.export import check_target, copy_text_files, expert_marker, read_trained
-from decar.training.held_out import load_model
+from decar.training.data.blocks import IGNORED, Rows, mean_loss
+from decar.training.data.tokenizer import load_tokenizer
+from decar.training.evaluate.held_out import load_model
+from decar.training.expert.stage import ExpertReport, make_trainer, read_blocks, read_expert_report, versions
+from decar.training.export.average import average, check_configurations, mean, open_weights
+from decar.training.export.card import CARD_NAME, moe_card
+from decar.training.export.stage import check_target, copy_text_files, expert_marker, read_trained
 from decar.training.run import NOT_EXPORTED, SPLITS, average_folder, report_file
 from decar.training.stages import Stage, fingerprint, replaced_directory
-from decar.training.tokenizer import load_tokenizer
 
 _SUPPORTED = ("llama", "mistral")
 # What Mixtral's configuration has in common with theirs.

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
-from decar.training.blocks import IGNORED, UNTAUGHT, Blocks, beginning, pack, render_chat
-from decar.training.corpus import IMAGES_FIELD, read_columns, read_row_groups
-from decar.training.sources import Chat, Example, Messages, Piece, Tools, split_at_images
+from decar.training.data.blocks import IGNORED, UNTAUGHT, Blocks, beginning, pack, render_chat
+from decar.training.data.corpus import IMAGES_FIELD, read_columns, read_row_groups
+from decar.training.data.sources import Chat, Example, Messages, Piece, Tools, split_at_images
 
 # A row group is about a megabyte, unless a document alone has more.
 _ROW_GROUPS_KEPT = 128

@@ -10,9 +10,9 @@ from typing import Any
 from decar.router.errors import TrainingError
 from decar.training.checkpoint_files import check_files
 from decar.training.config import CONTINUATION_TEMPLATE, IMAGE_TEMPLATE, TokenizerConfig, TrainConfig
-from decar.training.corpus import IMAGES_FIELD
-from decar.training.partition import has_column, iter_shard
-from decar.training.processor import name_marks, processor_files
+from decar.training.data.corpus import IMAGES_FIELD
+from decar.training.data.processor import name_marks, processor_files
+from decar.training.partition.stage import has_column, iter_shard
 from decar.training.run import require
 from decar.training.stages import Stage, digest, fingerprint
 

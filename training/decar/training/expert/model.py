@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from decar.router.errors import TrainingError, did_you_mean
 from decar.training.checkpoint_files import check_files
 from decar.training.config import LoraConfig, TrainConfig
-from decar.training.processor import load_processor, reads_images
+from decar.training.data.processor import load_processor, reads_images
 
 _NAMED_IN_ERRORS = 3
 _TRIED_TOKENS = 8

@@ -22,11 +22,11 @@ from decar.router.manifest import (
     read_experts,
     write_manifest,
 )
-from decar.training.average import average
-from decar.training.card import CARD_NAME, average_card, ensemble_card
 from decar.training.config import TrainConfig
-from decar.training.expert import ExpertReport, expert_fingerprint, read_expert_report
-from decar.training.router import router_fingerprint
+from decar.training.expert.stage import ExpertReport, expert_fingerprint, read_expert_report
+from decar.training.export.average import average
+from decar.training.export.card import CARD_NAME, average_card, ensemble_card
+from decar.training.router.stage import router_fingerprint
 from decar.training.run import NOT_EXPORTED, expert_path
 from decar.training.stages import Stage, fingerprint, read_marker, replaced_directory
 

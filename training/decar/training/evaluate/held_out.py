@@ -22,14 +22,14 @@ from torch import Tensor
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
 from decar.router.manifest import Start
-from decar.training.blocks import IGNORED, render_chat
 from decar.training.config import TrainConfig
-from decar.training.corpus import IMAGES_FIELD
-from decar.training.image_blocks import ImageRenderer, ShardImages, image_inputs, image_sizes
-from decar.training.partition import has_column, read_examples
-from decar.training.processor import reads_images
-from decar.training.sources import Chat, Piece
-from decar.training.systems import Scores
+from decar.training.data.blocks import IGNORED, render_chat
+from decar.training.data.corpus import IMAGES_FIELD
+from decar.training.data.image_blocks import ImageRenderer, ShardImages, image_inputs, image_sizes
+from decar.training.data.processor import reads_images
+from decar.training.data.sources import Chat, Piece
+from decar.training.evaluate.systems import Scores
+from decar.training.partition.stage import has_column, read_examples
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from decar.router.features import TERM, EmbeddingFeatures, Features, TfidfFeatur
 from decar.router.images import ImageEmbeddingFeatures, PixelFeatures, decode_image, pixels
 from decar.training.checkpoint_files import check_files
 from decar.training.config import PartitionConfig
-from decar.training.corpus import Corpus
-from decar.training.sources import Document
+from decar.training.data.corpus import Corpus
+from decar.training.data.sources import Document
 
 if TYPE_CHECKING:
     from PIL.Image import Image

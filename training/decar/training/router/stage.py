@@ -34,9 +34,9 @@ from decar.router.manifest import RouterEntry
 from decar.router.posterior import Float64s, log_normalise, log_prior
 from decar.router.routers import centroid_scores, classifier_scores
 from decar.training.config import RouterConfig, TrainConfig
-from decar.training.corpus import IMAGES_FIELD, read_columns, read_row_groups
-from decar.training.features import embedding_files, fit_features, fit_pixels
-from decar.training.partition import (
+from decar.training.data.corpus import IMAGES_FIELD, read_columns, read_row_groups
+from decar.training.data.features import embedding_files, fit_features, fit_pixels
+from decar.training.partition.stage import (
     check_marker,
     has_column,
     iter_shard,

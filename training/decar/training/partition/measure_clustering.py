@@ -1,4 +1,4 @@
-"""How long clustering takes and how even it comes out: `python -m decar.training.measure_clustering --help`.
+"""How long clustering takes and how even it comes out: `python -m decar.training.partition.measure_clustering --help`.
 
 The data are unit vectors around 200 centres of very different popularity.
 """
@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from decar.training.cluster import balanced_kmeans, two_stage_kmeans
+from decar.training.partition.cluster import balanced_kmeans, two_stage_kmeans
 
 
 def main() -> None:

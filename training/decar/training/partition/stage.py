@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decar.router.errors import TrainingError
-from decar.training.cluster import balanced_kmeans, two_stage_kmeans
 from decar.training.config import PartitionConfig, TrainConfig
-from decar.training.corpus import (
+from decar.training.data.corpus import (
     BATCH_DOCUMENTS,
     PIECE_COLUMNS,
     Corpus,
@@ -36,8 +35,21 @@ from decar.training.corpus import (
     read_texts,
     spool,
 )
-from decar.training.features import DocumentFeatures, document_features, embedding_files
-from decar.training.partition_report import (
+from decar.training.data.features import DocumentFeatures, document_features, embedding_files
+from decar.training.data.sources import (
+    MESSAGES_FIELD,
+    TOOLS_FIELD,
+    BadLines,
+    Chat,
+    Document,
+    Example,
+    Piece,
+    Tally,
+    input_files,
+    read_documents,
+)
+from decar.training.partition.cluster import balanced_kmeans, two_stage_kmeans
+from decar.training.partition.report import (
     SHEET_COLUMNS,
     PartitionReport,
     ShardReport,
@@ -50,18 +62,6 @@ from decar.training.partition_report import (
     top_terms,
 )
 from decar.training.run import SPLITS, plot_file, read_report, report_file, shard_file, spool_file
-from decar.training.sources import (
-    MESSAGES_FIELD,
-    TOOLS_FIELD,
-    BadLines,
-    Chat,
-    Document,
-    Example,
-    Piece,
-    Tally,
-    input_files,
-    read_documents,
-)
 from decar.training.stages import Stage, digest, fingerprint, read_marker
 
 Labels = NDArray[np.int64]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from decar.training.systems import DENSE
-from decar.training.verdict import CONFIDENCE, Comparison, Gap
+from decar.training.evaluate.systems import DENSE
+from decar.training.evaluate.verdict import CONFIDENCE, Comparison, Gap
 
 _SAME_COST = 0.25  # experts per token; names of points this close share a column
 _LINE = 0.034  # height of a name, of the axis

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from decar.training.held_out import Text
-from decar.training.systems import Outcome
+from decar.training.evaluate.held_out import Text
+from decar.training.evaluate.systems import Outcome
 
 Floats = NDArray[np.float64]
 

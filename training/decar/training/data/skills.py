@@ -1,6 +1,6 @@
 """Questions of two skills that a very small model learns in a minute: data that the demo makes, without a download.
 
-    python -m decar.training.skills data/demo
+    python -m decar.training.data.skills data/demo
 
 Knows nothing about training.
 """
