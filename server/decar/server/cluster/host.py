@@ -38,7 +38,7 @@ logger = logging.getLogger("decar")
 GONE_WITHIN_S = 10.0
 Stamp = tuple[int, int]
 """Of a file: bytes, and when it was changed, in ns since the epoch."""
-_SHIPPED = ".decar-shipped.json"
+SHIPPED = ".decar-shipped.json"
 """In a checkpoint's folder: which files have been copied there, with the gateway's stamps."""
 
 
@@ -169,9 +169,9 @@ class Host:
                 hidden.unlink()
                 return
             hidden.replace(target)
-            record = target.with_name(f".{_SHIPPED}.{self._folder.name}.new")
+            record = target.with_name(f".{SHIPPED}.{self._folder.name}.new")
             record.write_text(json.dumps({**shipped, target.name: stamp}))
-            record.replace(target.with_name(_SHIPPED))
+            record.replace(target.with_name(SHIPPED))
 
     def begin(self, shape: Mapping[str, Any], address: str) -> tuple[PlaneSpec, Address]:
         """Make its plane, of ``shape``: arguments of `Plane.create`. Returns what engines attach to, and where others
@@ -285,7 +285,7 @@ class Host:
 def _shipped_to(directory: Path) -> dict[str, Stamp]:
     """Files there that have been copied from a gateway, and that one's stamps of them."""
     try:
-        record = json.loads((directory / _SHIPPED).read_text())
+        record = json.loads((directory / SHIPPED).read_text())
         return {name: (int(size), int(changed)) for name, (size, changed) in record.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
