@@ -133,9 +133,9 @@ class Run:
         """The work directory of the curve's runs with ``num_experts`` experts."""
         return self.work_dir / f"split-{num_experts}"
 
-    def share(self, share: float) -> Path:
-        """Where the models are, and what they scored, that branched from a base with ``share`` of all training."""
-        return self.work_dir / f"share-{100 * share:g}"
+    def branched(self, share: float, name: str) -> Path:
+        """Of the curve, model ``name`` where a base has ``share`` of all training, or that base, or their scores."""
+        return self.work_dir / f"share-{100 * share:g}" / name
 
     @property
     def random(self) -> Path:

@@ -177,13 +177,13 @@ def models(config: TrainConfig, share: float, num_experts: int) -> Iterator[Mode
     left = curve.steps - base_steps
     base = None
     if base_steps:
-        base = first.run.share(share) / BASE
+        base = first.run.branched(share, BASE)
         yield Model(BASE, _taking(first, base_steps), first.expert_names, base)
-    together = first.run.share(share) / TOGETHER
+    together = first.run.branched(share, TOGETHER)
     yield Model(TOGETHER, _taking(first, left, base), first.expert_names, together, base)
     each = _taking(split, left // num_experts, base)
     for name in split.expert_names:
-        yield Model(name, each, [name], split.run.share(share) / name, base)
+        yield Model(name, each, [name], split.run.branched(share, name), base)
 
 
 def _taking(config: TrainConfig, steps: int, start: Path | None = None) -> TrainConfig:
@@ -202,7 +202,7 @@ def point_stage(config: TrainConfig, share: float, num_experts: int) -> Stage:
     markers = [read_marker(directory) for directory in sorted(needed)]
     measured = config.evaluate.model_dump(mode="json", exclude={"seeds", "margin", "prune", "prune_grid"})
     return Stage(
-        split_config(config, num_experts).run.share(share) / "scores",
+        split_config(config, num_experts).run.branched(share, "scores"),
         fingerprint(measured, config.seed),
         fingerprint(markers),
     )
