@@ -49,6 +49,10 @@ PATHS = {
     "work/evaluate/comparisons.png": layout.plot_file(RUN.evaluate, "comparisons"),
     "work/evaluate/gaps.png": layout.plot_file(RUN.evaluate, "gaps"),
     "work/evaluate/pruning.png": layout.plot_file(RUN.evaluate, "pruning"),
+    "work/curve": RUN.curve,
+    "work/curve/curve.png": layout.plot_file(RUN.curve, "curve"),
+    "work/split-2": RUN.split(2),
+    "work/split-2/share-25/base": Run(RUN.split(2)).branched(0.25, "base"),
     "work/seed-3": RUN.seed(3),
     "work/logs/experts/code": RUN.logs(STAGE),
     "work/checkpoints/experts/code/settings-files": RUN.checkpoints(STAGE),
@@ -81,8 +85,14 @@ def test_the_documentation_lists_the_same_directories() -> None:
     table = document[document.index("## The work directory") : document.index("## Partition")]
     rows = re.findall(r"^\| (`.*?) \| (`.*?`).*?\|", table, re.MULTILINE)
     listed = {name: command for names, command in rows for name in re.findall(r"`([\w-]+)/", names)}
-    assert listed.keys() == {Path(path).parts[1] for path in PATHS} - {"export", "moe", "seed-3"} | {
-        "seed-SEED"
+    assert listed.keys() == {Path(path).parts[1] for path in PATHS} - {
+        "export",
+        "moe",
+        "seed-3",
+        "split-2",
+    } | {
+        "seed-SEED",
+        "split-K",
     }
     for name in ("partition", "tokenizer", "router", "centralized", "scores", "evaluate"):
         assert listed[name] == f"`{command_of(RUN.work_dir / name)}`"

@@ -167,6 +167,21 @@ def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
         _evaluate(settings, configs)
 
 
+@app.command()
+def curve(config: ConfigPath, set_: Overrides = None) -> None:
+    """How far experts are behind one model, by how much of all training went into a common base; over seeds."""
+    settings = _load(config, set_)
+    configs = load_seeds(config, set_)
+    with ExitStack() as stack:
+        for one in {one.work_dir: one for one in (settings, *configs)}.values():
+            stack.enter_context(_alone(one))
+        for one in configs:
+            if len(configs) > 1:
+                console.rule(f"seed {one.seed}")
+            _points(one)
+        _curve(settings, configs)
+
+
 def main() -> None:
     """Entry point: errors that the user can mend end in one line and exit code 1."""
     try:
@@ -433,16 +448,17 @@ def _export(config: TrainConfig) -> None:
 def _scores(config: TrainConfig) -> None:
     from decar.training.evaluate.scores import make_scores, scores_stage
 
-    stage = scores_stage(config)
+    _scored(scores_stage(config), "scores", partial(make_scores, config))
+
+
+def _scored(stage: Stage, what: str, make: Callable[[Stage, Callable[[int, int], None]], object]) -> None:
     if stage.is_done:
-        console.print("scores: done before")
+        console.print(f"{what}: done before")
         return
-    with Progress(*_columns("scores:"), TimeRemainingColumn(), console=console) as bar:
+    with Progress(*_columns(f"{what}:"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("", total=None, note="")
-        make_scores(
-            config, stage, lambda done, total: bar.update(task, completed=done, total=total, note="texts")
-        )
-    console.print("scores: done")
+        make(stage, lambda done, total: bar.update(task, completed=done, total=total, note="texts"))
+    console.print(f"{what}: done")
 
 
 def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
@@ -501,6 +517,66 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
     for sentence in report.verdict:
         console.print(sentence, soft_wrap=True)
     console.print(f"evaluate: {verb}, {page_file(stage.directory)}, json and plots beside it", soft_wrap=True)
+
+
+def _points(config: TrainConfig) -> None:
+    from decar.training.evaluate.curve import make_point, models, point_stage, settings, split_config
+
+    shares, counts = settings(config).shares, settings(config).experts
+    for count in counts:
+        console.print(f"split into {count}:")
+        _partition(split_config(config, count))
+    for share in shares:
+        for count in counts:
+            for model in models(config, share, count):
+                _model(model.stage, f"{share:.0%} base, {count} experts: {model.name}", model.train)
+            _scored(
+                point_stage(config, share, count),
+                f"{share:.0%} base, {count} experts: scores",
+                partial(make_point, config, share, count),
+            )
+
+
+def _curve(config: TrainConfig, configs: list[TrainConfig]) -> None:
+    from decar.training.evaluate.curve import curve_stage, make_curve, read_curve
+    from decar.training.run import plot_file
+
+    stage = curve_stage(config, configs)
+    if stage.is_done:
+        report, verb = read_curve(stage), "done before"
+    else:
+        report, verb = make_curve(config, configs, stage), "done"
+    columns = (
+        "base",
+        "experts",
+        "behind one\nmodel",
+        "95% interval",
+        "verdict",
+        "behind one\nin one go",
+        "diver-\ngence",
+        "gain",
+        "rule",
+    )
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for place in report.places:
+        behind, straight = place.behind_together, place.behind_one_go
+        table.add_row(
+            f"{place.share:.0%}",
+            str(place.num_experts),
+            f"{behind.mean:+.3f}",
+            f"{behind.low:+.3f} to {behind.high:+.3f}",
+            place.verdict,
+            "" if straight is None else f"{straight.mean:+.3f}",
+            f"{place.divergence.mean:.1f}%",
+            f"{place.gain.mean:.1f}%",
+            f"{place.expected_gain:.1f}%",
+        )
+    console.print(table)
+    for sentence in report.verdict:
+        console.print(sentence, soft_wrap=True)
+    console.print(
+        f"curve: {verb}, plot {plot_file(stage.directory, 'curve')}, json beside it", soft_wrap=True
+    )
 
 
 def _average(config: TrainConfig) -> None:

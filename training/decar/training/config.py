@@ -274,6 +274,38 @@ class EvaluateConfig(_Strict):
         return seeds
 
 
+class CurveConfig(_Strict):
+    """What `decar-train curve` tries: how much of all training goes into a common base before experts part from it.
+
+    Every point takes ``steps`` steps in all, of which each of ``shares`` goes into the base and the rest to the experts
+    together, in equal parts; the model that they are held against takes the rest alone. ``experts``: numbers of them.
+    """
+
+    steps: int = Field(gt=0, description="of base and experts together")
+    shares: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0, 0.25, 0.5, 0.75], min_length=1)
+    experts: list[Annotated[int, Field(ge=2, le=16)]] = Field(default=[2, 4], min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _steps_fit(self) -> CurveConfig:
+        for name, values in (("shares", self.shares), ("experts", self.experts)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} lists a value twice")
+        for share in self.shares:
+            for count in self.experts:
+                if (self.steps - self.base_steps(share)) % count or not math.isclose(
+                    self.base_steps(share), share * self.steps
+                ):
+                    raise ValueError(
+                        f"{self.steps:,} steps cannot be parted into a share of {share:g} for a base "
+                        f"and equal parts for {count} experts; set curve.steps to e.g. 1200"
+                    )
+        return self
+
+    def base_steps(self, share: float) -> int:
+        """How many steps the base takes whose share is ``share``."""
+        return round(share * self.steps)
+
+
 class TrainConfig(_Strict):
     """A whole run of `decar-train`. Paths are relative to the working directory.
 
@@ -295,6 +327,7 @@ class TrainConfig(_Strict):
     mixing: Mixing = Mixing()
     moe: MoeConfig = MoeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    curve: CurveConfig | None = None
 
     @pydantic.model_validator(mode="after")
     def _names_fit(self) -> TrainConfig:

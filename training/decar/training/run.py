@@ -16,6 +16,9 @@ module is `COMMAND/stage.py`:
     random/                     a work directory of its own: the random split's
     scores/                     report.json: what `evaluate` measures of one seed
     evaluate/                   report.json, report.html and plots: what it says of all seeds
+    curve/                      report.json, curve.png: what `curve` says of all seeds
+    split-K/                    a work directory of its own: the curve's with K experts, without those
+    split-K/share-PERCENT/      base/, together/, EXPERT/ (models as an expert's), scores/: of one share of the base
     seed-SEED/                  a work directory of its own: another seed's
     checkpoints/, logs/         of models in training, at the model's place: checkpoints/experts/EXPERT/...
 
@@ -36,7 +39,7 @@ from decar.router.errors import TrainingError
 if TYPE_CHECKING:
     from decar.training.stages import Stage
 
-Plot = Literal["map", "nearest", "calibration", "systems", "comparisons", "gaps", "pruning"]
+Plot = Literal["map", "nearest", "calibration", "systems", "comparisons", "gaps", "pruning", "curve"]
 Report = TypeVar("Report", bound=BaseModel)
 
 SPLITS = ("train", "held_out")
@@ -121,6 +124,18 @@ class Run:
     @property
     def evaluate(self) -> Path:
         return self.work_dir / "evaluate"
+
+    @property
+    def curve(self) -> Path:
+        return self.work_dir / "curve"
+
+    def split(self, num_experts: int) -> Path:
+        """The work directory of the curve's runs with ``num_experts`` experts."""
+        return self.work_dir / f"split-{num_experts}"
+
+    def branched(self, share: float, name: str) -> Path:
+        """Of the curve, model ``name`` where a base has ``share`` of all training, or that base, or their scores."""
+        return self.work_dir / f"share-{100 * share:g}" / name
 
     @property
     def random(self) -> Path:

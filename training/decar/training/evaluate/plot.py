@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from decar.training.evaluate.systems import DENSE
 from decar.training.evaluate.verdict import CONFIDENCE, Comparison, Gap
+
+if TYPE_CHECKING:
+    from decar.training.evaluate.curve import CurveReport
 
 _SAME_COST = 0.25  # experts per token; names of points this close share a column
 _LINE = 0.034  # height of a name, of the axis
@@ -184,6 +187,74 @@ def plot_gaps(gaps: Sequence[Gap], title: str, path: Path) -> None:
     axis.set(title=title, xlabel="nats per token more than the centralized model")
     axis.grid(alpha=0.3, axis="x")
     axis.legend(fontsize="small")
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
+
+
+def plot_curve(report: CurveReport, path: Path) -> None:
+    """How far experts are behind one model, and what they gain over the best of them, by the base's share."""
+    plt = _pyplot()
+    figure, (behind, rule) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    behind.axhspan(-report.margin, report.margin, color="#55a868", alpha=0.15)
+    behind.axhline(0, color="grey", lw=0.8)
+    counts = sorted(report.as_good_from)
+    for place, (count, colour) in enumerate(
+        zip(counts, ("#4c72b0", "#c44e52", "#8172b3", "#ccb974") * 4, strict=False)
+    ):
+        mine = sorted((p for p in report.places if p.num_experts == count), key=lambda p: p.share)
+        # Side by side, so that intervals do not hide each other.
+        shares = [100 * p.share + 0.8 * (place - (len(counts) - 1) / 2) for p in mine]
+        gaps = [p.behind_together for p in mine]
+        bars = [[g.mean - g.low for g in gaps], [g.high - g.mean for g in gaps]]
+        behind.errorbar(
+            shares,
+            [g.mean for g in gaps],
+            yerr=bars,
+            marker="D",
+            capsize=3,
+            color=colour,
+            label=f"{count} experts",
+        )
+        for x, gap in zip(shares, gaps, strict=True):
+            behind.scatter([x] * len(gap.per_seed), gap.per_seed, color=colour, s=12, alpha=0.6, zorder=3)
+        rule.scatter(
+            [p.divergence.mean for p in mine],
+            [p.gain.mean for p in mine],
+            color=colour,
+            label=f"{count} experts",
+        )
+        for p in mine:
+            rule.annotate(
+                f"{p.share:.0%}",
+                (p.divergence.mean, p.gain.mean),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    behind.set_ylim(top=max(p.behind_together.high for p in report.places) * 1.1 + report.margin)
+    behind.set(
+        title=f"behind one model, shaded: ±{report.margin:g}",
+        xlabel="share of all training in the common base, %",
+        ylabel=f"nats per token ({CONFIDENCE:.0%} intervals)",
+    )
+    most = max(p.divergence.mean for p in report.places)
+    rule.plot(
+        [3, most],
+        [0.82 * 3 - 2.72, 0.82 * most - 2.72],
+        color="grey",
+        ls="--",
+        label="0.82 · divergence − 2.72",
+    )
+    rule.axvspan(3, 26, color="grey", alpha=0.1, label="where that was fitted")
+    rule.set(
+        title="gain over the best expert, by the base's share",
+        xlabel="divergence from the base, %",
+        ylabel="gain, %",
+    )
+    for axis in (behind, rule):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle(report.name)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 
