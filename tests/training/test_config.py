@@ -108,4 +108,4 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 )
 def test_model_mistakes_are_named(write_config: WriteConfig, model: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message.replace("?", r"\?")):
-        check_model(load_config(write_config(model=model)), "code")
+        check_model(load_config(write_config(model=model)).recipe("code"))

@@ -10,9 +10,11 @@ import pytest
 from decar.training.config import TrainConfig, load_config
 from decar.training.data.tokenizer import tokenizer_stage
 from decar.training.evaluate.centralized import centralized_stage
-from decar.training.expert.stage import ExpertReport, expert_stage
+from decar.training.expert.report import ExpertReport
+from decar.training.expert.stage import expert_stage
 from decar.training.export.moe import moe_stage
 from decar.training.export.stage import export_stage
+from decar.training.fingerprints import evaluate_fingerprint, scores_fingerprint
 from decar.training.partition.stage import partition_stage
 from decar.training.router.stage import router_stage
 from decar.training.run import SPLITS, report_file, shard_file
@@ -58,7 +60,7 @@ def test_markers_are_what_they_were(config: TrainConfig) -> None:
                 file.write_text(f"{name} {split}")
     found["partition"] = stage.config, stage.inputs
     tokenizer = {"tokenizer.json": "tokenizer", "tokenizer_config.json": "settings"}
-    found["tokenizer"] = finished(tokenizer_stage(config), **tokenizer)
+    found["tokenizer"] = finished(tokenizer_stage(config.run, config.tokenizer), **tokenizer)
     for steps, name in enumerate(config.expert_names, start=1):
         report = ExpertReport(
             expert=name,
@@ -77,3 +79,9 @@ def test_markers_are_what_they_were(config: TrainConfig) -> None:
     found["moe"] = finished(moe_stage(config))
     found["export"] = finished(export_stage(config))
     assert found == MARKERS
+
+
+def test_so_are_those_of_what_is_measured(config: TrainConfig) -> None:
+    """Their inputs are of an ensemble that can be served, and of what it is compared with."""
+    assert scores_fingerprint(config) == "cef1dc3911decc38"
+    assert evaluate_fingerprint(config) == "d777c241bb65e21f"
