@@ -434,15 +434,15 @@ def load_seeds(path: Path, overrides: list[str] | None = None) -> list[TrainConf
     """
     own = load_config(path, overrides)
     return [
-        own if seed == own.seed else load_config(path, [*(overrides or []), *seed_overrides(own, seed)])
+        own if seed == own.seed else load_config(path, [*(overrides or []), *seed_overrides(own.run, seed)])
         for seed in own.evaluate.seeds or [own.seed]
     ]
 
 
-def seed_overrides(config: TrainConfig, seed: int) -> list[str]:
-    """What turns ``config`` into its run of another ``seed``, as for ``--set``."""
+def seed_overrides(run: Run, seed: int) -> list[str]:
+    """What turns the configuration of ``run`` into that of another ``seed``, as for ``--set``."""
     # As YAML, quoted only where it has to be; after a plain word comes a line that ends the document.
-    directory, *_ = yaml.safe_dump(str(config.run.seed(seed)), width=math.inf).splitlines()
+    directory, *_ = yaml.safe_dump(str(run.seed(seed)), width=math.inf).splitlines()
     return [f"seed={seed}", f"work_dir={directory}", "ensemble_dir=null"]
 
 

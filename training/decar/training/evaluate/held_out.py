@@ -1,6 +1,6 @@
 """Held-out examples, and what models say of them: the one place that makes examples, and the one that runs models.
 
-Knows shards, tokenizers and checkpoints as transformers loads them. What a system makes of it is `systems.py`'s.
+Knows shards, tokenizers and models in memory. What a system makes of it is `systems.py`'s.
 
 Shapes: B texts, L tokens of a text, T of what follows its prompt, V vocabulary.
 """

@@ -120,7 +120,7 @@ def make_evaluation(config: TrainConfig, runs: Sequence[Run], stage: Stage) -> E
         sampled=_mean_sampled([seed.sampled for seed in seeds]),
         undefined=undefined,
         seeds=seeds,
-        commands=[_command(config, seed.seed) for seed in seeds],
+        commands=[_command(config.run, config.seed, seed.seed) for seed in seeds],
         config=config.model_dump(mode="json"),
         environment=environment(),
     )
@@ -147,8 +147,8 @@ def make_evaluation(config: TrainConfig, runs: Sequence[Run], stage: Stage) -> E
     return report
 
 
-def _command(config: TrainConfig, seed: int) -> str:
-    others = seed_overrides(config, seed) if seed != config.seed else []
+def _command(run: Run, own_seed: int, seed: int) -> str:
+    others = seed_overrides(run, seed) if seed != own_seed else []
     return command([*others, f"evaluate.seeds=[{seed}]"])
 
 
