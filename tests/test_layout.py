@@ -329,8 +329,9 @@ RESULT = re.compile(r"`([^`\s]+/[^`\s]+)`")
 
 
 def source_named(path: str) -> Path:
-    """The file that a document means: from the root, or from `server/decar/server/`."""
-    return ROOT / path if (ROOT / path).exists() else SERVER / path
+    """The file that a document means: from the root, from `server/decar/server/` or from `training/decar/training/`."""
+    found = (folder / path for folder in (ROOT, SERVER, TRAINING) if (folder / path).exists())
+    return next(found, SERVER / path)
 
 
 def text_of(document: Path) -> str:
@@ -370,6 +371,7 @@ def test_documents_name_much_of_the_source() -> None:
     assert len(named_in_documents()) >= 15
     named = {(name, source_named(path)) for name, path in named_in_documents()}
     assert ("EnsembleClient.generate", SERVER / "gateway/ensemble.py") in named
+    assert ("train_model", TRAINING / "expert/stage.py") in named
 
 
 @pytest.mark.parametrize(("name", "path"), named_in_documents(), ids=str)

@@ -45,7 +45,6 @@ AVERAGE = "parameter average"
 MOE = "mixture of experts (merged)"
 RANDOM = "random split"
 BEST = "best expert alone"
-_ORDER = (CENTRALIZED, AVERAGE, MOE, RANDOM)
 # One expert for each input: the one whose cluster is nearest, as the paper serves, and the surest that there is.
 TOP_1 = ("centroid, top-1", f"{DENSE}, top-1")
 _FIX = "run `decar-train evaluate CONFIG.yaml`, which makes all that is missing"
@@ -232,7 +231,7 @@ def make_scores(
 
         pool = Pool(texts, {expert.name: expert.prior for expert in ensemble.experts})
         best = min(alone, key=lambda name: pool.excess(totals[name], totals[DENSE])[0])
-        order = [_ORDER[0], *alone, *_ORDER[1:], *(system.name for system in compared)]
+        order = [CENTRALIZED, *alone, AVERAGE, MOE, RANDOM, *(system.name for system in compared)]
         first = ensemble.experts[0]
         report = SeedReport(
             seed=seed,
@@ -318,7 +317,8 @@ def _with_average(
         models[AVERAGE] = directory
     except TrainingError as error:
         undefined[AVERAGE] = str(error)
-    return models, {name: undefined[name] for name in _ORDER if name in undefined}
+    order = (CENTRALIZED, AVERAGE, MOE, RANDOM)
+    return models, {name: undefined[name] for name in order if name in undefined}
 
 
 def _random_split(split: Run, system: System, texts: Sequence[Text], forward: _Forward) -> dict[str, Totals]:
