@@ -64,6 +64,58 @@ ROOMS = {
 }
 """Which room or file of the server may import which: `serve` alone puts together what knows nothing of each other."""
 
+TRAINING = ROOT / "training/decar/training"
+ALL_KNOW = {"checkpoint_files", "config", "fingerprints", "run", "stages"}
+FOLDERS = {
+    "checkpoint_files": set(),
+    "config": {"run"},
+    "run": {"stages"},
+    "stages": {"run"},
+    "fingerprints": {"config", "stages"},
+    "data": {"data", *ALL_KNOW},
+    "partition": {"partition", "data", *ALL_KNOW},
+    "expert": {"expert", "data", *ALL_KNOW},
+    "router": {"router", "data", *ALL_KNOW},
+    "export": {"export", "data", "expert", *ALL_KNOW},
+    "evaluate": {"evaluate", "data", "partition", "expert", "router", "export", *ALL_KNOW},
+    "new": {"new", "data", "expert", "router", "evaluate", *ALL_KNOW},
+    "dry_run": {"data", "partition", "expert", *ALL_KNOW},
+    "cli": {"dry_run", "data", "partition", "expert", "router", "export", "evaluate", *ALL_KNOW},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+"""Which folder or file of training may import which: no stage knows one that comes after it."""
+
+WHOLE_CONFIGURATION = {
+    "fingerprints.py": {
+        "partition_fingerprint",
+        "router_fingerprint",
+        "export_fingerprint",
+        "scores_fingerprint",
+        "evaluate_fingerprint",
+    },
+    "partition/stage.py": {"partition_stage", "make_partition"},
+    "expert/stage.py": {"expert_stage", "train_expert"},
+    "router/stage.py": {"router_stage"},
+    "export/stage.py": {"export_stage", "export", "export_average", "origin_of"},
+    "export/moe.py": {"moe_stage", "export_moe"},
+    "evaluate/centralized.py": {"centralized_stage"},
+    "evaluate/curve.py": {
+        "settings",
+        "split_config",
+        "models",
+        "point_stage",
+        "make_point",
+        "curve_stage",
+        "_point_stages",
+        "make_curve",
+    },
+    "evaluate/random_split.py": {"why_no_random_split", "random_config"},
+    "evaluate/scores.py": {"scores_stage", "make_scores", "rivals_of"},
+    "evaluate/stage.py": {"evaluate_stage", "make_evaluation"},
+}
+"""Who takes the whole `TrainConfig`, beside commands and their dry run: what puts its sections together."""
+
 PUBLIC = {"vllm.engine.protocol", "vllm.exceptions", "vllm.logprobs", "vllm.outputs", "vllm.sampling_params"}
 """What vLLM offers to others; everything else of it may change without notice, and is for `vllm_adapter` alone."""
 
@@ -132,12 +184,34 @@ def test_rooms_of_the_server_import_only_what_the_arrows_allow(room: str) -> Non
         assert used <= ROOMS[room], f"{path} imports decar.server.{used - ROOMS[room]}"
 
 
-def in_room(room: str) -> list[Path]:
-    return sorted((SERVER / room).rglob("*.py")) or [SERVER / f"{room}.py"]
+def in_room(room: str, part: Path = SERVER) -> list[Path]:
+    return sorted((part / room).rglob("*.py")) or [part / f"{room}.py"]
 
 
-def test_every_file_of_the_server_is_in_a_room() -> None:
+def test_every_file_of_server_and_training_is_in_a_room() -> None:
     assert {path for room in ROOMS for path in in_room(room)} == set(sources("server"))
+    assert {path for folder in FOLDERS for path in in_room(folder, TRAINING)} == set(sources("training"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_of_training_import_only_what_the_arrows_allow(folder: str) -> None:
+    for path in in_room(folder, TRAINING):
+        used = {name.split(".")[2] for name in imported(path) if name.startswith("decar.training.")}
+        assert used <= FOLDERS[folder], f"{path} imports decar.training.{used - FOLDERS[folder]}"
+
+
+def test_the_whole_configuration_goes_no_further_than_where_its_sections_are_put_together() -> None:
+    """Else a signature does not say what a function depends on."""
+    found = {
+        str(path.relative_to(TRAINING)): {
+            function.name
+            for function in ast.walk(ast.parse(path.read_text()))
+            if isinstance(function, ast.FunctionDef) and "TrainConfig" in ast.unparse(function.args)
+        }
+        for path in sources("training")
+        if path not in (TRAINING / "cli.py", TRAINING / "dry_run.py")
+    }
+    assert {path: functions for path, functions in found.items() if functions} == WHOLE_CONFIGURATION
 
 
 @pytest.mark.parametrize("part", ARROWS)
@@ -265,8 +339,9 @@ RESULT = re.compile(r"`([^`\s]+/[^`\s]+)`")
 
 
 def source_named(path: str) -> Path:
-    """The file that a document means: from the root, or from `server/decar/server/`."""
-    return ROOT / path if (ROOT / path).exists() else SERVER / path
+    """The file that a document means: from the root, from `server/decar/server/` or from `training/decar/training/`."""
+    found = (folder / path for folder in (ROOT, SERVER, TRAINING) if (folder / path).exists())
+    return next(found, SERVER / path)
 
 
 def text_of(document: Path) -> str:
@@ -306,6 +381,7 @@ def test_documents_name_much_of_the_source() -> None:
     assert len(named_in_documents()) >= 15
     named = {(name, source_named(path)) for name, path in named_in_documents()}
     assert ("EnsembleClient.generate", SERVER / "gateway/ensemble.py") in named
+    assert ("train_model", TRAINING / "expert/stage.py") in named
 
 
 @pytest.mark.parametrize(("name", "path"), named_in_documents(), ids=str)

@@ -30,7 +30,7 @@ DEADLINE_S = 120
 def made(path: Path, *overrides: str) -> TrainConfig:
     config = load_config(path, list(overrides))
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     return config
 
 

@@ -13,12 +13,13 @@ from datasets import Dataset
 from decar.router.errors import TrainingError
 from decar.training.config import CONTINUATION_TEMPLATE, DataConfig, DocumentConfig, load_config
 from decar.training.data.blocks import IGNORED, mean_loss, pack, render_chat
+from decar.training.data.shards import read_examples, read_texts
 from decar.training.data.sources import Chat, read_documents
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.expert import stage as expert
 from decar.training.expert.model import build_model
 from decar.training.expert.stage import expert_stage, read_blocks, train_expert
-from decar.training.partition.stage import make_partition, partition_stage, read_examples, read_shard
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import CODE, WriteConfig
 
 CHATML = (
@@ -64,7 +65,7 @@ def config_with_chats(write_config: WriteConfig, tmp_path: Path) -> Any:
             update={"tokenizer": config.tokenizer.model_copy(update={"chat_template": template, **tokenizer})}
         )
         make_partition(config, partition_stage(config))
-        make_tokenizer(config, tokenizer_stage(config))
+        make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
         return config
 
     return make
@@ -142,23 +143,23 @@ def test_chats_keep_together_and_rows_that_teach_nothing_are_left_out(config_wit
 
 def test_shards_carry_chats_and_experts_learn_their_answers(config_with_chats: Any) -> None:
     config = config_with_chats(CHATML, eos_token="<|end|>")
-    examples = [e for split in ("train", "held_out") for e in read_examples(config, "code", split)]
+    examples = [e for split in ("train", "held_out") for e in read_examples(config.run.shard("code", split))]
     assert sum(isinstance(e, Chat) for e in examples) == 10
     assert {str(e.messages) for e in examples if isinstance(e, Chat)} == {str(c) for c in chats(CODE, 0)}
-    assert all(isinstance(text, str) for text in read_shard(config, "code", "train"))
-    assert all(isinstance(e, str) for e in read_examples(config, "prose", "train"))
+    assert all(isinstance(text, str) for text in read_texts(config.run.shard("code", "train")))
+    assert all(isinstance(e, str) for e in read_examples(config.run.shard("prose", "train")))
 
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    held_out = read_blocks(config, ["code"], "held_out", tokenizer)
+    held_out = read_blocks(config.recipe("code"), ["code"], "held_out", tokenizer)
     report = train_expert(config, "code", expert_stage(config, "code"))
-    assert report.held_out_loss < mean_loss(build_model(config, "code", tokenizer), held_out, 2)
+    assert report.held_out_loss < mean_loss(build_model(config.recipe("code"), tokenizer), held_out, 2)
 
 
 def test_the_loss_is_that_of_the_answers(config_with_chats: Any) -> None:
     config = config_with_chats(CHATML, eos_token="<|end|>")
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
     blocks = pack([Chat(chat("def f", "return self"))], tokenizer, 64)
-    model = build_model(config, "code", tokenizer).eval()
+    model = build_model(config.recipe("code"), tokenizer).eval()
     row = blocks.input_ids[0]
     prompt = len(tokenizer("<|user|>def f<|end|><|assistant|>", add_special_tokens=False)["input_ids"])
     answer = len(tokenizer("return self<|end|>", add_special_tokens=False)["input_ids"])
@@ -242,4 +243,4 @@ def test_a_shard_that_teaches_nothing_is_refused(
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
     monkeypatch.setattr(expert, "read_examples", lambda *_: [Chat([{"role": "user", "content": "a"}])])
     with pytest.raises(TrainingError, match="the held_out documents of code hold no token to predict"):
-        read_blocks(config, ["code"], "held_out", tokenizer)
+        read_blocks(config.recipe("code"), ["code"], "held_out", tokenizer)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from decar.router.errors import TrainingError
 from decar.training.config import load_config
@@ -108,4 +109,17 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 )
 def test_model_mistakes_are_named(write_config: WriteConfig, model: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message.replace("?", r"\?")):
-        check_model(load_config(write_config(model=model)), "code")
+        check_model(load_config(write_config(model=model)).recipe("code"))
+
+
+def test_a_recipe_stays_as_it_is_when_a_model_is_made_of_it(write_config: WriteConfig) -> None:
+    """transformers writes defaults into the nested parts that it is given."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", **sizes}
+    model = {"model_type": "llava", "text_config": sizes, "vision_config": vision}
+    data = yaml.safe_load(write_config().read_text()) | {"model": model}
+    path = write_config()
+    path.write_text(yaml.safe_dump(data))
+    recipe = load_config(path).recipe("code")
+    check_model(recipe)
+    assert recipe.model == model

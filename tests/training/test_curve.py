@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from decar.router.errors import TrainingError
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config, load_seeds
+from decar.training.data.shards import read_texts
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.evaluate.curve import (
     BASE,
@@ -27,8 +29,8 @@ from decar.training.evaluate.curve import (
     split_config,
 )
 from decar.training.evaluate.systems import DENSE
-from decar.training.expert.stage import read_expert_report
-from decar.training.partition.stage import make_partition, partition_stage, read_shard
+from decar.training.expert.report import read_expert_report
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig, config_writer
 
 PROMPT, LONGEST = 6, 40
@@ -85,7 +87,7 @@ def test_numbers_are_those_of_the_chain_rule(
         tokenizer = load_tokenizer(split.run.tokenizer)
         texts, domain = [], []
         for k, name in enumerate(split.expert_names):
-            ids = tokenizer(read_shard(split, name, "held_out"))["input_ids"]
+            ids = tokenizer(list(read_texts(split.run.shard(name, "held_out"))))["input_ids"]
             mine = [text[:LONGEST] for text in ids if len(text) > PROMPT]
             texts += mine
             domain += [k] * len(mine)
@@ -132,8 +134,12 @@ def test_no_model_has_seen_what_any_is_measured_on(curve: tuple[Path, CurveRepor
         held_out, train = [], []
         for count in EXPERTS:
             split = split_config(config, count)
-            held_out.append({t for name in split.expert_names for t in read_shard(split, name, "held_out")})
-            train.append({t for name in split.expert_names for t in read_shard(split, name, "train")})
+            held_out.append(
+                {t for name in split.expert_names for t in read_texts(split.run.shard(name, "held_out"))}
+            )
+            train.append(
+                {t for name in split.expert_names for t in read_texts(split.run.shard(name, "train"))}
+            )
         assert held_out[0] == held_out[1]
         assert train[0] == train[1]
         assert not held_out[0] & train[0]
@@ -145,15 +151,14 @@ def test_models_branch_from_the_base(write_config: WriteConfig) -> None:
     for count in EXPERTS:
         split = split_config(config, count)
         make_partition(split, partition_stage(split))
-        make_tokenizer(split, tokenizer_stage(split))
+        make_tokenizer(split.run, split.tokenizer, tokenizer_stage(split.run, split.tokenizer))
     needed = list(models(config, 0.5, 3))
     assert [model.name for model in needed] == [BASE, TOGETHER, "expert-1", "expert-2", "expert-3"]
     base, *others = needed
     # Far from fresh weights, which all would have else.
-    learning = base.config.training.model_copy(update={"learning_rate": 1e-2})
-    taught = base.config.model_copy(update={"training": learning})
+    learning = base.recipe.training.model_copy(update={"learning_rate": 1e-2})
     assert not base.stage.is_done
-    type(base)(BASE, taught, base.shards, base.directory).train(base.stage)
+    replace(base, recipe=replace(base.recipe, training=learning)).train(base.stage)
     start = weights(base.directory)
     for model in others[:2]:
         model.train(model.stage)

@@ -61,7 +61,7 @@ def test_states_steps_and_sizes(
     path = write_config(training={"max_steps": None, "epochs": 2.0, "batch_size": 4})
     config = load_config(path)
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     report = train_expert(config, "code", expert_stage(config, "code"))
     with pytest.raises(KeyboardInterrupt):
         train_expert(config, "prose", expert_stage(config, "prose"), [StopAt(5)])
@@ -72,7 +72,7 @@ def test_states_steps_and_sizes(
     assert code.tokens_per_step == 4 * 32
     assert code.time_s == 0
     assert prose.time_s == pytest.approx((prose.steps - 4) * prose.cost.step_time_s)
-    model = build_model(config, "code", load_tokenizer(config.work_dir / "tokenizer"))
+    model = build_model(config.recipe("code"), load_tokenizer(config.work_dir / "tokenizer"))
     assert code.cost.num_parameters == code.cost.num_trained == model.num_parameters()
     # Weights, gradients and two moments are 16 bytes a parameter. On top come activations: for 128 tokens at least
     # the logits and their logarithms, at most some hundred numbers for each of the width's 32.
@@ -94,7 +94,7 @@ def test_the_batch_shown_is_the_first_one_trained_on(
 ) -> None:
     config = load_config(write_config())
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     predicted = estimate(config, "code", config, {}).batch
 
     fetched: list[dict[str, Any]] = []
@@ -108,7 +108,7 @@ def test_the_batch_shown_is_the_first_one_trained_on(
 def test_what_is_learned_is_marked(write_config: WriteConfig) -> None:
     config = load_config(write_config())
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
     question, answer = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("def f", "return")

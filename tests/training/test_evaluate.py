@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM
 from decar.router import Ensemble
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, load_config, load_seeds
+from decar.training.data.shards import read_examples
 from decar.training.data.sources import Chat
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.evaluate.held_out import read_texts
 from decar.training.evaluate.scores import AVERAGE, CENTRALIZED, MOE, RANDOM
 from decar.training.evaluate.stage import EvaluationReport
 from decar.training.evaluate.systems import DENSE
-from decar.training.partition.stage import make_partition, partition_stage, read_examples
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig, config_writer
 from tests.training.test_chat import CHATML, chat
 from tests.training.test_scores import SETTINGS, run
@@ -123,7 +124,7 @@ def test_another_seed_is_another_run(two_seeds: Path) -> None:
     assert own == load_config(two_seeds)
     assert (other.seed, other.work_dir) == (1, own.work_dir / "seed-1")
     held_out = [
-        {example for name in one.expert_names for example in read_examples(one, name, "held_out")}
+        {example for name in one.expert_names for example in read_examples(one.run.shard(name, "held_out"))}
         for one in (own, other)
     ]
     assert held_out[0] != held_out[1]
@@ -227,7 +228,7 @@ def test_answers_are_right_where_greedy_decoding_gives_them(
         by_domain = []
         for name in config.expert_names:
             hits = []
-            for example in read_examples(config, name, "held_out"):
+            for example in read_examples(config.run.shard(name, "held_out")):
                 assert isinstance(example, Chat)
                 messages = example.messages
                 for i, message in enumerate(messages):
@@ -253,12 +254,12 @@ def test_answers_are_right_where_greedy_decoding_gives_them(
 def test_chats_are_scored_in_their_answers_alone(chats: tuple[TrainConfig, EvaluationReport]) -> None:
     config, report = chats
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    held_out = read_texts(config, tokenizer, 120)
+    held_out = read_texts(config.run, config.evaluate, config.seed, tokenizer, 120)
     said = [tokenizer.decode(text.ids[text.prompt_tokens :]) for text in held_out.texts]
     wanted = [
         f"{message['content']}<|end|>"
         for name in config.expert_names
-        for example in read_examples(config, name, "held_out")
+        for example in read_examples(config.run.shard(name, "held_out"))
         if isinstance(example, Chat)
         for message in example.messages
         if message["role"] == "assistant"
@@ -273,14 +274,14 @@ def test_chats_are_scored_in_their_answers_alone(chats: tuple[TrainConfig, Evalu
 def test_answers_that_end_too_late_are_counted(tmp_path: Path) -> None:
     config = load_config(chats_config(tmp_path))
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    everything = read_texts(config, tokenizer, 120)
+    everything = read_texts(config.run, config.evaluate, config.seed, tokenizer, 120)
     longest = len(everything.texts[-1].ids)
-    fewer = read_texts(config, tokenizer, longest - 1)
+    fewer = read_texts(config.run, config.evaluate, config.seed, tokenizer, longest - 1)
     assert fewer.too_long == sum(len(text.ids) == longest for text in everything.texts)
     assert len(fewer.texts) + fewer.too_long == len(everything.texts)
     with pytest.raises(
         TrainingError, match=r"no answer in its held-out chats ends within evaluate\.max_tokens, 3"
     ):
-        read_texts(config, tokenizer, 3)
+        read_texts(config.run, config.evaluate, config.seed, tokenizer, 3)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, load_config
 from decar.training.data.blocks import IGNORED, mean_loss, pack
+from decar.training.data.shards import read_texts
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.expert.model import build_model
 from decar.training.expert.stage import (
@@ -22,14 +23,14 @@ from decar.training.expert.stage import (
     expert_stage,
     train_expert,
 )
-from decar.training.partition.stage import make_partition, partition_stage, read_shard
+from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
 
 
 @pytest.fixture
 def prepared(config: TrainConfig) -> TrainConfig:
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     return config
 
 
@@ -76,8 +77,8 @@ def test_training_lowers_the_held_out_loss_it_reports(prepared: TrainConfig) -> 
         update={"training": prepared.training.model_copy(update={"learning_rate": 1e-2})}
     )
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    held_out = pack(read_shard(config, "prose", "held_out"), tokenizer, 32)
-    untrained = mean_loss(build_model(config, "prose", tokenizer), held_out, 2)
+    held_out = pack(list(read_texts(config.run.shard("prose", "held_out"))), tokenizer, 32)
+    untrained = mean_loss(build_model(config.recipe("prose"), tokenizer), held_out, 2)
     assert untrained == pytest.approx(math.log(len(tokenizer)), rel=0.05)
     report = train_expert(config, "prose", expert_stage(config, "prose"))
     assert report.held_out_loss < untrained - 0.1
@@ -148,7 +149,7 @@ def test_a_checkpoint_is_trained_on(prepared: TrainConfig, write_config: WriteCo
         write_config(tokenizer={"path": str(directory)}, experts=["code", "prose"]), [f"model={model}"]
     )
     tokenizer = load_tokenizer(directory)
-    loaded = build_model(config, "prose", tokenizer)
+    loaded = build_model(config.recipe("prose"), tokenizer)
     assert torch.equal(loaded.state_dict()["lm_head.weight"], weights(prepared, "code")["lm_head.weight"])
 
 
@@ -166,4 +167,4 @@ def test_models_that_do_not_fit(
     tokenizer = load_tokenizer(prepared.work_dir / "tokenizer")
     changes = {"tokenizer": {"path": str(prepared.work_dir / "tokenizer")}}
     with pytest.raises(TrainingError, match=message):
-        build_model(load_config(write_config(**changes), [change]), "code", tokenizer)
+        build_model(load_config(write_config(**changes), [change]).recipe("code"), tokenizer)

@@ -18,7 +18,8 @@ from decar.router import Ensemble
 from decar.router.errors import DecarError, EnsembleError, TrainingError
 from decar.training.config import TrainConfig, load_config
 from decar.training.data.tokenizer import make_tokenizer, tokenizer_stage
-from decar.training.expert.stage import expert_stage, read_expert_report, train_expert
+from decar.training.expert.report import read_expert_report
+from decar.training.expert.stage import expert_stage, train_expert
 from decar.training.export.stage import export, export_average, export_stage
 from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
@@ -37,7 +38,7 @@ MERGED_FILES = {
 
 def trained(config: TrainConfig) -> TrainConfig:
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     for name in config.expert_names:
         train_expert(config, name, expert_stage(config, name))
     return config

@@ -12,14 +12,9 @@ import pytest
 
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, load_config
+from decar.training.data.shards import read_examples, read_texts
 from decar.training.evaluate.random_split import random_config
-from decar.training.partition.stage import (
-    make_partition,
-    partition_stage,
-    read_examples,
-    read_partition_report,
-    read_shard,
-)
+from decar.training.partition.stage import make_partition, partition_stage, read_partition_report
 from decar.training.run import SPLITS
 from tests.training.conftest import WriteConfig
 from tests.training.test_run import command
@@ -49,7 +44,7 @@ def rows_of(large: int, small: int) -> Rows:
 
 
 def shards(config: TrainConfig) -> dict[str, list[str]]:
-    return {f"{n}/{s}": read_shard(config, n, s) for n in config.expert_names for s in SPLITS}
+    return {f"{n}/{s}": list(read_texts(config.run.shard(n, s))) for n in config.expert_names for s in SPLITS}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -69,7 +64,7 @@ def test_whole_inputs_are_held_out_also_where_their_pieces_are_apart(write_confi
     report = make_partition(config, partition_stage(config))
     origins: dict[str, set[int]] = {}
     for split in SPLITS:
-        examples = [e for name in config.expert_names for e in read_examples(config, name, split)]
+        examples = [e for name in config.expert_names for e in read_examples(config.run.shard(name, split))]
         origins[split] = {getattr(example, "origin", -1) for example in examples} - {-1}
     assert not origins["train"] & origins["held_out"]
     for shard in report.shards:
@@ -142,7 +137,7 @@ def test_another_run_holds_out_the_same(by_field: Callable[..., Path], max_chars
     make_partition(split, partition_stage(split))
     for part in SPLITS:
         own, other = (
-            sorted(text for name in one.expert_names for text in read_shard(one, name, part))
+            sorted(text for name in one.expert_names for text in read_texts(one.run.shard(name, part)))
             for one in (config, split)
         )
         assert own == other

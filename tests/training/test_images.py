@@ -37,10 +37,11 @@ from decar.training.data.blocks import IGNORED, mean_loss
 from decar.training.data.corpus import DocumentWriter
 from decar.training.data.digits import write_digits
 from decar.training.data.image_blocks import ImageBlocks, ShardImages, image_sizes
+from decar.training.data.shards import read_examples
 from decar.training.data.sources import Chat, Document
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
-from decar.training.evaluate.held_out import load_model, read_texts, scored, scores_of
-from decar.training.expert.model import build_model, check_model
+from decar.training.evaluate.held_out import read_texts, scored, scores_of
+from decar.training.expert.model import build_model, check_model, load_model
 from decar.training.expert.stage import (
     complete_checkpoints,
     expert_processor,
@@ -49,7 +50,7 @@ from decar.training.expert.stage import (
     train_expert,
 )
 from decar.training.export.stage import export, export_average, export_stage
-from decar.training.partition.stage import make_partition, partition_stage, read_examples
+from decar.training.partition.stage import make_partition, partition_stage
 from decar.training.router.stage import router_stage, train_router
 from tests.training.conftest import PROSE, config_writer
 from tests.training.test_apart import COMMAND, DEADLINE_S, assert_equal, weights
@@ -105,7 +106,7 @@ def write(root: Path, **changes: Any) -> Path:
 def prepared(path: Path) -> TrainConfig:
     config = load_config(path)
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     return config
 
 
@@ -116,7 +117,8 @@ def config(tmp_path: Path) -> TrainConfig:
 
 def blocks_of(config: TrainConfig, name: str = "code", split: str = "train") -> ImageBlocks:
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    blocks = read_blocks(config, [name], split, tokenizer, expert_processor(config, name, tokenizer))
+    recipe = config.recipe(name)
+    blocks = read_blocks(recipe, [name], split, tokenizer, expert_processor(recipe, tokenizer))
     assert isinstance(blocks, ImageBlocks)
     return blocks
 
@@ -139,7 +141,9 @@ def test_rows_are_what_the_processor_makes_of_the_chat(config: TrainConfig) -> N
     )
     chats = [
         (chat, images)
-        for chat, images in zip(read_examples(config, "code", "train"), encoded(config), strict=True)
+        for chat, images in zip(
+            read_examples(config.run.shard("code", "train")), encoded(config), strict=True
+        )
         if images
     ]
     assert len(blocks.chats) == len(chats)
@@ -173,7 +177,7 @@ def test_rows_are_what_the_processor_makes_of_the_chat(config: TrainConfig) -> N
 
 def test_texts_are_packed_beside_chats_about_images(config: TrainConfig) -> None:
     blocks = blocks_of(config)
-    texts = [e for e in read_examples(config, "code", "train") if isinstance(e, str)]
+    texts = [e for e in read_examples(config.run.shard("code", "train")) if isinstance(e, str)]
     assert texts
     assert len(blocks) == len(blocks.texts) + len(blocks.chats)
     decoded = blocks.processor.tokenizer.decode(blocks.texts.input_ids.flatten().tolist())
@@ -181,7 +185,7 @@ def test_texts_are_packed_beside_chats_about_images(config: TrainConfig) -> None
     mixed = blocks.collate([blocks[0], blocks[len(blocks.texts)]])
     assert mixed["input_ids"].shape == (2, 64)
     # A row's loss does not depend on the company it keeps.
-    model = build_model(config, "code", blocks.processor.tokenizer).eval()
+    model = build_model(config.recipe("code"), blocks.processor.tokenizer).eval()
     alone = blocks.collate([blocks[len(blocks.texts)]])
     length = alone["input_ids"].shape[1]
     with torch.inference_mode():
@@ -273,7 +277,7 @@ def test_a_text_cannot_hold_the_image_token(tmp_path: Path) -> None:
 def test_fields_are_checked_within_parts(tmp_path: Path, model: dict[str, Any], message: str) -> None:
     config = load_config(write(tmp_path, model={**MODEL, **model}))
     with pytest.raises(TrainingError, match=message):
-        check_model(config, "code")
+        check_model(config.recipe("code"))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
@@ -371,7 +375,7 @@ def test_a_killed_expert_ends_with_the_same_weights(tmp_path: Path) -> None:
 def test_frozen_modules_stay_and_the_rest_learns(tmp_path: Path) -> None:
     config = prepared(write(tmp_path, training={"freeze": ["vision_tower"]}))
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    before = build_model(config, "code", tokenizer)
+    before = build_model(config.recipe("code"), tokenizer)
     held_out = blocks_of(config, split="held_out")
     report = train_expert(config, "code", expert_stage(config, "code"))
     assert report.held_out_loss < mean_loss(before, held_out, 4)
@@ -382,7 +386,7 @@ def test_frozen_modules_stay_and_the_rest_learns(tmp_path: Path) -> None:
         update={"training": config.training.model_copy(update={"freeze": ["vision_towel"]})}
     )
     with pytest.raises(TrainingError, match="has no module 'vision_towel'; did you mean 'vision_tower'"):
-        build_model(wrong, "code", tokenizer)
+        build_model(wrong.recipe("code"), tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -392,7 +396,7 @@ def test_frozen_modules_stay_and_the_rest_learns(tmp_path: Path) -> None:
 def exported(config: TrainConfig) -> TrainConfig:
     for name in config.expert_names:
         train_expert(config, name, expert_stage(config, name))
-    train_router(config, router_stage(config))
+    train_router(config.run, config.router, config.seed, router_stage(config))
     export(config, export_stage(config))
     return config
 
@@ -439,8 +443,8 @@ def test_an_ensemble_of_image_experts(exported: TrainConfig) -> None:
 def test_held_out_answers_are_scored_after_their_images(exported: TrainConfig) -> None:
     """In padded batches with other texts' images, as alone; and an answer is right where greedy decoding gives it."""
     tokenizer = load_tokenizer(exported.work_dir / "tokenizer")
-    processor = expert_processor(exported, "code", tokenizer)
-    held_out = read_texts(exported, tokenizer, 64, processor)
+    processor = expert_processor(exported.recipe("code"), tokenizer)
+    held_out = read_texts(exported.run, exported.evaluate, exported.seed, tokenizer, 64, processor)
     assert {len(text.places) for text in held_out.texts} == {0, 1, 2}
     model = load_model(Ensemble.load(exported.run.ensemble).experts[0].path)
     for text, rows in scored([model], held_out.texts, 4, len(tokenizer), processor):
@@ -569,7 +573,7 @@ def test_a_checkpoint_of_another_kind_is_trained(tmp_path: Path) -> None:
         picture.resize((90, 30)).save(image)
     config = prepared(path)
     blocks = blocks_of(config)
-    before = build_model(config, "code", blocks.processor.tokenizer)
+    before = build_model(config.recipe("code"), blocks.processor.tokenizer)
     counts = {int((chat.input_ids == blocks.processor.image_token_id).sum()) for chat in blocks.chats}
     counts |= {
         int((c.input_ids == blocks.processor.image_token_id).sum()) for c in blocks_of(config, "prose").chats

@@ -17,7 +17,8 @@ from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, load_config
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.expert.model import build_model
-from decar.training.expert.stage import expert_fingerprint, expert_stage, train_expert
+from decar.training.expert.stage import expert_stage, train_expert
+from decar.training.fingerprints import expert_fingerprint
 from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
 from tests.training.test_expert import StopAt, weights
@@ -29,10 +30,10 @@ def base(write_config: WriteConfig, tmp_path: Path) -> Path:
     """A checkpoint and its tokenizer."""
     config = load_config(write_config())
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     directory = tmp_path / "base"
     shutil.copytree(config.work_dir / "tokenizer", directory)
-    build_model(config, "code", load_tokenizer(directory)).save_pretrained(directory)
+    build_model(config.recipe("code"), load_tokenizer(directory)).save_pretrained(directory)
     shutil.rmtree(config.work_dir)
     return directory
 
@@ -57,7 +58,7 @@ def write_lora(base: Path, write_config: WriteConfig) -> Any:
 def prepared(path: Path, *overrides: str) -> TrainConfig:
     config = load_config(path, list(overrides))
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     return config
 
 
@@ -100,7 +101,7 @@ def test_an_interrupted_adapter_ends_with_the_same_weights(write_lora: Any) -> N
 
 def test_only_adapters_are_trained(write_lora: Any, base: Path) -> None:
     config = prepared(write_lora())
-    model = build_model(config, "code", load_tokenizer(base))
+    model = build_model(config.recipe("code"), load_tokenizer(base))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
@@ -118,13 +119,13 @@ def test_mistakes_are_named(write_config: WriteConfig, write_lora: Any, base: Pa
     with pytest.raises(
         TrainingError, match=r"training.lora cannot be applied \(.*q_prj.*not found"
     ) as caught:
-        build_model(config, "code", load_tokenizer(base))
+        build_model(config.recipe("code"), load_tokenizer(base))
     assert "\n" not in str(caught.value)
 
 
 def test_what_weights_do_not_depend_on_leaves_experts_finished(write_lora: Any) -> None:
     def fingerprint(*changes: str) -> str:
-        return expert_fingerprint(load_config(path, list(changes)), "code")
+        return expert_fingerprint(load_config(path, list(changes)).recipe("code"))
 
     path = write_lora()
     for change in ("save_total_limit=1", "tensorboard=true", "gradient_checkpointing=true"):

@@ -27,9 +27,9 @@ from transformers import (
 from decar.router.errors import TrainingError
 from decar.router.manifest import ExpertCheckpoint
 from decar.training.config import TrainConfig, load_config
-from decar.training.expert.stage import read_expert_report
+from decar.training.data.shards import read_texts
+from decar.training.expert.report import read_expert_report
 from decar.training.export.moe import export_moe, gate_weights, merge, moe_stage, train_moe
-from decar.training.partition.stage import read_shard
 from tests.training.conftest import WriteConfig, config_writer
 from tests.training.test_export import MERGED_FILES, trained
 from tests.training.test_run import command, modified
@@ -217,7 +217,7 @@ def config(experts: Path) -> TrainConfig:
 
 def made(config: TrainConfig, **moe: Any) -> TrainConfig:
     changed = config.model_copy(update={"moe": config.moe.model_copy(update=moe)})
-    train_moe(changed, moe_stage(changed))
+    train_moe(changed.recipes, changed.moe, moe_stage(changed))
     return changed
 
 
@@ -228,7 +228,7 @@ def test_gates_start_from_what_experts_have_read(config: TrainConfig) -> None:
     model.config.output_router_logits = True
     shares = []
     for k, name in enumerate(config.expert_names):
-        texts = read_shard(config, name, "held_out")
+        texts = list(read_texts(config.run.shard(name, "held_out")))
         said = [model(tokenizer(text, return_tensors="pt")["input_ids"]).router_logits[0] for text in texts]
         shares.append(float((torch.cat(said).argmax(dim=-1) == k).double().mean()))
     assert min(shares) > 0.6, (

@@ -13,15 +13,10 @@ from datasets import Dataset
 from decar.router.errors import TrainingError
 from decar.training.config import DataConfig, DocumentConfig, TrainConfig, load_config
 from decar.training.data.blocks import pack
+from decar.training.data.shards import read_examples, read_texts
 from decar.training.data.sources import EMPTY, SHORT, UNLEARNED, Chat, Document, Piece, Tally, read_documents
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
-from decar.training.partition.stage import (
-    make_partition,
-    partition_stage,
-    read_examples,
-    read_partition_report,
-    read_shard,
-)
+from decar.training.partition.stage import make_partition, partition_stage, read_partition_report
 from decar.training.run import SPLITS
 from tests.training.conftest import CODE, PROSE, WriteConfig
 from tests.training.test_run import command
@@ -90,7 +85,7 @@ def test_rows_that_teach_nothing_are_counted(write_config: WriteConfig) -> None:
 def prepared(path: Path) -> TrainConfig:
     config = load_config(path)
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     return config
 
 
@@ -140,7 +135,7 @@ def test_bos_and_eos_stand_at_the_ends_of_documents_alone(
     tokenizer = load_tokenizer(config.run.tokenizer)
     found: list[int] = []
     for split in SPLITS:
-        examples = read_examples(config, "all", split)
+        examples = read_examples(config.run.shard("all", split))
         assert all(isinstance(example, Piece if cutting else str) for example in examples)
         blocks = pack(examples, tokenizer, 32)
         ids = blocks.input_ids.flatten().tolist()
@@ -219,7 +214,7 @@ def test_tools_and_calls_reach_the_template(write_config: WriteConfig, tmp_path:
     )
     config = prepared(path)
     tokenizer = load_tokenizer(config.run.tokenizer)
-    chats = [example for split in SPLITS for example in read_examples(config, "all", split)]
+    chats = [example for split in SPLITS for example in read_examples(config.run.shard("all", split))]
     told = [chat for chat in chats if isinstance(chat, Chat) and chat.tools]
     assert 0 < len(told) < len(chats)
     for chat in told:
@@ -335,5 +330,7 @@ def test_an_empty_text_beside_a_chat_is_none_and_the_reverse(
 
 def test_shards_without_pieces_or_tools_have_no_columns_for_them(config: TrainConfig) -> None:
     make_partition(config, partition_stage(config))
-    assert all(isinstance(example, str) for example in read_examples(config, "code", "train"))
-    assert read_examples(config, "code", "train") == read_shard(config, "code", "train")
+    assert all(isinstance(example, str) for example in read_examples(config.run.shard("code", "train")))
+    assert read_examples(config.run.shard("code", "train")) == list(
+        read_texts(config.run.shard("code", "train"))
+    )

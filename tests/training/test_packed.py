@@ -15,13 +15,8 @@ from decar.training.data.blocks import IGNORED, mean_loss, pack
 from decar.training.data.sources import Chat
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.expert.model import build_model, keeps_apart
-from decar.training.expert.stage import (
-    expert_stage,
-    make_trainer,
-    read_blocks,
-    read_expert_report,
-    train_expert,
-)
+from decar.training.expert.report import read_expert_report
+from decar.training.expert.stage import expert_stage, make_trainer, read_blocks, train_expert
 from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig
 from tests.training.tokenizers_of_kinds import KINDS
@@ -93,9 +88,9 @@ def test_the_trainers_loss_is_that_of_documents_alone(write_config: WriteConfig)
     """Through the Trainer, as experts are trained: its loss is the mean over each document's own."""
     config = load_config(write_config(training={"sequence_length": 128, "batch_size": 1}))
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     tokenizer = load_tokenizer(config.run.tokenizer)
-    model = build_model(config, "code", tokenizer)
+    model = build_model(config.recipe("code"), tokenizer)
     model.config.use_cache = True
     texts = ["def f(x): return", "while self", "the captain of the whale"]
     packed = pack(texts, tokenizer, 128)
@@ -104,7 +99,7 @@ def test_the_trainers_loss_is_that_of_documents_alone(write_config: WriteConfig)
         (mean_loss(model, blocks := pack([text], tokenizer, 128), 1), blocks.num_targets) for text in texts
     ]
     wanted = sum(loss * count for loss, count in losses) / packed.num_targets
-    trainer = make_trainer(config, model, packed, config.work_dir / "checkpoints")
+    trainer = make_trainer(config.recipe("code"), model, packed, config.work_dir / "checkpoints")
     model.eval()
     with torch.inference_mode():
         loss = trainer.compute_loss(model, packed.collate([packed[0]]))
@@ -168,7 +163,7 @@ def test_an_expert_of_such_a_model_is_trained(write_config: WriteConfig, tmp_pat
     model |= {"word_embed_proj_dim": 32, "max_position_embeddings": 128}
     config = load_config(path, [f"model={json.dumps(model)}"])
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     report = train_expert(config, "code", expert_stage(config, "code"))
     assert report.steps == 6
     assert read_expert_report(config.run.expert("code")) == report
@@ -192,10 +187,11 @@ def test_positions_start_anew_with_documents_and_rows() -> None:
 def test_read_blocks_follows_the_model(write_config: WriteConfig) -> None:
     config = load_config(write_config())
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     tokenizer = load_tokenizer(config.run.tokenizer)
     packed, single = (
-        read_blocks(config, ["code"], "train", tokenizer, None, apart) for apart in (True, False)
+        read_blocks(config.recipe("code"), ["code"], "train", tokenizer, None, apart)
+        for apart in (True, False)
     )
     assert len(single) >= len(packed)
     assert "position_ids" in packed[0]

@@ -19,14 +19,19 @@ from transformers import BertConfig, BertModel
 from decar.router.errors import TrainingError
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
+from decar.training.data.shards import read_texts
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
-from decar.training.partition.stage import make_partition, partition_stage, read_partition_report, read_shard
+from decar.training.partition.stage import make_partition, partition_stage, read_partition_report
 from tests.training.conftest import CODE, PROSE, WriteConfig
 
 
 def shards(config: TrainConfig) -> dict[str, list[str]]:
     make_partition(config, partition_stage(config))
-    return {f"{n}/{s}": read_shard(config, n, s) for n in config.expert_names for s in ("train", "held_out")}
+    return {
+        f"{n}/{s}": list(read_texts(config.run.shard(n, s)))
+        for n in config.expert_names
+        for s in ("train", "held_out")
+    }
 
 
 def test_documents_are_split_evenly_and_clusters_named_by_source(config: TrainConfig, tmp_path: Path) -> None:
@@ -40,7 +45,7 @@ def test_documents_are_split_evenly_and_clusters_named_by_source(config: TrainCo
         text
         for name in ("code", "prose")
         for s in ("train", "held_out")
-        for text in read_shard(config, name, s)
+        for text in read_texts(config.run.shard(name, s))
     ]
     assert len(every) == len(set(every)) == 30
 
@@ -137,7 +142,9 @@ def test_the_report_shows_what_is_typical_and_a_map(config: TrainConfig) -> None
     for shard, words in zip(report.shards, (CODE, PROSE), strict=True):
         assert shard.top_terms
         assert set(shard.top_terms) <= {word.lower() for word in words}
-        train, held_out = (read_shard(config, shard.expert, split) for split in ("train", "held_out"))
+        train, held_out = (
+            list(read_texts(config.run.shard(shard.expert, split))) for split in ("train", "held_out")
+        )
         assert len(shard.nearest) == 3
         assert all(any(text.startswith(near) for text in train + held_out) for near in shard.nearest)
         assert shard.train_chars == sum(map(len, train))
@@ -156,7 +163,7 @@ def test_documents_are_compared_by_an_embedding_model(write_config: WriteConfig,
     directory = tmp_path / "encoder"
     plain = load_config(write_config())
     make_partition(plain, partition_stage(plain))
-    make_tokenizer(plain, tokenizer_stage(plain))
+    make_tokenizer(plain.run, plain.tokenizer, tokenizer_stage(plain.run, plain.tokenizer))
     tokenizer = load_tokenizer(plain.work_dir / "tokenizer")
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
@@ -308,7 +315,7 @@ def test_a_damaged_shard_is_named(config: TrainConfig) -> None:
     make_partition(config, partition_stage(config))
     (config.work_dir / "partition" / "code" / "train.parquet").write_bytes(b"PAR1")
     with pytest.raises(TrainingError, match=r"train.parquet is damaged .* run `decar-train partition` again"):
-        read_shard(config, "code", "train")
+        list(read_texts(config.run.shard("code", "train")))
 
 
 def test_memory_does_not_grow_with_the_texts(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def prepared(config: TrainConfig) -> TrainConfig:
 
 def prepare(config: TrainConfig) -> TrainConfig:
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     return config
 
 
@@ -115,7 +115,7 @@ def test_weights_that_the_last_step_broke_are_not_kept(prepared: TrainConfig) ->
 def from_base(prepared: TrainConfig, write_config: WriteConfig) -> tuple[TrainConfig, Path]:
     """A configuration whose experts start from a trained checkpoint, and that."""
     base = prepared.work_dir.parent / "base"
-    build_model(prepared, "code", load_tokenizer(prepared.run.tokenizer)).save_pretrained(base)
+    build_model(prepared.recipe("code"), load_tokenizer(prepared.run.tokenizer)).save_pretrained(base)
     for file in prepared.run.tokenizer_files:
         (base / file.name).write_bytes(file.read_bytes())
     path = write_config(tokenizer={"path": str(base)})
@@ -151,7 +151,7 @@ def test_files_that_are_not_whole_are_named(
     (base / file).write_bytes(change((base / file).read_bytes()))
     assert re.search(message, "\n".join(problems(config)))
     with pytest.raises(TrainingError, match=message) as caught:
-        build_model(config, "code", tokenizer)
+        build_model(config.recipe("code"), tokenizer)
     assert "\n" not in str(caught.value)
     with pytest.raises(TrainingError, match=f"partition.embedding: .*{message}"):
         embedding_files(base, "partition.embedding")
@@ -197,7 +197,7 @@ def test_weights_of_other_names_are_an_error_that_shows_three(
     file = base / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
     with pytest.raises(TrainingError, match=message) as caught:
-        build_model(config, "code", load_tokenizer(base))
+        build_model(config.recipe("code"), load_tokenizer(base))
     assert "\n" not in str(caught.value)
 
 
@@ -208,7 +208,7 @@ def test_tied_weights_and_old_buffers_are_no_error(
     base = prepared.work_dir.parent / "base"
     tokenizer = load_tokenizer(prepared.run.tokenizer)
     tied = load_config(write_config(), [f"model.tie_word_embeddings={is_tied}"])
-    build_model(tied, "code", tokenizer).save_pretrained(base)
+    build_model(tied.recipe("code"), tokenizer).save_pretrained(base)
     weights = load_file(base / "model.safetensors")
     assert ("lm_head.weight" in weights) != is_tied
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(16)
@@ -217,7 +217,7 @@ def test_tied_weights_and_old_buffers_are_no_error(
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     path = write_config(tokenizer={"path": str(prepared.run.tokenizer)})
     config = load_config(path, [f"model={json.dumps({'checkpoint': str(base)})}"])
-    loaded = build_model(config, "code", tokenizer).state_dict()
+    loaded = build_model(config.recipe("code"), tokenizer).state_dict()
     assert torch.equal(loaded["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
     assert torch.equal(loaded["lm_head.weight"], weights["lm_head.weight"])
 

@@ -18,10 +18,11 @@ from decar.router.posterior import log_prior
 from decar.router.routers import ClassifierRouter
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
+from decar.training.data.shards import count_documents, read_texts
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.expert.stage import expert_stage, train_expert
 from decar.training.export.stage import export, export_stage
-from decar.training.partition.stage import make_partition, partition_stage, read_shard
+from decar.training.partition.stage import make_partition, partition_stage
 from decar.training.router.stage import (
     RouterReport,
     draw_prefixes,
@@ -38,7 +39,7 @@ from tests.training.conftest import WriteConfig, tiny_config
 @pytest.fixture
 def prepared(config: TrainConfig) -> TrainConfig:
     make_partition(config, partition_stage(config))
-    make_tokenizer(config, tokenizer_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
     return config
 
 
@@ -57,7 +58,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, RouterR
     (root / "config.yaml").write_text(yaml.safe_dump(data))
     config = load_config(root / "config.yaml")
     make_partition(config, partition_stage(config))
-    return config, train_router(config, router_stage(config))
+    return config, train_router(config.run, config.router, config.seed, router_stage(config))
 
 
 @pytest.mark.parametrize("name", ["classifier", "centroid"])
@@ -79,8 +80,10 @@ def test_the_report_is_of_what_the_files_compute(real: tuple[TrainConfig, Router
     """At the saved temperature, tuned on all held-out text, the likelihood is no worse than across halves."""
     config, report = real
     saved = read_router(config.work_dir / "router", config.expert_names)
-    shares = log_prior([len(read_shard(config, name, "train")) for name in config.expert_names])
-    prefixes = held_out_prefixes([read_shard(config, name, "held_out") for name in config.expert_names])
+    shares = log_prior([count_documents(config.run.shard(name, "train")) for name in config.expert_names])
+    prefixes = held_out_prefixes(
+        [list(read_texts(config.run.shard(name, "held_out"))) for name in config.expert_names]
+    )
     router = ClassifierRouter(saved.features, saved.classifier, shares)
     quality = quality_of(router.log_weights(prefixes.texts), prefixes.labels)
     assert quality.nll == pytest.approx(report.routers["classifier"].all_lengths.nll, rel=0.05)
@@ -151,7 +154,7 @@ def test_quality_of_known_weights() -> None:
 
 
 def test_done_until_what_it_depends_on_changes(prepared: TrainConfig, write_config: WriteConfig) -> None:
-    train_router(prepared, router_stage(prepared))
+    train_router(prepared.run, prepared.router, prepared.seed, router_stage(prepared))
     for change in ("router.kind=centroid", "training.max_steps=9", "mixing.prune=0.1"):
         assert router_stage(load_config(write_config(), [change])).is_done
     for change in ("router.prefixes_per_document=2", "router.centroid_metric=euclidean"):
@@ -162,11 +165,11 @@ def test_done_until_what_it_depends_on_changes(prepared: TrainConfig, write_conf
 
 def test_a_large_corpus_is_thinned_out(prepared: TrainConfig, write_config: WriteConfig) -> None:
     """Memory follows the sample; every shard keeps its share."""
-    counts = [len(read_shard(prepared, name, "train")) for name in prepared.expert_names]
+    counts = [count_documents(prepared.run.shard(name, "train")) for name in prepared.expert_names]
     config = load_config(
         write_config(), [f"router.sample={sum(counts) // 4}", "router.prefixes_per_document=2"]
     )
-    report = train_router(config, router_stage(config))
+    report = train_router(config.run, config.router, config.seed, router_stage(config))
     step = -(-sum(counts) // config.router.sample)
     assert step >= 4
     assert report.train_prefixes == 2 * sum(-(-count // step) for count in counts)
@@ -176,7 +179,7 @@ def test_a_seed_gives_one_router(prepared: TrainConfig) -> None:
     directory = prepared.work_dir / "router"
     files = []
     for _ in range(2):
-        train_router(prepared, router_stage(prepared))
+        train_router(prepared.run, prepared.router, prepared.seed, router_stage(prepared))
         files.append([(directory / name).read_bytes() for name in ("router.json", "router.safetensors")])
         shutil.rmtree(directory)
     assert files[0] == files[1]
@@ -187,7 +190,7 @@ def test_any_number_of_experts(write_config: WriteConfig, num_experts: int) -> N
     names = [f"e{k}" for k in range(num_experts)]
     config = load_config(write_config(experts=names, partition={"name_by": {}, "held_out": 0.3}))
     make_partition(config, partition_stage(config))
-    report = train_router(config, router_stage(config))
+    report = train_router(config.run, config.router, config.seed, router_stage(config))
     assert report.experts == names
     saved = read_router(config.work_dir / "router", names)
     assert saved.classifier.weight.shape[0] == saved.centroids.centroids.shape[0] == num_experts
@@ -202,7 +205,7 @@ def test_an_exported_ensemble_routes_as_configured(prepared: TrainConfig, write_
     config = load_config(write_config(), changes)
     with pytest.raises(TrainingError, match="router is not trained; run `decar-train router` first"):
         export_stage(config)
-    train_router(config, router_stage(config))
+    train_router(config.run, config.router, config.seed, router_stage(config))
     ensemble = export(config, export_stage(config))
     entry = ensemble.manifest.router
     assert (entry.kind, entry.scope, entry.start) == ("posterior", "output", "classifier")
@@ -226,7 +229,7 @@ def test_an_embedding_model_travels_with_the_router(
     BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(encoder)
     (encoder / "pytorch_model.bin").write_bytes(b"a pickle, to be left behind")
     config = load_config(write_config(router={"embedding": str(encoder)}))
-    report = train_router(config, router_stage(config))
+    report = train_router(config.run, config.router, config.seed, router_stage(config))
     assert report.routers["classifier"].all_lengths.accuracy > 0.8
     saved = config.work_dir / "router"
     assert (saved / "embedding/model.safetensors").is_file()

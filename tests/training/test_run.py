@@ -13,7 +13,7 @@ from decar.router import Ensemble
 from decar.training import stages
 from decar.training.cli import main
 from decar.training.config import load_config
-from decar.training.expert.stage import read_expert_report
+from decar.training.expert.report import read_expert_report
 from tests.training.conftest import WriteConfig
 
 

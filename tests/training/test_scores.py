@@ -18,9 +18,10 @@ from decar.router import Ensemble
 from decar.router.errors import TrainingError
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
+from decar.training.data.shards import read_texts
 from decar.training.data.tokenizer import load_tokenizer
 from decar.training.evaluate.centralized import centralized_stage, train_centralized
-from decar.training.evaluate.held_out import Text, load_model, scored
+from decar.training.evaluate.held_out import Text, scored
 from decar.training.evaluate.random_split import random_config
 from decar.training.evaluate.sampled import compare_pruned, sample_continuations
 from decar.training.evaluate.scores import (
@@ -35,8 +36,8 @@ from decar.training.evaluate.scores import (
 )
 from decar.training.evaluate.stage import EvaluationReport
 from decar.training.evaluate.systems import DENSE, Outcome
-from decar.training.expert.stage import read_expert_report
-from decar.training.partition.stage import read_shard
+from decar.training.expert.model import load_model
+from decar.training.expert.report import read_expert_report
 from tests.training.conftest import WriteConfig, config_writer
 
 PROMPT = 6
@@ -83,7 +84,7 @@ def test_perplexities_are_those_of_the_chain_rule(evaluated: tuple[TrainConfig, 
     nll = {row.system: row.nll for row in report.rows}
     per_system: dict[str, list[float]] = {}
     for name in config.expert_names:
-        texts = [tokenizer.encode(text)[:LONGEST] for text in read_shard(config, name, "held_out")]
+        texts = [tokenizer.encode(text)[:LONGEST] for text in read_texts(config.run.shard(name, "held_out"))]
         tokens = sum(len(ids) - PROMPT for ids in texts)
         each = np.stack([log_likelihoods(expert.path, texts) for expert in ensemble.experts], axis=-1)
         prompt, whole = each[:, 0], each[:, 1]  # [N, K]
@@ -207,7 +208,7 @@ def rows_of(directory: Path, ids: list[int]) -> np.ndarray:
 
 def held_out_ids(config: TrainConfig, name: str) -> list[list[int]]:
     tokenizer = load_tokenizer(config.work_dir / "tokenizer")
-    return [tokenizer.encode(text)[:LONGEST] for text in read_shard(config, name, "held_out")]
+    return [tokenizer.encode(text)[:LONGEST] for text in read_texts(config.run.shard(name, "held_out"))]
 
 
 def test_accuracy_is_that_of_the_mixtures_most_probable_tokens(
@@ -248,7 +249,7 @@ def test_the_random_split_is_scored_on_the_same_texts(
     config, report = evaluated
     split = random_config(config)
     shards = {
-        which: [set(read_shard(one, name, "held_out")) for name in config.expert_names]
+        which: [set(read_texts(one.run.shard(name, "held_out"))) for name in config.expert_names]
         for which, one in (("clusters", config), ("chance", split))
     }
     assert set.union(*shards["clusters"]) == set.union(*shards["chance"])
@@ -374,6 +375,6 @@ def test_an_interrupted_twin_leaves_nothing_behind(evaluated: tuple[TrainConfig,
     (stage.directory / "DONE").unlink()
     with pytest.raises(TrainingError, match="centralized model is not trained; run `decar-train evaluate"):
         scores_stage(config)
-    train_centralized(config, stage)
+    train_centralized(config.recipes, stage)
     assert stage.is_done
     assert not list((config.work_dir / "checkpoints").rglob("checkpoint-*"))

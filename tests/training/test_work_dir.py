@@ -98,6 +98,11 @@ def test_the_documentation_lists_the_same_directories() -> None:
         assert listed[name] == f"`{command_of(RUN.work_dir / name)}`"
 
 
+def test_shards_are_those_of_all_experts() -> None:
+    run = Run(Path("work"), experts=("prose", "code"))
+    assert run.shards("train") == [run.shard("prose", "train"), run.shard("code", "train")]
+
+
 def test_the_ensemble_may_be_elsewhere() -> None:
     run = Run(Path("work"), Path("served/demo"))
     assert (run.ensemble, run.ensemble_average) == (Path("served/demo"), Path("served/demo-average"))
@@ -105,7 +110,7 @@ def test_the_ensemble_may_be_elsewhere() -> None:
 
 def test_the_random_split_is_a_run_of_its_own(config: TrainConfig) -> None:
     split = random_config(config)
-    assert split.run == Run(config.work_dir / "random")
+    assert split.run == Run(config.work_dir / "random", experts=("code", "prose"))
     assert split.tokenizer.path == config.run.tokenizer
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from decar.router.errors import TrainingError
 
+INDEX_NAME = "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"
 _PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt")
 

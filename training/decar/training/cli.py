@@ -31,7 +31,7 @@ from decar.router.errors import DecarError, TrainingError
 from decar.training.config import TrainConfig, load_config, load_seeds
 
 if TYPE_CHECKING:
-    from decar.training.expert.stage import ExpertReport
+    from decar.training.expert.report import ExpertReport
     from decar.training.partition.report import PartitionReport
     from decar.training.stages import Stage
 
@@ -242,7 +242,7 @@ def _check_models(config: TrainConfig, only: str | None = None) -> None:
     from decar.training.expert.model import check_model
 
     for name in config.expert_names if only is None else [only]:
-        check_model(config, name)
+        check_model(config.recipe(name))
 
 
 def _run(config: TrainConfig) -> None:
@@ -275,12 +275,12 @@ def _partition(config: TrainConfig) -> None:
         console.print("partition: done")
     _show_partition(report, plot_file(stage.directory, "map"))
 
-    stage = tokenizer_stage(config)
+    stage = tokenizer_stage(config.run, config.tokenizer)
     if stage.is_done:
         console.print("tokenizer: done before")
     else:
         with console.status("tokenizer: training"):
-            make_tokenizer(config, stage)
+            make_tokenizer(config.run, config.tokenizer, stage)
         console.print("tokenizer: done")
 
 
@@ -333,18 +333,18 @@ def _centralized(config: TrainConfig) -> None:
     from decar.training.evaluate.centralized import centralized_stage, train_centralized, why_no_twin
     from decar.training.stages import lock
 
-    problem = why_no_twin(config)
+    problem = why_no_twin(config.recipes)
     if problem:
         console.print(f"centralized model: none, {problem}", soft_wrap=True)
         return
     with lock(config.run.centralized_lock, f"the centralized model in {config.work_dir}"):
-        _model(centralized_stage(config), "centralized model", partial(train_centralized, config))
+        _model(centralized_stage(config), "centralized model", partial(train_centralized, config.recipes))
 
 
 def _mixture(config: TrainConfig) -> None:
     from decar.training.export.moe import why_no_moe
 
-    problem = why_no_moe(config)
+    problem = why_no_moe(config.recipes)
     if problem:
         console.print(f"mixture of experts: none, {problem}", soft_wrap=True)
     else:
@@ -355,7 +355,7 @@ def _merge(config: TrainConfig) -> Stage:
     from decar.training.export.moe import moe_stage, train_moe
 
     stage = moe_stage(config)
-    _model(stage, "mixture of experts", partial(train_moe, config), "starts it again")
+    _model(stage, "mixture of experts", partial(train_moe, config.recipes, config.moe), "starts it again")
     return stage
 
 
@@ -380,7 +380,7 @@ def _model(
     train: Callable[[Stage, list[Any]], ExpertReport],
     again: str = "continues from its last checkpoint",
 ) -> None:
-    from decar.training.expert.stage import read_expert_report
+    from decar.training.expert.report import read_expert_report
 
     if stage.is_done:
         report = read_expert_report(stage.directory)
@@ -408,10 +408,10 @@ def _router(config: TrainConfig) -> None:
 
     stage = router_stage(config)
     if stage.is_done:
-        report, verb = read_router_report(config), "done before"
+        report, verb = read_router_report(stage), "done before"
     else:
         with console.status("router: training"):
-            report, verb = train_router(config, stage), "done"
+            report, verb = train_router(config.run, config.router, config.seed, stage), "done"
     routers = report.routers.values()
     table = Table("held out", "texts", *report.routers, box=box.SIMPLE_HEAD, pad_edge=False)
     rows = {f"{length} chars": [r.by_length[length] for r in routers] for length in report.lengths}
@@ -437,7 +437,7 @@ def _export(config: TrainConfig) -> None:
     from decar.training.export.stage import export_stage, is_exported
 
     stage = export_stage(config)
-    if is_exported(config, stage):
+    if is_exported(config.run, stage):
         ensemble, verb = Ensemble.load(config.run.ensemble), "done before"
     else:
         ensemble, verb = write_ensemble(config, stage), "done"
@@ -469,7 +469,7 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
     if stage.is_done:
         report, verb = read_evaluation(stage), "done before"
     else:
-        report, verb = make_evaluation(config, configs, stage), "done"
+        report, verb = make_evaluation(config, [one.run for one in configs], stage), "done"
     columns = (
         "system",
         "perple-\nxity",
@@ -481,7 +481,7 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
     )
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for row in report.rows:
-        if row.prune in (0.0, *config.evaluate.prune):
+        if report.shows(row.prune):
             spread = row.spread.get("above_dense", row.standard_error)
             table.add_row(
                 row.system,
@@ -504,7 +504,7 @@ def _evaluate(config: TrainConfig, configs: list[TrainConfig]) -> None:
     distances = [
         f"ε {row.prune:g}: {row.total_variation:.2g} ± {row.standard_error:.1g}"
         for row in report.sampled
-        if row.prune in config.evaluate.prune
+        if report.shows(row.prune)
     ]
     if distances:
         console.print(

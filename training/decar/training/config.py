@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -207,6 +208,15 @@ class TrainingConfig(_Strict):
     log_steps: int = Field(default=10, gt=0)
     tensorboard: bool = Field(default=False, description="event files under WORK_DIR/logs")
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Where every row is full."""
+        return self.rows_per_step * self.sequence_length
+
 
 class RouterConfig(RouterEntry):
     """How requests are weighted by default (``kind``, ``scope``, ``start``), and how classifier and centroids are made.
@@ -306,6 +316,22 @@ class CurveConfig(_Strict):
         return round(share * self.steps)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What one model is trained by, on whichever shards: an expert, or one that experts are compared with.
+
+    ``model`` is its description, ``{"checkpoint": path}`` or a Hugging Face configuration; ``run`` says where tokenizer
+    and shards are, and where checkpoints go.
+    """
+
+    run: Run
+    name: str
+    model: dict[str, Any]
+    training: TrainingConfig
+    image_token: str
+    seed: int
+
+
 class TrainConfig(_Strict):
     """A whole run of `decar-train`. Paths are relative to the working directory.
 
@@ -373,7 +399,20 @@ class TrainConfig(_Strict):
     @property
     def run(self) -> Run:
         """Where everything of this run is."""
-        return Run(self.work_dir, self.ensemble_dir)
+        return Run(self.work_dir, self.ensemble_dir, tuple(self.expert_names))
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        return [self.recipe(name) for name in self.expert_names]
+
+    def recipe(self, name: str) -> Recipe:
+        """What expert ``name`` is trained by.
+
+        Raises:
+            TrainingError: no expert has that name.
+        """
+        model = self.model_of(name)
+        return Recipe(self.run, name, model, self.training, self.tokenizer.image_token, self.seed)
 
     def model_of(self, name: str) -> dict[str, Any]:
         """The model description of expert ``name``: ``{"checkpoint": path}`` or a Hugging Face configuration.
@@ -386,7 +425,6 @@ class TrainConfig(_Strict):
                 base = {} if "checkpoint" in expert.model else dict(self.model)
                 if "model_type" in expert.model:
                     base.pop("checkpoint", None)
-                # A copy, as transformers writes into what it builds a nested configuration from.
                 return copy.deepcopy(base | expert.model)
         raise TrainingError(
             f"no expert is named {name!r}; the configuration has {', '.join(self.expert_names)}"
@@ -429,15 +467,15 @@ def load_seeds(path: Path, overrides: list[str] | None = None) -> list[TrainConf
     """
     own = load_config(path, overrides)
     return [
-        own if seed == own.seed else load_config(path, [*(overrides or []), *seed_overrides(own, seed)])
+        own if seed == own.seed else load_config(path, [*(overrides or []), *seed_overrides(own.run, seed)])
         for seed in own.evaluate.seeds or [own.seed]
     ]
 
 
-def seed_overrides(config: TrainConfig, seed: int) -> list[str]:
-    """What turns ``config`` into its run of another ``seed``, as for ``--set``."""
+def seed_overrides(run: Run, seed: int) -> list[str]:
+    """What turns the configuration of ``run`` into that of another ``seed``, as for ``--set``."""
     # As YAML, quoted only where it has to be; after a plain word comes a line that ends the document.
-    directory, *_ = yaml.safe_dump(str(config.run.seed(seed)), width=math.inf).splitlines()
+    directory, *_ = yaml.safe_dump(str(run.seed(seed)), width=math.inf).splitlines()
     return [f"seed={seed}", f"work_dir={directory}", "ensemble_dir=null"]
 
 

@@ -87,13 +87,13 @@ def with_shards(config: TrainConfig) -> Iterator[TrainConfig]:
     Raises:
         TrainingError: as partitioning does.
     """
-    if partition_stage(config).is_done and tokenizer_stage(config).is_done:
+    if partition_stage(config).is_done and tokenizer_stage(config.run, config.tokenizer).is_done:
         yield config
         return
     with TemporaryDirectory(prefix="decar-dry-run-") as directory:
         draft = config.model_copy(update={"work_dir": Path(directory)})
         make_partition(draft, partition_stage(draft))
-        make_tokenizer(draft, tokenizer_stage(draft))
+        make_tokenizer(draft.run, draft.tokenizer, tokenizer_stage(draft.run, draft.tokenizer))
         yield draft
 
 
@@ -112,8 +112,9 @@ def problems(config: TrainConfig, only: str | None = None) -> list[str]:
                 partial(embedding_files, getattr(settings, field), f"{section}.{field}")
                 for field in ("embedding", "image_embedding")
             ]
-    needed += [partial(check_model, config, name) for name in ([only] if only else config.expert_names)]
-    needed += [partial(check_weights, config, name) for name in ([only] if only else config.expert_names)]
+    recipes = config.recipes if only is None else [config.recipe(only)]
+    needed += [partial(check_model, recipe) for recipe in recipes]
+    needed += [partial(check_weights, recipe) for recipe in recipes]
     found = []
     for need in needed:
         try:
@@ -149,14 +150,15 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
     stage = replace(expert_stage(shards, name), directory=config.run.expert(name))
     checkpoints = complete_checkpoints(config.run.checkpoints(stage))
     tokenizer = load_tokenizer(shards.run.tokenizer)
-    processor = expert_processor(shards, name, tokenizer)
-    model = build_model(shards, name, tokenizer)
+    recipe = shards.recipe(name)
+    processor = expert_processor(recipe, tokenizer)
+    model = build_model(recipe, tokenizer)
     apart = keeps_apart(model)
-    train = read_blocks(shards, [name], "train", tokenizer, processor, apart)
-    read_blocks(shards, [name], "held_out", tokenizer, processor, apart)
+    train = read_blocks(recipe, [name], "train", tokenizer, processor, apart)
+    read_blocks(recipe, [name], "held_out", tokenizer, processor, apart)
     with TemporaryDirectory(prefix="decar-dry-run-") as directory, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        trainer = make_trainer(config, model, train, Path(directory))
+        trainer = make_trainer(recipe, model, train, Path(directory))
         loader = trainer.get_train_dataloader()
         steps = trainer.set_initial_training_values(trainer.args, loader)[-1]
         first = next(iter(loader))

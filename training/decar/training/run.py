@@ -57,10 +57,12 @@ class Run:
 
     Args:
         ensemble_dir: where the ensemble is to be, if not in the work directory.
+        experts: their names, which their directories have too.
     """
 
     work_dir: Path
     ensemble_dir: Path | None = None
+    experts: tuple[str, ...] = ()
 
     @property
     def partition(self) -> Path:
@@ -74,6 +76,10 @@ class Run:
         where there are images, ``images`` (encoded as they came, a list in each row).
         """
         return shard_file(self.partition, expert, split)
+
+    def shards(self, split: str) -> list[Path]:
+        """Those of all experts."""
+        return [self.shard(expert, split) for expert in self.experts]
 
     @property
     def tokenizer(self) -> Path:

@@ -266,17 +266,6 @@ def read_columns(file: Path) -> list[str]:
         raise _damaged(file, error) from None
 
 
-def read_texts(file: Path) -> Iterator[str]:
-    """The texts of a shard, a row group in memory at a time.
-
-    Raises:
-        TrainingError: it is missing or damaged.
-    """
-    require(file.parents[1], file)
-    for rows in read_row_groups(file, ["text"]):
-        yield from rows.column("text").to_pylist()
-
-
 def read_batches(file: Path) -> Iterator[list[Document]]:
     """The documents of a spool file, or of a shard (which says nothing of origins), a row group at a time.
 

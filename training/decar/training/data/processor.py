@@ -7,7 +7,6 @@ from typing import Any
 
 from decar.router.errors import TrainingError
 from decar.router.manifest import PROCESSOR_FILES
-from decar.training.config import TrainConfig
 
 
 def processor_files(directory: Path) -> list[Path]:
@@ -24,20 +23,23 @@ def reads_images(model_config: Any) -> bool:
     )
 
 
-def load_processor(config: TrainConfig, model_config: Any, tokenizer: Any) -> Any:
+def load_processor(directory: Path, image_token: str, model_config: Any, tokenizer: Any) -> Any:
     """The processor for a model of ``model_config``: the one that came with the tokenizer, or a fresh one for LLaVA and
     InternVL.
+
+    Args:
+        directory: the tokenizer's.
+        image_token: that of a fresh processor.
 
     Raises:
         TrainingError: there is none and transformers makes none, or tokenizer, chat template and processor do not fit.
     """
-    directory = config.run.tokenizer
     if processor_files(directory):
         processor = _read(directory)
     elif model_config.model_type == "llava" and model_config.vision_config.model_type == "clip_vision_model":
-        processor = _llava(model_config, tokenizer, config.tokenizer.image_token)
+        processor = _llava(model_config, tokenizer, image_token)
     elif model_config.model_type == "internvl":
-        processor = _internvl(model_config, tokenizer, config.tokenizer.image_token)
+        processor = _internvl(model_config, tokenizer, image_token)
     else:
         raise TrainingError(
             f"transformers makes no processor for a fresh {model_config.model_type}; set tokenizer.path to a directory "

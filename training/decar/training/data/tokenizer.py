@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from decar.router.errors import TrainingError
 from decar.training.checkpoint_files import check_files
-from decar.training.config import CONTINUATION_TEMPLATE, IMAGE_TEMPLATE, TokenizerConfig, TrainConfig
+from decar.training.config import CONTINUATION_TEMPLATE, IMAGE_TEMPLATE, TokenizerConfig
 from decar.training.data.corpus import IMAGES_FIELD
 from decar.training.data.processor import name_marks, processor_files
-from decar.training.partition.stage import has_column, iter_shard
-from decar.training.run import require
-from decar.training.stages import Stage, digest, fingerprint
+from decar.training.data.shards import has_column, read_texts
+from decar.training.fingerprints import tokenizer_fingerprint
+from decar.training.run import Run, require
+from decar.training.stages import Stage, digest
 
 
-def tokenizer_stage(config: TrainConfig) -> Stage:
-    """The stage as ``config`` and the shards (or the given tokenizer's files) are now.
+def tokenizer_stage(run: Run, settings: TokenizerConfig) -> Stage:
+    """The stage as ``settings`` and the shards (or the given tokenizer's files) are now.
 
     Raises:
         TrainingError: the tokenizer at ``tokenizer.path`` or the shards are missing.
     """
-    given = config.tokenizer.path
+    given = settings.path
     if given is not None:
-        check_given(config.tokenizer)
+        check_given(settings)
         files = sorted(file for file in given.glob("*token*") if file.is_file()) + processor_files(given)
     else:
-        files = [config.run.shard(name, "train") for name in config.expert_names]
-        require(config.run.partition, *files)
-    return Stage(config.run.tokenizer, fingerprint(config.tokenizer), digest(*files))
+        files = run.shards("train")
+        require(run.partition, *files)
+    return Stage(run.tokenizer, tokenizer_fingerprint(settings), digest(*files))
 
 
 def check_given(config: TokenizerConfig) -> None:
@@ -47,31 +49,30 @@ def check_given(config: TokenizerConfig) -> None:
         check_files(config.path, "tokenizer.path")
 
 
-def make_tokenizer(config: TrainConfig, stage: Stage) -> None:
+def make_tokenizer(run: Run, settings: TokenizerConfig, stage: Stage) -> None:
     """Train the tokenizer on all shards, or copy the given one with its processor; each has its chat template.
 
     Raises:
         TrainingError: a given tokenizer cannot be read or has no end-of-text token.
     """
-    if config.tokenizer.path is not None:
-        tokenizer = load_tokenizer(config.tokenizer.path)
+    if settings.path is not None:
+        tokenizer = load_tokenizer(settings.path)
     else:
-        with_images = has_column(config, config.expert_names[0], "train", IMAGES_FIELD)
-        tokenizer = _train(_texts(config), config.tokenizer, with_images)
+        shards = run.shards("train")
+        with_images = has_column(shards[0], IMAGES_FIELD)
+        tokenizer = _train(chain.from_iterable(map(read_texts, shards)), settings, with_images)
         tokenizer.chat_template = CONTINUATION_TEMPLATE
         if with_images:
-            tokenizer.chat_template = IMAGE_TEMPLATE.replace("IMAGE_TOKEN", config.tokenizer.image_token)
-    name_marks(tokenizer, config.tokenizer.image_token)
+            tokenizer.chat_template = IMAGE_TEMPLATE.replace("IMAGE_TOKEN", settings.image_token)
+    name_marks(tokenizer, settings.image_token)
     if tokenizer.eos_token_id is None:
-        raise TrainingError(
-            f"the tokenizer at {config.tokenizer.path} has no eos_token, which has to end a document"
-        )
-    if config.tokenizer.chat_template is not None:
-        tokenizer.chat_template = config.tokenizer.chat_template
+        raise TrainingError(f"the tokenizer at {settings.path} has no eos_token, which has to end a document")
+    if settings.chat_template is not None:
+        tokenizer.chat_template = settings.chat_template
     with stage.writing() as directory:
         # The template goes into tokenizer_config.json, where every server looks for it.
         tokenizer.save_pretrained(directory, save_jinja_files=False)
-        for file in processor_files(config.tokenizer.path) if config.tokenizer.path else []:
+        for file in processor_files(settings.path) if settings.path else []:
             shutil.copyfile(file, directory / file.name)
 
 
@@ -87,11 +88,6 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(f"no tokenizer can be read from {directory} ({error})") from None
-
-
-def _texts(config: TrainConfig) -> Iterator[str]:
-    for name in config.expert_names:
-        yield from iter_shard(config, name, "train")
 
 
 def _train(texts: Iterator[str], config: TokenizerConfig, with_images: bool) -> Any:

@@ -8,7 +8,7 @@ Shapes: K experts, N texts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
 from decar.router.posterior import Float64s, log_prior
-from decar.training.config import CurveConfig, ExpertConfig, TrainConfig
+from decar.training.config import CurveConfig, ExpertConfig, Recipe, TrainConfig
 from decar.training.data.tokenizer import load_tokenizer
 from decar.training.evaluate.environment import environment
-from decar.training.evaluate.held_out import Text, load_model, read_texts, scored, scores_of
+from decar.training.evaluate.held_out import Text, read_texts, scored, scores_of
 from decar.training.evaluate.measures import Pool, Totals, summed
 from decar.training.evaluate.plot import plot_curve
 from decar.training.evaluate.systems import DENSE, Outcome, System
 from decar.training.evaluate.verdict import Estimate, Verdict, estimate, verdict
-from decar.training.expert.model import build_model
-from decar.training.expert.stage import expert_stage, read_expert_report, train_model
+from decar.training.expert.model import build_model, load_model
+from decar.training.expert.report import ExpertReport, read_expert_report
+from decar.training.expert.stage import expert_stage, train_model
+from decar.training.fingerprints import expert_fingerprint
 from decar.training.run import plot_file, read_report, report_file
 from decar.training.stages import Stage, fingerprint, read_marker
 
@@ -104,13 +106,14 @@ class CurveReport(BaseModel):
 
 @dataclass(frozen=True)
 class Model:
-    """One model to train for the curve: ``shards`` of ``config`` are its text; its place is ``directory``.
+    """One model to train for the curve, by ``recipe`` on ``shards`` of the run ``split``; its place is ``directory``.
 
     ``start`` is the base that it branches from, if any.
     """
 
     name: str
-    config: TrainConfig
+    split: TrainConfig
+    recipe: Recipe
     shards: Sequence[str]
     directory: Path
     start: Path | None = None
@@ -122,13 +125,13 @@ class Model:
         Raises:
             TrainingError: something of them is missing, or was made with another configuration.
         """
-        stages = [expert_stage(self.config, name) for name in self.shards]
+        inputs = [expert_stage(self.split, name).inputs for name in self.shards]
         start = None if self.start is None else read_marker(self.start)
-        return Stage(self.directory, stages[0].config, fingerprint([stage.inputs for stage in stages], start))
+        return Stage(self.directory, expert_fingerprint(self.recipe), fingerprint(inputs, start))
 
-    def train(self, stage: Stage, callbacks: Iterable[Any] = ()) -> Any:
+    def train(self, stage: Stage, callbacks: Iterable[Any] = ()) -> ExpertReport:
         """Train it and put it in place; as `train_model`."""
-        return train_model(self.config, self.shards[0], self.shards, stage, callbacks)
+        return train_model(self.recipe, self.shards, stage, callbacks)
 
 
 def settings(config: TrainConfig) -> CurveConfig:
@@ -173,25 +176,24 @@ def models(config: TrainConfig, share: float, num_experts: int) -> Iterator[Mode
     """
     curve = settings(config)
     first, split = split_config(config, curve.experts[0]), split_config(config, num_experts)
+    every, one = first.expert_names, first.recipes[0]
     base_steps = curve.base_steps(share)
     left = curve.steps - base_steps
     base = None
     if base_steps:
         base = first.run.branched(share, BASE)
-        yield Model(BASE, _taking(first, base_steps), first.expert_names, base)
+        yield Model(BASE, first, _taking(one, base_steps), every, base)
     together = first.run.branched(share, TOGETHER)
-    yield Model(TOGETHER, _taking(first, left, base), first.expert_names, together, base)
-    each = _taking(split, left // num_experts, base)
+    yield Model(TOGETHER, first, _taking(one, left, base), every, together, base)
     for name in split.expert_names:
-        yield Model(name, each, [name], split.run.branched(share, name), base)
+        recipe = _taking(split.recipe(name), left // num_experts, base)
+        yield Model(name, split, recipe, [name], split.run.branched(share, name), base)
 
 
-def _taking(config: TrainConfig, steps: int, start: Path | None = None) -> TrainConfig:
-    """``config`` with so many steps, from the checkpoint ``start`` if there is one."""
-    update: dict[str, Any] = {"training": config.training.model_copy(update={"max_steps": steps})}
-    if start is not None:
-        update["model"] = {"checkpoint": str(start)}
-    return config.model_copy(update=update)
+def _taking(recipe: Recipe, steps: int, start: Path | None = None) -> Recipe:
+    """``recipe`` with so many steps, from the checkpoint ``start`` if there is one."""
+    model = recipe.model if start is None else {"checkpoint": str(start)}
+    return replace(recipe, model=model, training=recipe.training.model_copy(update={"max_steps": steps}))
 
 
 def point_stage(config: TrainConfig, share: float, num_experts: int) -> Stage:
@@ -233,7 +235,7 @@ def make_point(
     places = {name: load_model(model.directory) for name, model in mine.items()}
     tokenizer = load_tokenizer(split.run.tokenizer)
     if BASE not in places:
-        places[BASE] = build_model(split, split.expert_names[0], tokenizer).eval()
+        places[BASE] = build_model(split.recipes[0], tokenizer).eval()
     if share and 0 in curve.shares:
         one_go = next(model for model in models(config, 0, num_experts) if model.name == TOGETHER)
         places[ONE_GO] = load_model(one_go.directory)
@@ -241,9 +243,17 @@ def make_point(
     reports = {name: read_expert_report(mine[name].directory) for name in experts}
     num_tokens = sum(report.train_tokens for report in reports.values())
     priors = {name: report.train_tokens / num_tokens for name, report in reports.items()}
-    texts = read_texts(split, tokenizer, split.evaluate.max_tokens).texts
+    texts = read_texts(split.run, split.evaluate, split.seed, tokenizer, split.evaluate.max_tokens).texts
     order = [*experts, *(name for name in places if name not in experts)]
-    totals = _totals([places[name] for name in order], order, texts, priors, len(tokenizer), config, progress)
+    totals = _totals(
+        [places[name] for name in order],
+        order,
+        texts,
+        priors,
+        len(tokenizer),
+        split.evaluate.batch_size,
+        progress,
+    )
     pool = Pool(texts, priors)
     rows = {name: pool.row(name, total, totals[DENSE]) for name, total in totals.items()}
     by_domain = {name: row.nll_by_domain for name, row in rows.items()}
@@ -296,7 +306,7 @@ def _totals(
     texts: Sequence[Text],
     priors: Mapping[str, float],
     vocab_size: int,
-    config: TrainConfig,
+    batch_size: int,
     progress: Progress,
 ) -> dict[str, Totals]:
     """Of each model of ``order`` alone, and of the first K under the posterior."""
@@ -305,7 +315,7 @@ def _totals(
     dense = System(DENSE, bayes="full")
     alone = {name: partial(Outcome.alone, expert=i) for i, name in enumerate(order)}
     sums: dict[str, list[tuple[float, ...]]] = {name: [] for name in (DENSE, *order)}
-    rows_of = scored(loaded, texts, config.evaluate.batch_size, vocab_size)
+    rows_of = scored(loaded, texts, batch_size, vocab_size)
     for done, (text, rows) in enumerate(rows_of, start=1):
         mixed = scores_of(text, rows[:, :num_experts], {"prior": start})
         sums[DENSE].append(summed(dense.outcome(mixed)))

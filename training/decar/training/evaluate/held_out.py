@@ -1,6 +1,6 @@
 """Held-out examples, and what models say of them: the one place that makes examples, and the one that runs models.
 
-Knows shards, tokenizers and checkpoints as transformers loads them. What a system makes of it is `systems.py`'s.
+Knows shards, tokenizers and models in memory. What a system makes of it is `systems.py`'s.
 
 Shapes: B texts, L tokens of a text, T of what follows its prompt, V vocabulary.
 """
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,14 @@ from torch import Tensor
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
 from decar.router.manifest import Start
-from decar.training.config import TrainConfig
+from decar.training.config import EvaluateConfig
 from decar.training.data.blocks import IGNORED, render_chat
 from decar.training.data.corpus import IMAGES_FIELD
 from decar.training.data.image_blocks import ImageRenderer, ShardImages, image_inputs, image_sizes
-from decar.training.data.processor import reads_images
+from decar.training.data.shards import has_column, read_examples
 from decar.training.data.sources import Chat, Piece
 from decar.training.evaluate.systems import Scores
-from decar.training.partition.stage import has_column, read_examples
+from decar.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,9 @@ class HeldOut:
     too_long: int
 
 
-def read_texts(config: TrainConfig, tokenizer: Any, max_tokens: int, processor: Any = None) -> HeldOut:
+def read_texts(
+    run: Run, settings: EvaluateConfig, seed: int, tokenizer: Any, max_tokens: int, processor: Any = None
+) -> HeldOut:
     """Of every expert's held-out documents, drawn by the seed: texts cut to ``max_tokens``, and all answers of chats.
 
     Args:
@@ -66,12 +67,12 @@ def read_texts(config: TrainConfig, tokenizer: Any, max_tokens: int, processor: 
     Raises:
         TrainingError: an expert has none that can be scored.
     """
-    rng = np.random.default_rng(config.seed)
-    settings = config.evaluate
+    rng = np.random.default_rng(seed)
     found: list[Text] = []
     too_short = too_long = 0
-    for domain, name in enumerate(config.expert_names):
-        examples = read_examples(config, name, "held_out")
+    for domain, name in enumerate(run.experts):
+        shard = run.shard(name, "held_out")
+        examples = read_examples(shard)
         drawn = rng.permutation(len(examples))[: settings.max_texts].tolist()
         texts = [
             example.text if isinstance(example, Piece) else example
@@ -86,10 +87,10 @@ def read_texts(config: TrainConfig, tokenizer: Any, max_tokens: int, processor: 
             for chat in chats.values():
                 answers += _answers(domain, *render_chat(chat.messages, tokenizer, chat.tools))
         else:
-            render, file = ImageRenderer(processor), config.run.shard(name, "held_out")
-            any_images = has_column(config, name, "held_out", IMAGES_FIELD)
-            sizes = list(image_sizes(file)) if any_images else [[] for _ in examples]
-            of_shard = ShardImages(file)
+            render = ImageRenderer(processor)
+            any_images = has_column(shard, IMAGES_FIELD)
+            sizes = list(image_sizes(shard)) if any_images else [[] for _ in examples]
+            of_shard = ShardImages(shard)
             for i, chat in chats.items():
                 rendered = render(chat.messages, sizes[i], chat.tools)
                 answers += _answers(domain, *rendered, partial(of_shard.__getitem__, i))
@@ -129,18 +130,6 @@ def _answers(
 
 def _decoded(encoded: Callable[[], Sequence[bytes]], count: int) -> list[Any]:
     return [decode_image(data) for data in encoded()[:count]]
-
-
-def load_model(directory: Path) -> Any:
-    """The model in ``directory``, of text alone or of images and text; fp32, on the GPU where there is one."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    described = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    kind: Any = AutoModelForImageTextToText if reads_images(described) else AutoModelForCausalLM
-    model = kind.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ def render(report: EvaluationReport, directory: Path) -> str:
         report=report,
         keys=[CENTRALIZED, report.served, TOP_1[0], RANDOM, AVERAGE, MOE],
         confidence=f"{CONFIDENCE:.0%}",
-        shown=[row for row in report.rows if row.prune in (0.0, *report.config["evaluate"]["prune"])],
+        shown=[row for row in report.rows if report.shows(row.prune)],
         pictures={
             file.stem: "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
             for file in plot_files(directory)

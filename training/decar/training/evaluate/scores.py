@@ -1,6 +1,6 @@
 """The scores of one run: every way to use its ensemble, and what it has to beat, on the same held-out texts.
 
-Knows which systems are compared with which. What all seeds together say is `evaluate.py`'s.
+Knows which systems are compared with which. What all seeds together say is `stage.py`'s.
 
 Shapes: K experts, N texts.
 """
@@ -25,16 +25,19 @@ from decar.training.config import TrainConfig
 from decar.training.data.tokenizer import load_tokenizer
 from decar.training.evaluate.centralized import centralized_stage, why_no_twin
 from decar.training.evaluate.environment import environment
-from decar.training.evaluate.held_out import Text, load_model, read_texts, scored, scores_of
+from decar.training.evaluate.held_out import Text, read_texts, scored, scores_of
 from decar.training.evaluate.measures import Difference, Pool, Row, Totals, summed
 from decar.training.evaluate.random_split import random_config, why_no_random_split
 from decar.training.evaluate.sampled import SampledRow, compare_pruned, sample_continuations
 from decar.training.evaluate.systems import DENSE, ROUTERS, Outcome, Scores, System, served, systems
-from decar.training.expert.stage import expert_processor, read_expert_report
+from decar.training.expert.model import load_model
+from decar.training.expert.report import read_expert_report
+from decar.training.expert.stage import expert_processor
 from decar.training.export.average import average
 from decar.training.export.moe import experts_per_token, moe_stage, why_no_moe
 from decar.training.export.stage import export_stage
-from decar.training.run import average_folder, read_report, report_file
+from decar.training.fingerprints import scores_fingerprint
+from decar.training.run import Run, average_folder, read_report, report_file
 from decar.training.stages import Stage, fingerprint, read_marker
 
 CENTRALIZED = "centralized model"
@@ -45,6 +48,11 @@ BEST = "best expert alone"
 # One expert for each input: the one whose cluster is nearest, as the paper serves, and the surest that there is.
 TOP_1 = ("centroid, top-1", f"{DENSE}, top-1")
 _FIX = "run `decar-train evaluate CONFIG.yaml`, which makes all that is missing"
+_NOT_DONE = {
+    CENTRALIZED: "the centralized model is not trained",
+    MOE: "the experts are not merged into a mixture of experts",
+    RANDOM: "the random split is not exported",
+}
 Progress = Callable[[int, int], None]
 
 
@@ -89,6 +97,41 @@ class SeedReport(BaseModel):
     environment: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Rivals:
+    """What an ensemble is compared with beside its own experts, as far as it is defined.
+
+    Args:
+        models: where the models are, by what they are.
+        split: the run whose documents were dealt out by chance.
+        undefined: why one of them is not there.
+    """
+
+    models: dict[str, Path]
+    split: Run | None
+    undefined: dict[str, str]
+
+
+def rivals_of(config: TrainConfig) -> Rivals:
+    """Those of ``config``'s run.
+
+    Raises:
+        TrainingError: an expert is not trained.
+    """
+    why = {
+        CENTRALIZED: why_no_twin(config.recipes),
+        MOE: why_no_moe(config.recipes),
+        RANDOM: why_no_random_split(config),
+    }
+    undefined = {name: reason for name, reason in why.items() if reason is not None}
+    models = {CENTRALIZED: config.run.centralized, MOE: config.run.moe}
+    return Rivals(
+        {name: directory for name, directory in models.items() if name not in undefined},
+        None if RANDOM in undefined else random_config(config).run,
+        undefined,
+    )
+
+
 def scores_stage(config: TrainConfig) -> Stage:
     """The stage as ``config``, the exported ensemble and the models that it is compared with are now.
 
@@ -96,37 +139,29 @@ def scores_stage(config: TrainConfig) -> Stage:
         TrainingError: something of it is missing, or was made with another configuration.
     """
     inputs: list[Any] = [export_stage(config).inputs]
-    if why_no_twin(config) is None:
-        twin = centralized_stage(config)
-        if not twin.is_done:
-            raise TrainingError(f"the centralized model is not trained; {_FIX}")
-        inputs.append(read_marker(twin.directory))
-    if why_no_moe(config) is None:
-        merged = moe_stage(config)
-        if not merged.is_done:
-            raise TrainingError(f"the experts are not merged into a mixture of experts; {_FIX}")
-        inputs.append(read_marker(merged.directory))
-    if why_no_random_split(config) is None:
-        split = export_stage(random_config(config))
-        if not split.is_done:
-            raise TrainingError(f"the random split is not exported; {_FIX}")
-        inputs.append(split.inputs)
-    # How runs are summed up does not change what one of them measures.
-    settings = config.evaluate.model_dump(mode="json", exclude={"seeds", "margin"})
-    return Stage(
-        config.run.scores,
-        fingerprint(settings, config.router.entry, config.mixing, config.seed),
-        fingerprint(inputs),
-    )
+    rivals = rivals_of(config)
+    if CENTRALIZED in rivals.models:
+        inputs.append(read_marker(_done(CENTRALIZED, centralized_stage(config)).directory))
+    if MOE in rivals.models:
+        inputs.append(read_marker(_done(MOE, moe_stage(config)).directory))
+    if rivals.split is not None:
+        inputs.append(_done(RANDOM, export_stage(random_config(config))).inputs)
+    return Stage(config.run.scores, scores_fingerprint(config), fingerprint(inputs))
 
 
-def read_scores(stage: Stage) -> SeedReport:
-    """What finished scores of one run say.
+def _done(what: str, stage: Stage) -> Stage:
+    if not stage.is_done:
+        raise TrainingError(f"{_NOT_DONE[what]}; {_FIX}")
+    return stage
+
+
+def read_scores(run: Run) -> SeedReport:
+    """What the finished scores of ``run`` say.
 
     Raises:
         TrainingError: its file is missing or damaged.
     """
-    return read_report(stage.directory, SeedReport)
+    return read_report(run.scores, SeedReport)
 
 
 def make_scores(
@@ -141,21 +176,21 @@ def make_scores(
         TrainingError: an expert's held-out texts are all shorter than a prompt, or a model says NaN.
         EnsembleError: the exported ensemble has no router or cannot be read.
     """
-    settings = config.evaluate
-    ensemble = Ensemble.load(config.run.ensemble)
-    tokenizer = load_tokenizer(config.run.tokenizer)
+    settings, run, seed, recipe = config.evaluate, config.run, config.seed, config.recipes[0]
+    rivals = rivals_of(config)
+    ensemble = Ensemble.load(run.ensemble)
+    tokenizer = load_tokenizer(run.tokenizer)
     max_tokens = min(settings.max_tokens, ensemble.max_positions or settings.max_tokens)
-    processor = expert_processor(config, config.expert_names[0], tokenizer)
-    held_out = read_texts(config, tokenizer, max_tokens, processor)
+    processor = expert_processor(recipe, tokenizer)
+    held_out = read_texts(run, settings, seed, tokenizer, max_tokens, processor)
     texts = held_out.texts
     plain = [i for i, text in enumerate(texts) if not text.is_answer]
     compared = systems(len(ensemble.experts), sorted({*settings.prune, *settings.prune_grid}, reverse=True))
     default = served(config.router.entry, config.mixing, compared)
     compared += [] if default in compared else [default]
-    no_split = why_no_random_split(config)
     with stage.writing() as directory:
-        singles, undefined = _single_models(config, ensemble, average_folder(directory))
-        num_steps = len(texts) * (1 + len(singles) + (no_split is None)) + len(plain)
+        singles, undefined = _with_average(rivals, ensemble, average_folder(directory))
+        num_steps = len(texts) * (1 + len(singles) + (rivals.split is not None)) + len(plain)
         forward = _Forward(settings.batch_size, ensemble.vocab_size, processor, num_steps, progress)
         totals: dict[str, Totals] = {}
         for name, path in singles.items():
@@ -163,18 +198,14 @@ def make_scores(
             way = {name: partial(Outcome.alone, expert=0, active=active)}
             totals |= _totals(forward([load_model(path)], texts, {}), way)
         shutil.rmtree(average_folder(directory), ignore_errors=True)
-        if no_split is None:
+        if rivals.split is not None:
             # As the ensemble is served, but that no router can tell by a prompt which of such experts has learned it.
             alike = System(RANDOM, bayes=default.bayes, rule=default.rule)
-            totals |= _random_split(random_config(config), alike, texts, forward)
-        else:
-            undefined[RANDOM] = no_split
+            totals |= _random_split(rivals.split, alike, texts, forward)
 
         starts = _starts(ensemble, tokenizer, texts)
         experts = [load_model(expert.path) for expert in ensemble.experts]
-        alone = {
-            f"{name} alone": partial(Outcome.alone, expert=k) for k, name in enumerate(config.expert_names)
-        }
+        alone = {f"{name} alone": partial(Outcome.alone, expert=k) for k, name in enumerate(run.experts)}
         after_prompt: list[Float64s] = []
         totals |= _totals(
             _noting(after_prompt, forward(experts, texts, starts)),
@@ -189,7 +220,7 @@ def make_scores(
                 np.array(after_prompt)[plain],
                 sampled_tokens,
                 ensemble.vocab_size,
-                config.seed,
+                seed,
             )
             own = [
                 Text(texts[i].domain, written, settings.prompt_tokens)
@@ -203,13 +234,13 @@ def make_scores(
         order = [CENTRALIZED, *alone, AVERAGE, MOE, RANDOM, *(system.name for system in compared)]
         first = ensemble.experts[0]
         report = SeedReport(
-            seed=config.seed,
+            seed=seed,
             experts=ensemble.expert_names,
             priors=[expert.prior for expert in ensemble.experts],
             model=f"{first.architecture}, {first.num_parameters / 1e6:.1f}M parameters",
             served=default.name,
             best=best,
-            trained=_trained(config),
+            trained=_trained(run, rivals, recipe.training.tokens_per_step),
             texts=pool.counts(np.ones(len(texts))),
             answers=pool.counts(pool.is_answer.astype(np.float64)),
             tokens=pool.counts(totals[DENSE].tokens),
@@ -275,36 +306,24 @@ def _noting(after_prompt: list[Float64s], scores: Iterable[Scores]) -> Iterator[
         yield of_text
 
 
-def _single_models(
-    config: TrainConfig, ensemble: Ensemble, directory: Path
+def _with_average(
+    rivals: Rivals, ensemble: Ensemble, directory: Path
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """Where the models beside the experts are, the average in ``directory``; and why one is not defined."""
-    found: dict[str, Path] = {}
-    undefined: dict[str, str] = {}
-    no_twin = why_no_twin(config)
-    if no_twin is None:
-        found[CENTRALIZED] = config.run.centralized
-    else:
-        undefined[CENTRALIZED] = no_twin
+    models, undefined = dict(rivals.models), dict(rivals.undefined)
     directory.mkdir()
     try:
         average(ensemble.experts, directory)
-        found[AVERAGE] = directory
+        models[AVERAGE] = directory
     except TrainingError as error:
         undefined[AVERAGE] = str(error)
-    no_moe = why_no_moe(config)
-    if no_moe is None:
-        found[MOE] = config.run.moe
-    else:
-        undefined[MOE] = no_moe
-    return found, undefined
+    order = (CENTRALIZED, AVERAGE, MOE, RANDOM)
+    return models, {name: undefined[name] for name in order if name in undefined}
 
 
-def _random_split(
-    split: TrainConfig, system: System, texts: Sequence[Text], forward: _Forward
-) -> dict[str, Totals]:
+def _random_split(split: Run, system: System, texts: Sequence[Text], forward: _Forward) -> dict[str, Totals]:
     """``system`` with experts whose documents were dealt out by chance."""
-    ensemble = Ensemble.load(split.run.ensemble)
+    ensemble = Ensemble.load(split.ensemble)
     prior = np.tile(log_prior([expert.prior for expert in ensemble.experts]), (len(texts), 1))
     models = [load_model(expert.path) for expert in ensemble.experts]
     return _totals(forward(models, texts, {"prior": prior}), {system.name: system.outcome})
@@ -344,19 +363,13 @@ def _differences(
     ]
 
 
-def _trained(config: TrainConfig) -> list[Trained]:
+def _trained(run: Run, rivals: Rivals, tokens_per_step: int) -> list[Trained]:
     """The experts, the centralized model, the mixture of experts after its merge (without what its experts took), and
     the experts of the random split, as far as there are any."""
-    found = {name: config.run.expert(name) for name in config.expert_names}
-    if why_no_twin(config) is None:
-        found[CENTRALIZED] = config.run.centralized
-    if why_no_moe(config) is None:
-        found[MOE] = config.run.moe
-    if why_no_random_split(config) is None:
-        split = random_config(config)
-        found |= {f"{RANDOM}: {name}": split.run.expert(name) for name in config.expert_names}
+    found = {name: run.expert(name) for name in run.experts} | rivals.models
+    if rivals.split is not None:
+        found |= {f"{RANDOM}: {name}": rivals.split.expert(name) for name in rivals.split.experts}
     reports = {name: read_expert_report(directory) for name, directory in found.items()}
-    training = config.training
     return [
         Trained(
             model=name,
@@ -364,7 +377,7 @@ def _trained(config: TrainConfig) -> list[Trained]:
             documents=report.train_documents,
             train_tokens=report.train_tokens,
             steps=report.steps,
-            tokens_per_step=training.batch_size * training.gradient_accumulation * training.sequence_length,
+            tokens_per_step=tokens_per_step,
         )
         for name, report in reports.items()
     ]

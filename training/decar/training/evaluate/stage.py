@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
-from decar.training.config import TrainConfig, seed_overrides
+from decar.training.config import MoeConfig, Recipe, TrainConfig, TrainingConfig, seed_overrides
 from decar.training.evaluate.environment import command, environment
 from decar.training.evaluate.html import render
 from decar.training.evaluate.measures import Row, perplexity
@@ -18,7 +18,8 @@ from decar.training.evaluate.sampled import SampledRow
 from decar.training.evaluate.scores import CENTRALIZED, MOE, SeedReport, read_scores, scores_stage
 from decar.training.evaluate.verdict import Comparison, Gap, comparisons, gaps, in_words
 from decar.training.export.moe import experts_per_token
-from decar.training.run import page_file, plot_file, read_report, report_file
+from decar.training.fingerprints import evaluate_fingerprint
+from decar.training.run import Run, page_file, plot_file, read_report, report_file
 from decar.training.stages import Stage, fingerprint, read_marker
 
 # Of a row, the fields whose spread over seeds is shown.
@@ -57,6 +58,10 @@ class EvaluationReport(BaseModel):
     config: dict[str, Any]
     environment: dict[str, Any]
 
+    def shows(self, prune: float) -> bool:
+        """Whether what is pruned with that budget stands in the tables; `evaluate.prune_grid` is for the plot alone."""
+        return prune in (0.0, *self.config["evaluate"]["prune"])
+
 
 def evaluate_stage(config: TrainConfig, configs: Sequence[TrainConfig]) -> Stage:
     """The stage as ``config`` and the scores of ``configs``, one for each seed, are now.
@@ -70,7 +75,7 @@ def evaluate_stage(config: TrainConfig, configs: Sequence[TrainConfig]) -> Stage
             raise TrainingError(f"seed {one.seed} is not evaluated; run `decar-train evaluate CONFIG.yaml`")
     return Stage(
         config.run.evaluate,
-        fingerprint(config.evaluate, config.seed),
+        evaluate_fingerprint(config),
         fingerprint([read_marker(stage.directory) for stage in stages]),
     )
 
@@ -84,16 +89,15 @@ def read_evaluation(stage: Stage) -> EvaluationReport:
     return read_report(stage.directory, EvaluationReport)
 
 
-def make_evaluation(config: TrainConfig, configs: Sequence[TrainConfig], stage: Stage) -> EvaluationReport:
-    """Sum up the finished scores of ``configs``, and write json, plots and page.
+def make_evaluation(config: TrainConfig, runs: Sequence[Run], stage: Stage) -> EvaluationReport:
+    """Sum up the finished scores of ``runs``, one for each seed, and write json, plots and page.
 
     Raises:
         TrainingError: scores are missing or damaged.
     """
-    settings = config.evaluate
-    seeds = [read_scores(scores_stage(one)) for one in configs]
+    margin, seeds = config.evaluate.margin, [read_scores(run) for run in runs]
     first = seeds[0]
-    compared, parts = comparisons(seeds, settings.margin), gaps(seeds)
+    compared, parts = comparisons(seeds, margin), gaps(seeds)
     undefined = {name: why for seed in reversed(seeds) for name, why in seed.undefined.items()}
     report = EvaluationReport(
         ensemble=config.name,
@@ -101,13 +105,13 @@ def make_evaluation(config: TrainConfig, configs: Sequence[TrainConfig], stage: 
         experts=config.expert_names,
         model=first.model,
         served=first.served,
-        centralized=_how_compute_is_matched(config, seeds),
-        moe=_how_it_is_merged(config, seeds),
-        verdict=in_words(compared, parts[0] if parts else None, undefined, len(seeds), settings.margin),
-        margin=settings.margin,
+        centralized=_how_compute_is_matched(config.recipes[0], seeds),
+        moe=_how_it_is_merged(config.moe, config.recipes[0], seeds),
+        verdict=in_words(compared, parts[0] if parts else None, undefined, len(seeds), margin),
+        margin=margin,
         comparisons=compared,
         gaps=parts,
-        prompt_tokens=settings.prompt_tokens,
+        prompt_tokens=config.evaluate.prompt_tokens,
         max_tokens=first.max_tokens,
         texts={name: sum(seed.texts[name] for seed in seeds) for name in config.expert_names},
         tokens={name: sum(seed.tokens[name] for seed in seeds) for name in config.expert_names},
@@ -116,15 +120,18 @@ def make_evaluation(config: TrainConfig, configs: Sequence[TrainConfig], stage: 
         sampled=_mean_sampled([seed.sampled for seed in seeds]),
         undefined=undefined,
         seeds=seeds,
-        commands=[_command(config, one.seed) for one in configs],
+        commands=[_command(config.run, config.seed, seed.seed) for seed in seeds],
         config=config.model_dump(mode="json"),
         environment=environment(),
     )
     with stage.writing() as directory:
         report_file(directory).write_text(report.model_dump_json(indent=1) + "\n")
         title = f"{report.ensemble}: {len(report.experts)} experts, {report.model}"
-        shown = [row for row in report.rows if row.prune in (0.0, *settings.prune)]
-        points = [(row.system, row.active_experts, row.perplexity, row.prompt_passes) for row in shown]
+        points = [
+            (row.system, row.active_experts, row.perplexity, row.prompt_passes)
+            for row in report.rows
+            if report.shows(row.prune)
+        ]
         plot_systems(points, title, plot_file(directory, "systems"))
         plot_comparisons(report.comparisons, report.margin, title, plot_file(directory, "comparisons"))
         if report.gaps:
@@ -140,37 +147,37 @@ def make_evaluation(config: TrainConfig, configs: Sequence[TrainConfig], stage: 
     return report
 
 
-def _command(config: TrainConfig, seed: int) -> str:
-    others = seed_overrides(config, seed) if seed != config.seed else []
+def _command(run: Run, own_seed: int, seed: int) -> str:
+    others = seed_overrides(run, seed) if seed != own_seed else []
     return command([*others, f"evaluate.seeds=[{seed}]"])
 
 
-def _how_compute_is_matched(config: TrainConfig, seeds: Sequence[SeedReport]) -> str:
+def _how_compute_is_matched(recipe: Recipe, seeds: Sequence[SeedReport]) -> str:
     if CENTRALIZED in seeds[0].undefined:
         return f"none: {seeds[0].undefined[CENTRALIZED]}"
     steps = {trained.steps for seed in seeds for trained in seed.trained if trained.model == CENTRALIZED}
     took = f"{min(steps):,}" if len(steps) == 1 else f"{min(steps):,} to {max(steps):,}"
-    training = config.training
-    blocks = training.batch_size * training.gradient_accumulation
-    start = config.model_of(config.expert_names[0]).get("checkpoint")
+    start = recipe.model.get("checkpoint")
     return (
-        f"the same architecture on all shards, {took} steps of {blocks} × {training.sequence_length} tokens, "
+        f"the same architecture on all shards, {took} steps of {_step(recipe.training)}, "
         f"as many as all experts took together, from {'fresh weights' if start is None else f'the checkpoint {start}'} "
         "as they do"
     )
 
 
-def _how_it_is_merged(config: TrainConfig, seeds: Sequence[SeedReport]) -> str:
+def _how_it_is_merged(settings: MoeConfig, recipe: Recipe, seeds: Sequence[SeedReport]) -> str:
     if MOE in seeds[0].undefined:
         return f"none: {seeds[0].undefined[MOE]}"
-    training, settings = config.training, config.moe
-    blocks = training.batch_size * training.gradient_accumulation
+    count = experts_per_token(len(seeds[0].experts))
     weights = "of all weights" if settings.train == "all" else "of the gates alone"
     return (
-        f"the experts' feed-forward blocks, {experts_per_token(len(config.experts))} of them for each token, all else "
-        f"averaged; then {settings.steps:,} steps {weights}, of {blocks} × {training.sequence_length} tokens of all "
-        "shards, which no other system had"
+        f"the experts' feed-forward blocks, {count} of them for each token, all else averaged; then "
+        f"{settings.steps:,} steps {weights}, of {_step(recipe.training)} of all shards, which no other system had"
     )
+
+
+def _step(training: TrainingConfig) -> str:
+    return f"{training.rows_per_step} × {training.sequence_length} tokens"
 
 
 def mean_rows(seeds: Sequence[Sequence[Row]]) -> list[Row]:

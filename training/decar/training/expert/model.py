@@ -1,4 +1,4 @@
-"""An expert's model before training: fresh, a checkpoint, or a checkpoint with LoRA adapters. Knows no data.
+"""An expert's model: before training, fresh, a checkpoint, or one with LoRA adapters; and read back. Knows no data.
 
 A causal language model, or an image-text model, whose language model and vision encoder are described under
 ``text_config`` and ``vision_config``.
@@ -6,6 +6,7 @@ A causal language model, or an image-text model, whose language model and vision
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from decar.router.errors import TrainingError, did_you_mean
 from decar.training.checkpoint_files import check_files
-from decar.training.config import LoraConfig, TrainConfig
+from decar.training.config import LoraConfig, Recipe
 from decar.training.data.processor import load_processor, reads_images
 
 _NAMED_IN_ERRORS = 3
@@ -26,7 +27,7 @@ _TRIED_TOLERANCE = 1e-4
 _REFUSED = (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError)
 
 
-def check_model(config: TrainConfig, name: str) -> None:
+def check_model(recipe: Recipe) -> None:
     """Refuse a model description that transformers would misread or refuse.
 
     Raises:
@@ -34,7 +35,7 @@ def check_model(config: TrainConfig, name: str) -> None:
     """
     from transformers import CONFIG_MAPPING
 
-    model = config.model_of(name)
+    name, model = recipe.name, _description(recipe)
     if "checkpoint" in model:
         if not (Path(model["checkpoint"]) / "config.json").is_file():
             raise TrainingError(f"the checkpoint of {name!r}, {model['checkpoint']}, holds no config.json")
@@ -51,13 +52,13 @@ def check_model(config: TrainConfig, name: str) -> None:
         raise _cannot_be_built(name, error) from None
 
 
-def check_weights(config: TrainConfig, name: str) -> None:
+def check_weights(recipe: Recipe) -> None:
     """Refuse a checkpoint that has a configuration and no weights, or files that are not whole.
 
     Raises:
         TrainingError: it has none, or one is a git-lfs pointer or truncated.
     """
-    checkpoint = config.model_of(name).get("checkpoint")
+    name, checkpoint = recipe.name, recipe.model.get("checkpoint")
     if checkpoint is None or not (Path(checkpoint) / "config.json").is_file():
         return  # as `check_model` says
     if not any(Path(checkpoint).glob("*.safetensors")) and not any(Path(checkpoint).glob("*.bin")):
@@ -93,17 +94,22 @@ def _cannot_be_built(name: str, error: Exception) -> TrainingError:
     return TrainingError(f"the model of {name!r} cannot be built ({' '.join(str(error).split())})")
 
 
-def model_config(config: TrainConfig, name: str, tokenizer: Any) -> Any:
-    """The transformers configuration of expert ``name``'s model: a checkpoint's, or one for ``tokenizer``.
+def _description(recipe: Recipe) -> dict[str, Any]:
+    """A copy, as transformers writes into what it builds a nested configuration from."""
+    return copy.deepcopy(recipe.model)
+
+
+def model_config(recipe: Recipe, tokenizer: Any) -> Any:
+    """The transformers configuration of the model: a checkpoint's, or one for ``tokenizer``.
 
     Raises:
         TrainingError: transformers refuses it, or misreads it, or the checkpoint is not whole.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    check_model(config, name)
-    check_weights(config, name)
-    description = config.model_of(name)
+    check_model(recipe)
+    check_weights(recipe)
+    description = _description(recipe)
     own = {"vocab_size": len(tokenizer), **_special_tokens(tokenizer)}
     try:
         if "checkpoint" in description:
@@ -115,17 +121,17 @@ def model_config(config: TrainConfig, name: str, tokenizer: Any) -> Any:
             return AutoConfig.for_model(**{**description, "text_config": text})
         return AutoConfig.for_model(**{**own, **description})
     except _REFUSED as error:
-        raise _cannot_be_built(name, error) from None
+        raise _cannot_be_built(recipe.name, error) from None
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int | None]:
     return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
 
 
-def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
-    """The untrained model of expert ``name`` in fp32: fresh weights by ``config.seed``, or the checkpoint's.
+def build_model(recipe: Recipe, tokenizer: Any) -> Any:
+    """The untrained model in fp32: fresh weights by the seed, or the checkpoint's.
 
-    With ``config.training.lora`` the checkpoint is frozen and wrapped in peft's model, whose adapters are trained.
+    With ``training.lora`` the checkpoint is frozen and wrapped in peft's model, whose adapters are trained.
 
     Raises:
         TrainingError: as `model_config`, or peft refuses it, its weights are not those that it describes, or its
@@ -133,13 +139,14 @@ def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, set_seed
 
-    description = config.model_of(name)
-    wanted = model_config(config, name, tokenizer)
+    name, description, training = recipe.name, recipe.model, recipe.training
+    wanted = model_config(recipe, tokenizer)
     auto = AutoModelForCausalLM
     if reads_images(wanted):
         auto = AutoModelForImageTextToText
-        _use_image_token(wanted, load_processor(config, wanted, tokenizer).image_token_id, description, name)
-    set_seed(config.seed)
+        processor = load_processor(recipe.run.tokenizer, recipe.image_token, wanted, tokenizer)
+        _use_image_token(wanted, processor.image_token_id, description, name)
+    set_seed(recipe.seed)
     try:
         if "checkpoint" in description:
             model, loading = auto.from_pretrained(
@@ -163,15 +170,27 @@ def build_model(config: TrainConfig, name: str, tokenizer: Any) -> Any:
             "raise vocab_size or resize the checkpoint's embeddings"
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and config.training.sequence_length > longest:
+    if longest and training.sequence_length > longest:
         raise TrainingError(
-            f"training.sequence_length {config.training.sequence_length} is longer than the "
+            f"training.sequence_length {training.sequence_length} is longer than the "
             f"max_position_embeddings {longest} of {name!r}"
         )
-    if config.training.lora is not None:
-        model = _with_adapters(model, config, config.training.lora)
-    _freeze(model, config.training.freeze)
+    if training.lora is not None:
+        model = _with_adapters(model, training.lora, recipe.seed)
+    _freeze(model, training.freeze)
     return model
+
+
+def load_model(directory: Path) -> Any:
+    """The model in ``directory``, of text alone or of images and text; fp32, on the GPU where there is one."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    described = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    kind: Any = AutoModelForImageTextToText if reads_images(described) else AutoModelForCausalLM
+    model = kind.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 @torch.inference_mode()
@@ -245,11 +264,11 @@ def _freeze(model: Any, modules: Iterable[str]) -> None:
         raise TrainingError("training.freeze leaves nothing to train; take a module out")
 
 
-def _with_adapters(model: Any, config: TrainConfig, settings: LoraConfig) -> Any:
+def _with_adapters(model: Any, settings: LoraConfig, seed: int) -> Any:
     import peft
     from transformers import set_seed
 
-    set_seed(config.seed)
+    set_seed(seed)
     try:
         return peft.get_peft_model(
             model,

@@ -12,62 +12,30 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
-from decar.training.config import TrainConfig, TrainingConfig
+from decar.training.config import Recipe, TrainConfig
 from decar.training.data.blocks import Rows, mean_loss, pack
 from decar.training.data.corpus import IMAGES_FIELD
 from decar.training.data.image_blocks import read_image_blocks
 from decar.training.data.processor import load_processor, processor_files, reads_images
+from decar.training.data.shards import check_marker, count_documents, has_column, read_examples
 from decar.training.data.tokenizer import load_tokenizer
+from decar.training.expert.image_models import with_vision_model
 from decar.training.expert.model import build_model, keeps_apart, model_config
-from decar.training.export.image_models import with_vision_model
-from decar.training.partition.stage import (
-    check_marker,
-    has_column,
-    partition_fingerprint,
-    read_examples,
-)
-from decar.training.run import SPLITS, adapter_folder, complete_file, read_report, report_file, require
-from decar.training.stages import Stage, digest, fingerprint, is_full_disk, sha256, write_atomically
+from decar.training.expert.report import ExpertReport, versions
+from decar.training.fingerprints import expert_fingerprint, partition_fingerprint, tokenizer_fingerprint
+from decar.training.run import SPLITS, Run, adapter_folder, complete_file, report_file, require
+from decar.training.stages import Stage, digest, is_full_disk, sha256, write_atomically
 
 _DIVERGED = (
     "nothing of it is kept as finished. "
     "Lower training.learning_rate or training.max_grad_norm, or raise training.warmup"
 )
-# What the trained weights do not depend on.
-_NOT_IN_WEIGHTS = {"save_steps", "save_total_limit", "log_steps", "tensorboard", "gradient_checkpointing"}
-# Settings that are younger than experts which are finished. Unset they count for nothing, so that those stay finished.
-_YOUNGER = ("gradient_accumulation", "lora", "freeze")
-
-
-class ExpertReport(BaseModel):
-    """``report.json`` of an expert; losses in nats per token.
-
-    ``train_loss`` is None where nothing was trained, as in a model that is merged and no more. ``shards`` holds the
-    SHA-256 of each file that it was trained or measured on, ``versions`` the software that did. ``dropped`` counts what
-    of its training documents it did not learn, by what it is.
-    """
-
-    expert: str
-    num_parameters: int
-    train_tokens: int
-    held_out_tokens: int
-    steps: int
-    train_loss: float | None
-    held_out_loss: float
-    train_time_s: float
-    train_documents: int | None = None
-    held_out_documents: int | None = None
-    dropped: dict[str, int] = {}
-    shards: dict[str, str] = {}
-    versions: dict[str, str] = {}
 
 
 def expert_stage(config: TrainConfig, name: str) -> Stage:
@@ -76,36 +44,14 @@ def expert_stage(config: TrainConfig, name: str) -> Stage:
     Raises:
         TrainingError: no such expert, or its shard or the tokenizer is missing or was made with another configuration.
     """
-    run, settings = config.run, expert_fingerprint(config, name)
+    run, settings = config.run, expert_fingerprint(config.recipe(name))
     files = [run.shard(name, split) for split in SPLITS]
     require(run.partition, *files)
     require(run.tokenizer, *run.tokenizer_files)
     check_marker(run.partition, partition_fingerprint(config))
-    check_marker(run.tokenizer, fingerprint(config.tokenizer))
+    check_marker(run.tokenizer, tokenizer_fingerprint(config.tokenizer))
     files += run.tokenizer_files + processor_files(run.tokenizer)
     return Stage(run.expert(name), settings, digest(*files))
-
-
-def expert_fingerprint(config: TrainConfig, name: str) -> str:
-    """What of ``config`` the weights of expert ``name`` depend on. How often it is saved or logged does not count.
-
-    Raises:
-        TrainingError: no such expert.
-    """
-    settings = config.training.model_dump(mode="json", exclude=_NOT_IN_WEIGHTS)
-    for field in _YOUNGER:
-        if getattr(config.training, field) == TrainingConfig.model_fields[field].default:
-            del settings[field]
-    return fingerprint(config.model_of(name), settings, config.seed)
-
-
-def read_expert_report(directory: Path) -> ExpertReport:
-    """The report of a finished model in ``directory``.
-
-    Raises:
-        TrainingError: it is missing or damaged.
-    """
-    return read_report(directory, ExpertReport)
 
 
 def train_expert(config: TrainConfig, name: str, stage: Stage, callbacks: Iterable[Any] = ()) -> ExpertReport:
@@ -117,13 +63,13 @@ def train_expert(config: TrainConfig, name: str, stage: Stage, callbacks: Iterab
     Raises:
         TrainingError: an unusable model, shard or tokenizer, a loss that is not finite, or a full disk.
     """
-    return train_model(config, name, [name], stage, callbacks)
+    return train_model(config.recipe(name), [name], stage, callbacks)
 
 
 def train_model(
-    config: TrainConfig, name: str, shards: Sequence[str], stage: Stage, callbacks: Iterable[Any] = ()
+    config: Recipe, shards: Sequence[str], stage: Stage, callbacks: Iterable[Any] = ()
 ) -> ExpertReport:
-    """Train the model that ``config`` describes for expert ``name`` on any ``shards``, and put it in ``stage``'s place.
+    """Train the model that ``config`` describes on any ``shards``, and put it in ``stage``'s place.
 
     Raises:
         TrainingError: an unusable model, shard or tokenizer, a loss that is not finite, or a full disk.
@@ -131,8 +77,8 @@ def train_model(
     from transformers.integrations import TensorBoardCallback
 
     tokenizer = load_tokenizer(config.run.tokenizer)
-    processor = expert_processor(config, name, tokenizer)
-    model = build_model(config, name, tokenizer)
+    processor = expert_processor(config, tokenizer)
+    model = build_model(config, tokenizer)
     apart = keeps_apart(model)
     blocks = {split: read_blocks(config, shards, split, tokenizer, processor, apart) for split in SPLITS}
     train, held_out = blocks["train"], blocks["held_out"]
@@ -167,10 +113,10 @@ def train_model(
         train_loss=result.training_loss,
         held_out_loss=mean_loss(model, held_out, config.training.batch_size),
         train_time_s=time.monotonic() - start_s,
-        train_documents=_num_documents(config, shards, "train"),
-        held_out_documents=_num_documents(config, shards, "held_out"),
+        train_documents=_num_documents(config.run, shards, "train"),
+        held_out_documents=_num_documents(config.run, shards, "held_out"),
         dropped=dict(train.dropped),
-        shards=_hashes(config, shards),
+        shards=_hashes(config.run, shards),
         versions=versions(),
     )
     if writer is not None:
@@ -198,25 +144,27 @@ def train_model(
     return report
 
 
-def expert_processor(config: TrainConfig, name: str, tokenizer: Any) -> Any | None:
-    """The processor of expert ``name``, or None where its model reads text alone.
+def expert_processor(recipe: Recipe, tokenizer: Any) -> Any | None:
+    """The processor of the model, or None where that reads text alone.
 
     Raises:
         TrainingError: as `load_processor`.
     """
-    wanted = model_config(config, name, tokenizer)
-    return load_processor(config, wanted, tokenizer) if reads_images(wanted) else None
+    wanted = model_config(recipe, tokenizer)
+    if not reads_images(wanted):
+        return None
+    return load_processor(recipe.run.tokenizer, recipe.image_token, wanted, tokenizer)
 
 
 def read_blocks(
-    config: TrainConfig,
+    recipe: Recipe,
     shards: Sequence[str],
     split: str,
     tokenizer: Any,
     processor: Any = None,
     apart: bool = True,
 ) -> Rows:
-    """The ``split`` of ``shards`` in rows of at most ``config.training.sequence_length`` tokens.
+    """The ``split`` of ``shards`` in rows of at most ``training.sequence_length`` tokens.
 
     Args:
         processor: that of an image-text model.
@@ -225,16 +173,16 @@ def read_blocks(
     Raises:
         TrainingError: a shard is missing or damaged, holds images for a model of text, or teaches nothing.
     """
-    length = config.training.sequence_length
-    examples = [read_examples(config, shard, split) for shard in shards]
+    length = recipe.training.sequence_length
+    files = [recipe.run.shard(shard, split) for shard in shards]
+    examples = [read_examples(file) for file in files]
     blocks: Rows
-    if processor is None and has_column(config, shards[0], split, IMAGES_FIELD):
+    if processor is None and has_column(files[0], IMAGES_FIELD):
         raise TrainingError(
             f"the shards of {', '.join(shards)} hold images, which no model of text reads; set model.model_type to an "
             "image-text model, e.g. llava"
         )
     if processor is not None:
-        files = [config.run.shard(shard, split) for shard in shards]
         blocks = read_image_blocks(examples, files, processor, length, apart)
     else:
         blocks = pack([example for shard in examples for example in shard], tokenizer, length, apart)
@@ -246,7 +194,7 @@ def read_blocks(
     return blocks
 
 
-def make_trainer(config: TrainConfig, model: Any, train: Rows, directory: Path) -> Any:
+def make_trainer(config: Recipe, model: Any, train: Rows, directory: Path) -> Any:
     """A transformers ``Trainer`` of ``model`` on ``train`` that keeps its checkpoints in ``directory``.
 
     It raises a TrainingError where a loss is not finite, or no space is left for a checkpoint.
@@ -385,24 +333,10 @@ def _tensorboard_writer(directory: Path, last: Path | None) -> Any:
     return SummaryWriter(str(directory), purge_step=step_of(last) + 1 if last else None)
 
 
-def _num_documents(config: TrainConfig, shards: Sequence[str], split: str) -> int:
-    import pyarrow.parquet as parquet
-
-    return sum(parquet.read_metadata(config.run.shard(shard, split)).num_rows for shard in shards)
+def _num_documents(run: Run, shards: Sequence[str], split: str) -> int:
+    return sum(count_documents(run.shard(shard, split)) for shard in shards)
 
 
-def _hashes(config: TrainConfig, shards: Sequence[str]) -> dict[str, str]:
-    files = [config.run.shard(shard, split) for shard in shards for split in SPLITS]
+def _hashes(run: Run, shards: Sequence[str]) -> dict[str, str]:
+    files = [run.shard(shard, split) for shard in shards for split in SPLITS]
     return {f"{file.parent.name}/{file.name}": sha256(file) for file in files}
-
-
-def versions() -> dict[str, str]:
-    """Of what trains a model, by package, for its report."""
-    return {package: _version(package) for package in ("decar", "torch", "transformers")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -16,8 +16,8 @@ import torch
 
 from decar.router.errors import TrainingError
 from decar.router.manifest import ExpertCheckpoint
+from decar.training.checkpoint_files import INDEX_NAME
 
-INDEX_NAME = "model.safetensors.index.json"
 # What may differ in the configurations of models that compute the same function of their weights.
 _NOT_ARCHITECTURE = {"_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 

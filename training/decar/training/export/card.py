@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from decar.router.manifest import Manifest
-from decar.training.config import TrainConfig
-from decar.training.expert.stage import ExpertReport
+from decar.training.config import DocumentConfig, MoeConfig, PartitionConfig, TrainingConfig
+from decar.training.expert.report import ExpertReport
 
 CARD_NAME = "README.md"
 
 
+@dataclass(frozen=True)
+class Origin:
+    """How what a card describes was made; ``models``: the description of each expert's."""
+
+    name: str
+    seed: int
+    models: Mapping[str, dict[str, Any]]
+    training: TrainingConfig
+    documents: DocumentConfig
+    partition: PartitionConfig
+
+
 def ensemble_card(
-    config: TrainConfig, manifest: Manifest, reports: Mapping[str, ExpertReport], read_images: bool
+    origin: Origin, manifest: Manifest, reports: Mapping[str, ExpertReport], read_images: bool
 ) -> str:
     """The ``README.md`` of an ensemble directory, in Markdown with the Hub's YAML header.
 
@@ -24,11 +37,10 @@ def ensemble_card(
         read_images: the experts are image-text models.
     """
     priors = {expert.name: f"{expert.prior:.4f}" for expert in manifest.experts}
-    first = config.expert_names[0]
     return "\n".join(
         [
             _header(["decar", "ensemble"], read_images),
-            f"# {config.name}",
+            f"# {origin.name}",
             "",
             f'{len(reports)} language models ("experts"), each trained alone on its own part of the data and kept as '
             "an ordinary Hugging Face checkpoint. decar serves them as one model: at every step it mixes their "
@@ -38,8 +50,8 @@ def ensemble_card(
             "## Serve it",
             "",
             "```bash",
-            f"decar serve . --port 8000           # in this directory; the model is {config.name!r}",
-            f"vllm serve experts/{first}    # or one expert alone",
+            f"decar serve . --port 8000           # in this directory; the model is {origin.name!r}",
+            f"vllm serve experts/{next(iter(reports))}    # or one expert alone",
             "```",
             "",
             "## Experts",
@@ -49,17 +61,17 @@ def ensemble_card(
             "The prior is an expert's share of the training tokens; the loss is in nats per token, of each expert on "
             "the held-out text of its own part.",
             "",
-            *_making(config, reports),
+            *_making(origin, reports),
         ]
     )
 
 
-def average_card(config: TrainConfig, reports: Mapping[str, ExpertReport], read_images: bool) -> str:
+def average_card(origin: Origin, reports: Mapping[str, ExpertReport], read_images: bool) -> str:
     """The ``README.md`` of the experts' parameter average, as `ensemble_card`."""
     return "\n".join(
         [
             _header(["decar", "merge"], read_images),
-            f"# {config.name}, averaged",
+            f"# {origin.name}, averaged",
             "",
             f"One language model whose weights are the mean of {len(reports)} experts' weights (Branch-Train-Merge's "
             "parameter average, arXiv 2208.03306), each with the same share. The experts were trained alone, each on "
@@ -79,27 +91,26 @@ def average_card(config: TrainConfig, reports: Mapping[str, ExpertReport], read_
             "The loss is in nats per token, of each expert before averaging on the held-out text of its own part. The "
             "average itself was not measured.",
             "",
-            *_making(config, reports),
+            *_making(origin, reports),
         ]
     )
 
 
-def moe_card(config: TrainConfig, reports: Mapping[str, ExpertReport], merged: ExpertReport) -> str:
+def moe_card(
+    origin: Origin, settings: MoeConfig, reports: Mapping[str, ExpertReport], merged: ExpertReport
+) -> str:
     """The ``README.md`` of the merged mixture of experts, whose report is ``merged``, as `ensemble_card`."""
-    settings = config.moe
     weights = "all weights" if settings.train == "all" else "its gates alone"
-    tokens_per_step = (
-        config.training.batch_size * config.training.gradient_accumulation * config.training.sequence_length
-    )
     trained = (
-        f"then {weights} were trained for {merged.steps:,} steps of {tokens_per_step:,} tokens on all experts' text"
+        f"then {weights} were trained for {merged.steps:,} steps of {origin.training.tokens_per_step:,} tokens on all "
+        "experts' text"
         if merged.steps
         else "nothing was trained after that"
     )
     return "\n".join(
         [
             _header(["decar", "merge", "moe", "mixtral"], False),
-            f"# {config.name}, merged into a mixture of experts",
+            f"# {origin.name}, merged into a mixture of experts",
             "",
             f"One language model in Mixtral's format, of {merged.num_parameters:,} parameters: in every layer the "
             f"feed-forward blocks of {len(reports)} experts, of which a gate chooses {min(2, len(reports))} for each "
@@ -123,7 +134,7 @@ def moe_card(config: TrainConfig, reports: Mapping[str, ExpertReport], merged: E
             "The loss is in nats per token, of each expert before merging on the held-out text of its own part. The "
             f"merged model's on all of it is {merged.held_out_loss:.4f}.",
             "",
-            *_making(config, reports, moe=settings),
+            *_making(origin, reports, moe=settings),
         ]
     )
 
@@ -169,15 +180,14 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
-def _making(config: TrainConfig, reports: Mapping[str, ExpertReport], **more: BaseModel) -> list[str]:
-    models = {name: config.model_of(name) for name in reports}
-    alike = len({str(model) for model in models.values()}) == 1
+def _making(origin: Origin, reports: Mapping[str, ExpertReport], **more: BaseModel) -> list[str]:
+    first, *others = origin.models.values()
     settings: dict[str, Any] = {
-        "seed": config.seed,
-        "model": models[config.expert_names[0]] if alike else models,
-        "training": config.training.model_dump(mode="json"),
-        "documents": config.documents.model_dump(mode="json"),
-        "partition": config.partition.model_dump(mode="json"),
+        "seed": origin.seed,
+        "model": dict(origin.models) if any(str(other) != str(first) for other in others) else first,
+        "training": origin.training.model_dump(mode="json"),
+        "documents": origin.documents.model_dump(mode="json"),
+        "partition": origin.partition.model_dump(mode="json"),
         **{section: value.model_dump(mode="json") for section, value in more.items()},
     }
     software = ("decar", "torch", "transformers")

@@ -14,6 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,22 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.router.manifest import ExpertCheckpoint
-from decar.training.config import TrainConfig
+from decar.training.config import MoeConfig, Recipe, TrainConfig
 from decar.training.data.blocks import IGNORED, Rows, mean_loss
 from decar.training.data.tokenizer import load_tokenizer
-from decar.training.evaluate.held_out import load_model
-from decar.training.expert.stage import ExpertReport, make_trainer, read_blocks, read_expert_report, versions
+from decar.training.expert.model import load_model
+from decar.training.expert.report import ExpertReport, read_expert_report, versions
+from decar.training.expert.stage import make_trainer, read_blocks
 from decar.training.export.average import average, check_configurations, mean, open_weights
 from decar.training.export.card import CARD_NAME, moe_card
-from decar.training.export.stage import check_target, copy_text_files, expert_marker, read_trained
+from decar.training.export.stage import (
+    check_target,
+    copy_text_files,
+    expert_marker,
+    origin_of,
+    read_trained,
+)
+from decar.training.fingerprints import moe_fingerprint
 from decar.training.run import NOT_EXPORTED, SPLITS, average_folder, report_file
 from decar.training.stages import Stage, fingerprint, replaced_directory
 
@@ -68,13 +77,13 @@ def moe_stage(config: TrainConfig) -> Stage:
     Raises:
         TrainingError: an expert is not trained, or was trained with another configuration.
     """
-    markers = [expert_marker(config, name) for name in config.expert_names]
-    return Stage(config.run.moe, fingerprint(config.moe, config.expert_names), fingerprint(markers))
+    markers = [expert_marker(recipe) for recipe in config.recipes]
+    return Stage(config.run.moe, moe_fingerprint(config.moe, config.expert_names), fingerprint(markers))
 
 
-def why_no_moe(config: TrainConfig) -> str | None:
+def why_no_moe(recipes: Sequence[Recipe]) -> str | None:
     """Why the trained experts cannot be merged into a mixture of experts, or None where they can."""
-    experts, _ = read_trained(config)
+    experts, _ = read_trained(recipes)
     try:
         mixtral_config(experts)
     except TrainingError as error:
@@ -233,12 +242,15 @@ def _sample(rows: Rows, num_rows: int, batch_size: int, seed: int) -> Iterator[d
         yield rows.collate([rows[i] for i in drawn[start : start + batch_size]])
 
 
-def train_moe(config: TrainConfig, stage: Stage, callbacks: Iterable[Any] = ()) -> ExpertReport:
+def train_moe(
+    recipes: Sequence[Recipe], settings: MoeConfig, stage: Stage, callbacks: Iterable[Any] = ()
+) -> ExpertReport:
     """Merge the trained experts, start the gates, train the whole and put it in ``stage``'s place.
 
     An interrupted training starts anew. The report's losses are the merged model's on all experts' text.
 
     Args:
+        recipes: the experts'.
         callbacks: transformers ``TrainerCallback`` objects, e.g. a progress bar.
 
     Raises:
@@ -246,40 +258,36 @@ def train_moe(config: TrainConfig, stage: Stage, callbacks: Iterable[Any] = ()) 
             training has spoilt the weights.
         EnsembleError: an expert is damaged, or tokenizers differ.
     """
-    names, training = config.expert_names, config.training
-    experts, reports = read_trained(config)
+    recipe = recipes[0]  # what it says of training, they all do
+    experts, reports = read_trained(recipes)
+    names, batch_size = list(reports), recipe.training.batch_size
     model = merge(experts)
-    tokenizer = load_tokenizer(config.run.tokenizer)
+    tokenizer = load_tokenizer(recipe.run.tokenizer)
     start_s = time.monotonic()
-    train, held_out = (read_blocks(config, names, split, tokenizer) for split in SPLITS)
+    train, held_out = (read_blocks(recipe, names, split, tokenizer) for split in SPLITS)
     with stage.writing() as directory:
         folder = average_folder(directory)
         folder.mkdir()
         average(experts, folder)
         samples = [
-            _sample(
-                read_blocks(config, [name], "train", tokenizer),
-                config.moe.sample,
-                training.batch_size,
-                config.seed,
-            )
+            _sample(read_blocks(recipe, [name], "train", tokenizer), settings.sample, batch_size, recipe.seed)
             for name in names
         ]
         start_gates(model, load_model(folder), samples)
         shutil.rmtree(folder)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        train_loss = _train(config, model, train, directory, callbacks)
-        held_out_loss = mean_loss(model, held_out, training.batch_size)
+        train_loss = _train(recipe, settings, model, train, directory, callbacks)
+        held_out_loss = mean_loss(model, held_out, batch_size)
         if not math.isfinite(held_out_loss):
             raise TrainingError(
-                f"the merged model's loss is {held_out_loss} after {config.moe.steps} steps; lower moe.learning_rate"
+                f"the merged model's loss is {held_out_loss} after {settings.steps} steps; lower moe.learning_rate"
             )
         report = ExpertReport(
             expert=stage.directory.name,
             num_parameters=model.num_parameters(),
             train_tokens=train.num_tokens,
             held_out_tokens=held_out.num_tokens,
-            steps=config.moe.steps,
+            steps=settings.steps,
             train_loss=train_loss,
             held_out_loss=held_out_loss,
             train_time_s=time.monotonic() - start_s,
@@ -301,21 +309,25 @@ def _sum(counts: Iterable[int | None]) -> int | None:
 
 
 def _train(
-    config: TrainConfig, model: Any, train: Rows, directory: Path, callbacks: Iterable[Any]
+    recipe: Recipe,
+    settings: MoeConfig,
+    model: Any,
+    train: Rows,
+    directory: Path,
+    callbacks: Iterable[Any],
 ) -> float | None:
-    """Train the merged ``model`` in place as ``config.moe`` says; the mean loss, with the balance's share in it."""
+    """Train the merged ``model`` in place; the mean loss, with the balance's share in it."""
     from transformers.trainer_utils import SaveStrategy
 
-    settings = config.moe
     if not settings.steps:
         return None
     for name, parameter in model.named_parameters():
         parameter.requires_grad = settings.train == "all" or ".mlp.gate." in name
     own = {
         "max_steps": settings.steps,
-        "learning_rate": settings.learning_rate or config.training.learning_rate,
+        "learning_rate": settings.learning_rate or recipe.training.learning_rate,
     }
-    steps_like_an_experts = config.model_copy(update={"training": config.training.model_copy(update=own)})
+    steps_like_an_experts = replace(recipe, training=recipe.training.model_copy(update=own))
     # Mixtral adds the loss that balances the load where it hands out what its gates say.
     model.config.output_router_logits = settings.balance > 0
     model.config.router_aux_loss_coef = settings.balance
@@ -345,5 +357,6 @@ def export_moe(config: TrainConfig, stage: Stage) -> Path:
         for file in stage.directory.iterdir():
             if not any(file.match(pattern) for pattern in NOT_EXPORTED):
                 shutil.copyfile(file, directory / file.name)
-        (directory / CARD_NAME).write_text(moe_card(config, reports, merged), encoding="utf-8")
+        card = moe_card(origin_of(config), config.moe, reports, merged)
+        (directory / CARD_NAME).write_text(card, encoding="utf-8")
     return target

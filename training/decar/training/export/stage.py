@@ -22,12 +22,12 @@ from decar.router.manifest import (
     read_experts,
     write_manifest,
 )
-from decar.training.config import TrainConfig
-from decar.training.expert.stage import ExpertReport, expert_fingerprint, read_expert_report
+from decar.training.config import Recipe, TrainConfig
+from decar.training.expert.report import ExpertReport, read_expert_report
 from decar.training.export.average import average
-from decar.training.export.card import CARD_NAME, average_card, ensemble_card
-from decar.training.router.stage import router_fingerprint
-from decar.training.run import NOT_EXPORTED, expert_path
+from decar.training.export.card import CARD_NAME, Origin, average_card, ensemble_card
+from decar.training.fingerprints import expert_fingerprint, export_fingerprint, router_fingerprint
+from decar.training.run import NOT_EXPORTED, Run, expert_path
 from decar.training.stages import Stage, fingerprint, read_marker, replaced_directory
 
 _COPIED = ("generation_config.json", "chat_template.jinja")
@@ -42,7 +42,7 @@ def export_stage(config: TrainConfig) -> Stage:
         TrainingError: an expert, or a router that the ensemble needs, is not trained; or one of them was trained
             with another configuration.
     """
-    markers = [expert_marker(config, name) for name in config.expert_names]
+    markers = [expert_marker(recipe) for recipe in config.recipes]
     router = read_marker(config.run.router)
     if router is None and config.router.reads_text:
         raise TrainingError("the router is not trained; run `decar-train router` first")
@@ -50,38 +50,33 @@ def export_stage(config: TrainConfig) -> Stage:
         raise TrainingError(
             "the router was trained with another configuration; run `decar-train router` again"
         )
-    return Stage(
-        config.run.export,
-        fingerprint(
-            config.name,
-            config.expert_names,
-            config.router.entry,
-            config.mixing,
-            config.run.ensemble.resolve(),
-        ),
-        fingerprint(markers, router),
-    )
+    return Stage(config.run.export, export_fingerprint(config), fingerprint(markers, router))
 
 
-def expert_marker(config: TrainConfig, name: str) -> dict[str, str]:
-    """What says that expert ``name`` is trained as ``config`` says.
+def expert_marker(recipe: Recipe) -> dict[str, str]:
+    """What says that an expert is trained by ``recipe``.
 
     Raises:
         TrainingError: it is not.
     """
-    marker = read_marker(config.run.expert(name))
+    name, marker = recipe.name, read_marker(recipe.run.expert(recipe.name))
     if marker is None:
         raise TrainingError(f"expert {name!r} is not trained; run `decar-train expert {name}` first")
-    if marker["config"] != expert_fingerprint(config, name):
+    if marker["config"] != expert_fingerprint(recipe):
         raise TrainingError(
             f"expert {name!r} was trained with another configuration; run `decar-train expert {name}` again"
         )
     return marker
 
 
-def is_exported(config: TrainConfig, stage: Stage) -> bool:
+def origin_of(config: TrainConfig) -> Origin:
+    models = {recipe.name: recipe.model for recipe in config.recipes}
+    return Origin(config.name, config.seed, models, config.training, config.documents, config.partition)
+
+
+def is_exported(run: Run, stage: Stage) -> bool:
     """Whether the ensemble directory holds what ``stage`` would write."""
-    return stage.is_done and not Ensemble.inspect(config.run.ensemble)[1]
+    return stage.is_done and not Ensemble.inspect(run.ensemble)[1]
 
 
 def export(config: TrainConfig, stage: Stage) -> Ensemble:
@@ -101,7 +96,7 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
         ExpertEntry(name=name, path=expert_path(name), prior=report.train_tokens / num_tokens)
         for name, report in reports.items()
     )
-    experts = _read_fitting(config, entries)
+    experts = _read_fitting(config.work_dir, entries)
     with replaced_directory(target) as directory:
         for name in config.expert_names:
             _copy(config.run.expert(name), directory / expert_path(name))
@@ -116,7 +111,7 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
             mixing=config.mixing,
         )
         write_manifest(directory, manifest)
-        card = ensemble_card(config, manifest, reports, experts[0].reads_images)
+        card = ensemble_card(origin_of(config), manifest, reports, experts[0].reads_images)
         (directory / CARD_NAME).write_text(card, encoding="utf-8")
         Ensemble.load(directory)
     with stage.writing():
@@ -133,17 +128,17 @@ def export_average(config: TrainConfig) -> Path:
     """
     target = config.run.ensemble_average
     check_target(target, "config.json", "a model")
-    experts, reports = read_trained(config)
+    experts, reports = read_trained(config.recipes)
     with replaced_directory(target) as directory:
         average(experts, directory)
         copy_text_files(experts[0], directory)
-        card = average_card(config, reports, experts[0].reads_images)
+        card = average_card(origin_of(config), reports, experts[0].reads_images)
         (directory / CARD_NAME).write_text(card, encoding="utf-8")
     return target
 
 
 def read_trained(
-    config: TrainConfig,
+    recipes: Sequence[Recipe],
 ) -> tuple[tuple[ExpertCheckpoint, ...], dict[str, ExpertReport]]:
     """The experts of one merged model, and their reports.
 
@@ -151,11 +146,11 @@ def read_trained(
         TrainingError: an expert is not trained, or tokenizer settings differ.
         EnsembleError: an expert is damaged, or tokenizers differ.
     """
-    for name in config.expert_names:
-        expert_marker(config, name)
-    reports = {name: read_expert_report(config.run.expert(name)) for name in config.expert_names}
-    entries = [ExpertEntry(name=name, path=expert_path(name), prior=1.0) for name in config.expert_names]
-    return _read_fitting(config, entries), reports
+    for recipe in recipes:
+        expert_marker(recipe)
+    reports = {recipe.name: read_expert_report(recipe.run.expert(recipe.name)) for recipe in recipes}
+    entries = [ExpertEntry(name=name, path=expert_path(name), prior=1.0) for name in reports]
+    return _read_fitting(recipes[0].run.work_dir, entries), reports
 
 
 def copy_text_files(expert: ExpertCheckpoint, directory: Path) -> None:
@@ -175,8 +170,8 @@ def check_target(target: Path, sign: str, what: str) -> None:
         raise TrainingError(f"{target} exists and is not {what}; move it away or change ensemble_dir")
 
 
-def _read_fitting(config: TrainConfig, entries: Sequence[ExpertEntry]) -> tuple[ExpertCheckpoint, ...]:
-    experts, problems = read_experts(config.work_dir, entries)
+def _read_fitting(work_dir: Path, entries: Sequence[ExpertEntry]) -> tuple[ExpertCheckpoint, ...]:
+    experts, problems = read_experts(work_dir, entries)
     if problems:
         raise EnsembleError(problems[0])
     first, *others = experts

@@ -15,8 +15,8 @@ from typing import Any
 from decar.router.errors import DecarError, EnsembleError, did_you_mean
 from decar.router.inside import check_file_name
 from decar.router.manifest import MANIFEST_NAME, ExpertCheckpoint, config_problem
+from decar.training.checkpoint_files import INDEX_NAME
 
-INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 KEPT = (
     *("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json"),

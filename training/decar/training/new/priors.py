@@ -62,7 +62,8 @@ def estimate_priors(
         TrainingError: the first expert's tokenizer cannot be read.
     """
     from decar.training.data.tokenizer import load_tokenizer
-    from decar.training.evaluate.held_out import Text, chosen, load_model, scored
+    from decar.training.evaluate.held_out import Text, chosen, scored
+    from decar.training.expert.model import load_model
 
     tokenizer = load_tokenizer(folders[0])
     longest = min(MAX_TOKENS, max_positions or MAX_TOKENS)

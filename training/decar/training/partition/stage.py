@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,30 +23,22 @@ from decar.router.errors import TrainingError
 from decar.training.config import PartitionConfig, TrainConfig
 from decar.training.data.corpus import (
     BATCH_DOCUMENTS,
-    PIECE_COLUMNS,
     Corpus,
     DocumentWriter,
     Progress,
     digest_of,
     read_batches,
-    read_columns,
-    read_row_groups,
-    read_texts,
     spool,
 )
 from decar.training.data.features import DocumentFeatures, document_features, embedding_files
 from decar.training.data.sources import (
-    MESSAGES_FIELD,
-    TOOLS_FIELD,
     BadLines,
-    Chat,
     Document,
-    Example,
-    Piece,
     Tally,
     input_files,
     read_documents,
 )
+from decar.training.fingerprints import partition_fingerprint
 from decar.training.partition.cluster import balanced_kmeans, two_stage_kmeans
 from decar.training.partition.report import (
     SHEET_COLUMNS,
@@ -62,12 +53,31 @@ from decar.training.partition.report import (
     top_terms,
 )
 from decar.training.run import SPLITS, plot_file, read_report, report_file, shard_file, spool_file
-from decar.training.stages import Stage, digest, fingerprint, read_marker
+from decar.training.stages import Stage, digest, fingerprint
 
 Labels = NDArray[np.int64]
+Marks = NDArray[np.bool_]
 Rows = NDArray[np.float32]
 _NAMED_IN_ERRORS = 10
 _SHEET_CANDIDATES = 8 * SHEET_COLUMNS
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Who gets which document.
+
+    Args:
+        labels: [N], the expert of each, as its place in ``experts``.
+        held_out: [N], which of them are held out.
+        duplicates: [N], which of the held-out ones are among the training documents too.
+        kept: [N], which of all documents are written to a shard.
+    """
+
+    experts: Sequence[str]
+    labels: Labels
+    held_out: Marks
+    duplicates: Marks
+    kept: Marks
 
 
 def partition_stage(config: TrainConfig) -> Stage:
@@ -89,74 +99,6 @@ def partition_stage(config: TrainConfig) -> Stage:
     )
 
 
-def partition_fingerprint(config: TrainConfig) -> str:
-    return fingerprint(config.data, config.documents, config.partition, config.expert_names, config.seed)
-
-
-def check_marker(directory: Path, wanted: str) -> None:
-    """Refuse a stage's ``directory`` whose marker names another configuration; one without a marker passes.
-
-    Where an expert is trained on another machine, the partition's marker may not have come along with the shard.
-
-    Raises:
-        TrainingError: it was made with another configuration.
-    """
-    marker = read_marker(directory)
-    if marker is not None and marker["config"] != wanted:
-        raise TrainingError(
-            f"{directory} was made with another configuration; run `decar-train partition` again"
-        )
-
-
-def iter_shard(config: TrainConfig, expert: str, split: str) -> Iterator[str]:
-    """The texts of a shard, read as they are asked for.
-
-    Raises:
-        TrainingError: the partition has not been made, or is damaged.
-    """
-    return read_texts(config.run.shard(expert, split))
-
-
-def read_shard(config: TrainConfig, expert: str, split: str) -> list[str]:
-    """The texts of a shard.
-
-    Raises:
-        TrainingError: the partition has not been made, or is damaged.
-    """
-    return list(iter_shard(config, expert, split))
-
-
-def has_column(config: TrainConfig, expert: str, split: str, name: str) -> bool:
-    """Whether a shard has the column ``name``, i.e. whether the corpus has any chats, or images.
-
-    Raises:
-        TrainingError: the shard is missing or damaged.
-    """
-    return name in read_columns(config.run.shard(expert, split))
-
-
-def read_examples(config: TrainConfig, expert: str, split: str) -> list[Example]:
-    """What of a shard an expert is trained on, a row each; chats without their images.
-
-    Raises:
-        TrainingError: the partition has not been made, or is damaged.
-    """
-    file = config.run.shard(expert, split)
-    wanted = ("text", MESSAGES_FIELD, TOOLS_FIELD, *PIECE_COLUMNS)
-    columns = [name for name in wanted if name in read_columns(file)]
-    return [_example(row) for rows in read_row_groups(file, columns) for row in rows.to_pylist()]
-
-
-def _example(row: dict[str, Any]) -> Example:
-    if row.get(MESSAGES_FIELD) is not None:
-        tools = row.get(TOOLS_FIELD)
-        return Chat(json.loads(row[MESSAGES_FIELD]), tools and json.loads(tools))
-    if row.get("piece", 0) > 0 or not row.get("is_last", True):
-        return Piece(row["text"], row["origin"], row["piece"], row["is_last"])
-    text: str = row["text"]
-    return text
-
-
 def read_partition_report(stage: Stage) -> PartitionReport:
     """The report of a finished partition.
 
@@ -175,53 +117,54 @@ def make_partition(
         TrainingError: unreadable data, fewer documents than experts, a domain that nobody wants, an expert left without
             training or held-out documents, or a full disk. Nothing is left behind then.
     """
-    settings = config.partition
+    settings, experts, seed = config.partition, config.expert_names, config.seed
     bad, tally = BadLines(skip=config.data.on_bad_line == "skip"), Tally()
     with stage.writing() as directory:
-        documents = read_documents(config.data, config.documents, config.seed, settings.field, bad, tally)
-        corpus = spool(documents, spool_file(directory), settings.sample, config.seed, progress)
-        if len(corpus) < len(config.experts):
+        documents = read_documents(config.data, config.documents, seed, settings.field, bad, tally)
+        corpus = spool(documents, spool_file(directory), settings.sample, seed, progress)
+        if len(corpus) < len(experts):
             raise TrainingError(
-                f"{len(corpus)} documents cannot be split among {len(config.experts)} experts; "
+                f"{len(corpus)} documents cannot be split among {len(experts)} experts; "
                 "add data, have texts cut (documents.max_chars) or list fewer experts"
             )
-        features = document_features(settings, corpus, config.seed)
-        labels, sample_features = _deal_out(config, corpus, features, progress)
-        held_out = _choose_held_out(corpus, labels, settings, config.seed)
+        features = document_features(settings, corpus, seed)
+        labels, sample_features = _deal_out(settings, experts, seed, corpus, features, progress)
+        held_out = _choose_held_out(corpus, labels, settings, seed)
         duplicates = held_out & np.isin(corpus.digests, corpus.digests[~held_out])
         kept = ~duplicates if settings.held_out_duplicates == "remove" else np.ones_like(held_out)
-        _check_none_is_empty(config, labels, held_out, kept)
-        _write_shards(config, corpus, labels, held_out, kept, directory, progress)
+        dealt = Dealt(experts, labels, held_out, duplicates, kept)
+        _check_none_is_empty(dealt)
+        _write_shards(dealt, corpus, directory, progress)
         progress("report", 0, None)
-        report = _report(
-            config, corpus, labels, held_out, kept, int(duplicates.sum()), sample_features, bad, tally
-        )
+        report = _report(settings, seed, corpus, dealt, sample_features, bad, tally)
         if corpus.has_images:
-            _draw_nearest(config, corpus, labels, sample_features, plot_file(directory, "nearest"))
+            title = f"{config.name}: nearest to each expert's centroid"
+            _draw_nearest(dealt, corpus, sample_features, title, plot_file(directory, "nearest"))
         report_file(directory).write_text(report.model_dump_json(indent=2) + "\n")
         title = f"{config.name}: {settings.method}, {len(corpus.sample):,} of {len(corpus):,} documents"
         sampled = labels[corpus.sampled]
-        draw_map(
-            sample_features, sampled, config.expert_names, title, config.seed, plot_file(directory, "map")
-        )
+        draw_map(sample_features, sampled, experts, title, seed, plot_file(directory, "map"))
         corpus.file.unlink()
         progress("report", 1, 1)
     return report
 
 
 def _deal_out(
-    config: TrainConfig, corpus: Corpus, features: DocumentFeatures, progress: Progress
+    settings: PartitionConfig,
+    experts: Sequence[str],
+    seed: int,
+    corpus: Corpus,
+    features: DocumentFeatures,
+    progress: Progress,
 ) -> tuple[Labels, Rows]:
     """(the expert of every document [N], the features of the sample)."""
-    settings, num_experts = config.partition, len(config.experts)
     if settings.method == "by-field":
-        return _by_field(config, corpus), _sample_features(corpus, features, progress)
+        return _by_field(settings, experts, corpus), _sample_features(corpus, features, progress)
     if settings.method == "random":
-        labels = np.random.default_rng(config.seed).permutation(len(corpus)) % num_experts
+        labels = np.random.default_rng(seed).permutation(len(corpus)) % len(experts)
         everything = np.ones(len(corpus), dtype=bool)
-        return _name_clusters(labels, corpus, config, everything), _sample_features(
-            corpus, features, progress
-        )
+        labels = _name_clusters(labels, corpus, settings.name_by, experts, everything)
+        return labels, _sample_features(corpus, features, progress)
     rows = _in_batches(features, corpus.batches(), len(corpus), progress)
     progress("clustering", 0, None)
     labels = np.empty(len(corpus), dtype=np.int64)
@@ -229,16 +172,16 @@ def _deal_out(
     for kind in (corpus.with_images, ~corpus.with_images):
         if kind.any():
             mine = rows if kind.all() else rows[kind]
-            labels[kind] = _name_clusters(_cluster(mine, config), corpus, config, kind)
+            clusters = _cluster(mine, settings, len(experts), seed)
+            labels[kind] = _name_clusters(clusters, corpus, settings.name_by, experts, kind)
     progress("clustering", 1, 1)
     return labels, rows[corpus.sampled]
 
 
-def _cluster(rows: Rows, config: TrainConfig) -> Labels:
-    settings, num_experts = config.partition, len(config.experts)
+def _cluster(rows: Rows, settings: PartitionConfig, num_experts: int, seed: int) -> Labels:
     if len(rows) < num_experts:
         return np.arange(len(rows))
-    seed, restarts, max_iterations = config.seed, settings.restarts, settings.max_iterations
+    restarts, max_iterations = settings.restarts, settings.max_iterations
     if settings.method == "two-stage":
         return two_stage_kmeans(
             rows,
@@ -279,17 +222,16 @@ def _in_batches(
     return rows
 
 
-def _by_field(config: TrainConfig, corpus: Corpus) -> Labels:
+def _by_field(settings: PartitionConfig, experts: Sequence[str], corpus: Corpus) -> Labels:
     """The expert of every document, by its domain."""
-    wanted = config.partition.domains or {name: [name] for name in config.expert_names}
+    wanted = settings.domains or {name: [name] for name in experts}
+    field = settings.field or "source"
     expert_of = []
     for domain in corpus.domains:
-        takers = [name for name in config.expert_names if domain in wanted[name]] or [
-            name
-            for name in config.expert_names
-            if any(fnmatch.fnmatchcase(domain, pattern) for pattern in wanted[name])
+        takers = [name for name in experts if domain in wanted[name]] or [
+            name for name in experts if any(fnmatch.fnmatchcase(domain, pattern) for pattern in wanted[name])
         ]
-        what = f"{config.partition.field or 'source'} {domain!r}"
+        what = f"{field} {domain!r}"
         if not takers:
             near = difflib.get_close_matches(
                 domain, [value for values in wanted.values() for value in values]
@@ -302,17 +244,19 @@ def _by_field(config: TrainConfig, corpus: Corpus) -> Labels:
             raise TrainingError(
                 f"{what} belongs to {' and '.join(takers)}; list it under one of them in partition.domains"
             )
-        expert_of.append(config.expert_names.index(takers[0]))
-    for k, name in enumerate(config.expert_names):
+        expert_of.append(experts.index(takers[0]))
+    for k, name in enumerate(experts):
         if k not in expert_of:
             raise TrainingError(
-                f"expert {name!r} is left without documents: no {config.partition.field or 'source'} is "
+                f"expert {name!r} is left without documents: no {field} is "
                 f"{' or '.join(map(repr, wanted[name]))}; there are {_some_of(corpus.domains)}"
             )
     return np.array(expert_of)[corpus.domain_of]
 
 
-def _name_clusters(labels: Labels, corpus: Corpus, config: TrainConfig, members: NDArray[np.bool_]) -> Labels:
+def _name_clusters(
+    labels: Labels, corpus: Corpus, name_by: Mapping[str, str], experts: Sequence[str], members: Marks
+) -> Labels:
     """The expert of every member: clusters go as ``name_by`` asks, the rest in order of their first document.
 
     Args:
@@ -321,7 +265,6 @@ def _name_clusters(labels: Labels, corpus: Corpus, config: TrainConfig, members:
     from scipy.optimize import linear_sum_assignment
 
     order = list(dict.fromkeys(labels.tolist()))
-    name_by = config.partition.name_by
     for name, source in name_by.items():
         if source not in corpus.sources:
             raise TrainingError(
@@ -336,15 +279,15 @@ def _name_clusters(labels: Labels, corpus: Corpus, config: TrainConfig, members:
     chosen, columns = linear_sum_assignment(share, maximize=True)  # all names, unless clusters are fewer
     named = dict(zip([list(name_by)[row] for row in chosen], columns.tolist(), strict=True))
     rest = [cluster for cluster in order if cluster not in named.values()]
-    named |= zip([name for name in config.expert_names if name not in named], rest, strict=False)
+    named |= zip([name for name in experts if name not in named], rest, strict=False)
     expert_of = np.empty(len(order), dtype=np.int64)
-    for k, name in enumerate(config.expert_names):
+    for k, name in enumerate(experts):
         if name in named:
             expert_of[named[name]] = k
     return expert_of[labels]
 
 
-def _choose_held_out(corpus: Corpus, labels: Labels, config: PartitionConfig, seed: int) -> NDArray[np.bool_]:
+def _choose_held_out(corpus: Corpus, labels: Labels, config: PartitionConfig, seed: int) -> Marks:
     """Marks [N] of whole inputs (or pieces), drawn until every expert has the held-out share of its documents."""
     shards = _held_out_shards(config)
     if shards:
@@ -384,58 +327,46 @@ def _held_out_shards(config: PartitionConfig) -> list[Path]:
     return found
 
 
-def _check_none_is_empty(
-    config: TrainConfig, labels: Labels, held_out: NDArray[np.bool_], kept: NDArray[np.bool_]
-) -> None:
-    for k, name in enumerate(config.expert_names):
-        for what, members in (("training", ~held_out), ("held-out", held_out)):
-            if not (labels[members] == k).any():
+def _check_none_is_empty(dealt: Dealt) -> None:
+    for k, name in enumerate(dealt.experts):
+        for what, members in (("training", ~dealt.held_out), ("held-out", dealt.held_out)):
+            if not (dealt.labels[members] == k).any():
                 raise TrainingError(
                     f"expert {name!r} is left without {what} documents; "
                     "change partition.held_out, add data, or have texts cut (documents.max_chars) and set "
                     "partition.held_out_by to 'piece'"
                 )
-        if not (labels[held_out & kept] == k).any():
+        if not (dealt.labels[dealt.held_out & dealt.kept] == k).any():
             raise TrainingError(
                 f"expert {name!r} is left without held-out documents: all of them are among the training documents "
                 "too; add data, or set partition.held_out_duplicates to keep"
             )
 
 
-def _write_shards(
-    config: TrainConfig,
-    corpus: Corpus,
-    labels: Labels,
-    held_out: NDArray[np.bool_],
-    kept: NDArray[np.bool_],
-    directory: Path,
-    progress: Progress,
-) -> None:
+def _write_shards(dealt: Dealt, corpus: Corpus, directory: Path, progress: Progress) -> None:
     with ExitStack() as stack:
         writers = [
             [
                 stack.enter_context(DocumentWriter(shard_file(directory, name, split), corpus.columns))
                 for split in SPLITS
             ]
-            for name in config.expert_names
+            for name in dealt.experts
         ]
         number = 0
         for batch in corpus.batches():
             for document in batch:
-                if kept[number]:
-                    writers[labels[number]][int(held_out[number])].add(document)
+                if dealt.kept[number]:
+                    writers[dealt.labels[number]][int(dealt.held_out[number])].add(document)
                 number += 1
             progress("writing", number, len(corpus))
 
 
-def _draw_nearest(
-    config: TrainConfig, corpus: Corpus, labels: Labels, sample_features: Rows, file: Path
-) -> None:
+def _draw_nearest(dealt: Dealt, corpus: Corpus, sample_features: Rows, title: str, file: Path) -> None:
     """The images that are nearest to the centroid of each expert's documents with images."""
-    names = config.expert_names
+    names = dealt.experts
     pictured = corpus.with_images[corpus.sampled]
     rows, numbers = sample_features[pictured], corpus.sampled[pictured]
-    experts = labels[numbers]
+    experts = dealt.labels[numbers]
     middles = centroids(rows, experts, len(names))
     wanted = {
         name: numbers[nearest_members(rows, experts, k, middles[k], _SHEET_CANDIDATES)]
@@ -450,26 +381,25 @@ def _draw_nearest(
             name: list(dict.fromkeys(image_of[number] for number in chosen.tolist()))[:SHEET_COLUMNS]
             for name, chosen in wanted.items()
         },
-        f"{config.name}: nearest to each expert's centroid",
+        title,
         file,
     )
 
 
 def _report(
-    config: TrainConfig,
+    settings: PartitionConfig,
+    seed: int,
     corpus: Corpus,
-    labels: Labels,
-    held_out: NDArray[np.bool_],
-    kept: NDArray[np.bool_],
-    duplicates: int,
+    dealt: Dealt,
     sample_features: Rows,
     bad: BadLines,
     tally: Tally,
 ) -> PartitionReport:
-    names, texts = config.expert_names, [document.text for document in corpus.sample]
+    names, labels, held_out = dealt.experts, dealt.labels, dealt.held_out
+    texts = [document.text for document in corpus.sample]
     sampled = labels[corpus.sampled]
     middles = centroids(sample_features, sampled, len(names))
-    terms = top_terms(texts, sampled, len(names), config.partition.num_features, config.seed)
+    terms = top_terms(texts, sampled, len(names), settings.num_features, seed)
     sizes = np.bincount(labels, minlength=len(names))
     shards = []
     for k, name in enumerate(names):
@@ -480,7 +410,7 @@ def _report(
             ShardReport(
                 expert=name,
                 train_documents=int((members & ~held_out).sum()),
-                held_out_documents=int((members & held_out & kept).sum()),
+                held_out_documents=int((members & held_out & dealt.kept).sum()),
                 train_chars=int(corpus.chars[members & ~held_out].sum()),
                 sources=dict(sorted(sources.items(), key=lambda pair: -pair[1])),
                 top_terms=terms[k],
@@ -488,16 +418,16 @@ def _report(
             )
         )
     return PartitionReport(
-        method=config.partition.method,
+        method=settings.method,
         texts=tally.read,
         dropped=dict(tally.dropped),
         documents=len(corpus),
-        held_out_duplicates=duplicates,
-        duplicates_removed=not kept.all(),
+        held_out_duplicates=int(dealt.duplicates.sum()),
+        duplicates_removed=not dealt.kept.all(),
         balance=sizes.max() / sizes.min(),
         sample=len(corpus.sample),
         mean_cosine=float(np.einsum("nd,nd->n", sample_features, middles[sampled]).mean()),
-        silhouette=silhouette(sample_features, sampled, config.seed),
+        silhouette=silhouette(sample_features, sampled, seed),
         skipped_lines=dict(bad.counts),
         first_skipped=bad.first,
         shards=shards,

@@ -30,20 +30,15 @@ from decar.router.files import (
     write_router,
 )
 from decar.router.images import ImageEmbeddingFeatures, decode_image
-from decar.router.manifest import RouterEntry
 from decar.router.posterior import Float64s, log_normalise, log_prior
 from decar.router.routers import centroid_scores, classifier_scores
 from decar.training.config import RouterConfig, TrainConfig
-from decar.training.data.corpus import IMAGES_FIELD, read_columns, read_row_groups
+from decar.training.data.corpus import IMAGES_FIELD
 from decar.training.data.features import embedding_files, fit_features, fit_pixels
-from decar.training.partition.stage import (
-    check_marker,
-    has_column,
-    iter_shard,
-    partition_fingerprint,
-)
-from decar.training.run import SPLITS, plot_file, read_report, report_file, require
-from decar.training.stages import Stage, digest, fingerprint
+from decar.training.data.shards import check_marker, has_column, read_images, read_texts
+from decar.training.fingerprints import partition_fingerprint, router_fingerprint
+from decar.training.run import SPLITS, Run, plot_file, read_report, report_file, require
+from decar.training.stages import Stage, digest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,12 +108,6 @@ class Prefixes:
         return np.array([len(text) for text in self.texts])
 
 
-def router_fingerprint(config: TrainConfig) -> str:
-    """What of ``config`` a trained router depends on. Which router a request gets by default does not count."""
-    settings = config.router.model_dump(mode="json", exclude=set(RouterEntry.model_fields))
-    return fingerprint(settings, partition_fingerprint(config))
-
-
 def router_stage(config: TrainConfig) -> Stage:
     """The stage as ``config``, the shards and the embedding model are now.
 
@@ -133,13 +122,13 @@ def router_stage(config: TrainConfig) -> Stage:
     return Stage(config.run.router, router_fingerprint(config), digest(*files))
 
 
-def read_router_report(config: TrainConfig) -> RouterReport:
+def read_router_report(stage: Stage) -> RouterReport:
     """The report of a finished router stage.
 
     Raises:
         TrainingError: it is missing or damaged.
     """
-    return read_report(config.run.router, RouterReport)
+    return read_report(stage.directory, RouterReport)
 
 
 @dataclass(frozen=True)
@@ -167,15 +156,14 @@ class Fitted(Generic[Prompt]):
         return temperatures.get(kind)
 
 
-def train_router(config: TrainConfig, stage: Stage) -> RouterReport:
+def train_router(run: Run, settings: RouterConfig, seed: int, stage: Stage) -> RouterReport:
     """Fit features, classifier and centroids, tune their temperatures, measure them, and put all in place.
 
     Raises:
         TrainingError: the shards hold no words, or an embedding model cannot be read.
     """
-    settings = config.router
-    fitted, report = fit_to_texts(config.expert_names, settings, config.seed, *_texts(config))
-    images, report.images = _fit_images(config)
+    fitted, report = fit_to_texts(run.experts, settings, seed, *_texts(run, settings.sample))
+    images, report.images = _fit_images(run, settings, seed)
     with stage.writing() as directory:
         _write(fitted.router, directory, settings.embedding, "router.embedding")
         if images is not None:
@@ -267,52 +255,50 @@ def _fit(
     )
 
 
-def _texts(config: TrainConfig) -> tuple[list[str], Labels, list[list[str]]]:
+def _texts(run: Run, sample: int) -> tuple[list[str], Labels, list[list[str]]]:
     """(training texts, their experts, each expert's held-out texts): those without images, if every expert has some.
 
     What is said of an image says little of whose it is, but in a corpus of images it is all that a text can go by.
     Of a large corpus they are a sample: every n-th document of every shard.
     """
-    train, held_out = (_sampled(config, split, _texts_without_images) for split in SPLITS)
+    train, held_out = (_sampled(run.shards(split), sample, _texts_without_images) for split in SPLITS)
     if not all([*train, *held_out]):
-        train, held_out = (_sampled(config, split, iter_shard) for split in SPLITS)
+        train, held_out = (_sampled(run.shards(split), sample, read_texts) for split in SPLITS)
     labels = np.repeat(np.arange(len(train)), [len(texts) for texts in train])
     return [text for shard in train for text in shard], labels, held_out
 
 
-def _sampled(
-    config: TrainConfig, split: str, read: Callable[[TrainConfig, str, str], Iterator[str]]
-) -> list[list[str]]:
-    """Each expert's texts, thinned out alike, to ``router.sample`` in all."""
-    counts = [sum(1 for _ in read(config, name, split)) for name in config.expert_names]
-    step = max(-(-sum(counts) // config.router.sample), 1)
-    return [list(islice(read(config, name, split), None, None, step)) for name in config.expert_names]
+def _sampled(shards: Sequence[Path], sample: int, read: Callable[[Path], Iterator[str]]) -> list[list[str]]:
+    """The texts of each shard, thinned out alike, to ``sample`` in all."""
+    counts = [sum(1 for _ in read(shard)) for shard in shards]
+    step = max(-(-sum(counts) // sample), 1)
+    return [list(islice(read(shard), None, None, step)) for shard in shards]
 
 
-def _texts_without_images(config: TrainConfig, name: str, split: str) -> Iterator[str]:
-    texts = iter_shard(config, name, split)
-    if not has_column(config, name, split, IMAGES_FIELD):
+def _texts_without_images(shard: Path) -> Iterator[str]:
+    texts = read_texts(shard)
+    if not has_column(shard, IMAGES_FIELD):
         return texts
-    pairs = zip(texts, _encoded(config, name, split), strict=True)
-    return (text for text, images in pairs if not images)
+    return (text for text, images in zip(texts, read_images(shard), strict=True) if not images)
 
 
-def _fit_images(config: TrainConfig) -> tuple[Fitted[Sequence[Image]] | None, ImageReport | None]:
+def _fit_images(
+    run: Run, settings: RouterConfig, seed: int
+) -> tuple[Fitted[Sequence[Image]] | None, ImageReport | None]:
     """The router for images and its report, or None where an expert has no image to train on or none held out."""
-    settings, names = config.router, config.expert_names
-    counts = {split: [sum(map(bool, _encoded(config, name, split))) for name in names] for split in SPLITS}
+    counts = {split: [sum(map(bool, read_images(shard))) for shard in run.shards(split)] for split in SPLITS}
     if not all(count for per_expert in counts.values() for count in per_expert):
         return None, None
     features: Features[Sequence[Image]]
     if settings.image_embedding is not None:
         features = ImageEmbeddingFeatures(settings.image_embedding)
     else:
-        step = -(-sum(counts["train"]) // config.router.sample)
-        groups = (group for name in names for group in _encoded(config, name, "train") if group)
+        step = -(-sum(counts["train"]) // settings.sample)
+        groups = (group for shard in run.shards("train") for group in read_images(shard) if group)
         images = ([decode_image(image) for image in group] for group in islice(groups, None, None, step))
-        features = fit_pixels(images, settings.image_side, settings.num_components, config.seed)
-    train, held_out = (_image_features(config, split, features) for split in SPLITS)
-    fitted = _fit(names, settings.centroid_metric, features, train, train, held_out)
+        features = fit_pixels(images, settings.image_side, settings.num_components, seed)
+    train, held_out = (_image_features(run.shards(split), features) for split in SPLITS)
+    fitted = _fit(run.experts, settings.centroid_metric, features, train, train, held_out)
     report = ImageReport(
         train_documents=len(train.rows),
         routers={
@@ -322,24 +308,16 @@ def _fit_images(config: TrainConfig) -> tuple[Fitted[Sequence[Image]] | None, Im
     return fitted, report
 
 
-def _image_features(config: TrainConfig, split: str, features: Features[Sequence[Image]]) -> Known:
+def _image_features(shards: Sequence[Path], features: Features[Sequence[Image]]) -> Known:
     """Of each document with images. They are decoded a few at a time."""
     rows = []
     labels: list[int] = []
-    for k, name in enumerate(config.expert_names):
-        groups = (group for group in _encoded(config, name, split) if group)
+    for k, shard in enumerate(shards):
+        groups = (group for group in read_images(shard) if group)
         while batch := list(islice(groups, _IMAGE_DOCUMENTS)):
             rows.append(features([[decode_image(image) for image in group] for group in batch]))
             labels += [k] * len(batch)
     return Known(np.concatenate(rows), np.array(labels), np.arange(len(labels)))
-
-
-def _encoded(config: TrainConfig, name: str, split: str) -> Iterator[list[bytes]]:
-    """The images of each document of a shard."""
-    file = config.run.shard(name, split)
-    if IMAGES_FIELD in read_columns(file):
-        for rows in read_row_groups(file, [IMAGES_FIELD]):
-            yield from rows.column(IMAGES_FIELD).to_pylist()
 
 
 def draw_prefixes(texts: list[str], labels: Labels, per_document: int, seed: int) -> Prefixes:

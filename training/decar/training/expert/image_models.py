@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from decar.training.export.average import INDEX_NAME
+from decar.training.checkpoint_files import INDEX_NAME
 
 # transformers 5 took this level out of these encoders: it reads names with and without it, and writes them without.
 # vLLM 0.32 wants it.

@@ -1,0 +1,54 @@
+"""What is kept of how a model was trained: an expert's, or that of one they are compared with. Knows no training."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from decar.training.run import read_report
+
+
+class ExpertReport(BaseModel):
+    """``report.json`` of an expert; losses in nats per token.
+
+    ``train_loss`` is None where nothing was trained, as in a model that is merged and no more. ``shards`` holds the
+    SHA-256 of each file that it was trained or measured on, ``versions`` the software that did. ``dropped`` counts what
+    of its training documents it did not learn, by what it is.
+    """
+
+    expert: str
+    num_parameters: int
+    train_tokens: int
+    held_out_tokens: int
+    steps: int
+    train_loss: float | None
+    held_out_loss: float
+    train_time_s: float
+    train_documents: int | None = None
+    held_out_documents: int | None = None
+    dropped: dict[str, int] = {}
+    shards: dict[str, str] = {}
+    versions: dict[str, str] = {}
+
+
+def read_expert_report(directory: Path) -> ExpertReport:
+    """The report of a finished model in ``directory``.
+
+    Raises:
+        TrainingError: it is missing or damaged.
+    """
+    return read_report(directory, ExpertReport)
+
+
+def versions() -> dict[str, str]:
+    """Of what trains a model, by package, for its report."""
+    return {package: _version(package) for package in ("decar", "torch", "transformers")}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

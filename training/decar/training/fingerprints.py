@@ -1,0 +1,60 @@
+"""What of the configuration each stage's result depends on: where that changes, the stage is done again.
+
+Knows no files: what a stage reads is fingerprinted where it is read. A marker keeps both (`Stage` in `stages.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from decar.router.manifest import RouterEntry
+from decar.training.config import MoeConfig, Recipe, TokenizerConfig, TrainConfig, TrainingConfig
+from decar.training.stages import fingerprint
+
+# What the trained weights do not depend on.
+_NOT_IN_WEIGHTS = {"save_steps", "save_total_limit", "log_steps", "tensorboard", "gradient_checkpointing"}
+# Settings that are younger than experts which are finished. Unset they count for nothing, so that those stay finished.
+_YOUNGER = ("gradient_accumulation", "lora", "freeze")
+# How runs are summed up does not change what one of them measures.
+_NOT_IN_SCORES = {"seeds", "margin"}
+
+
+def partition_fingerprint(config: TrainConfig) -> str:
+    return fingerprint(config.data, config.documents, config.partition, config.expert_names, config.seed)
+
+
+def tokenizer_fingerprint(settings: TokenizerConfig) -> str:
+    return fingerprint(settings)
+
+
+def expert_fingerprint(recipe: Recipe) -> str:
+    """How often the weights are saved or logged does not count."""
+    settings = recipe.training.model_dump(mode="json", exclude=_NOT_IN_WEIGHTS)
+    for field in _YOUNGER:
+        if getattr(recipe.training, field) == TrainingConfig.model_fields[field].default:
+            del settings[field]
+    return fingerprint(recipe.model, settings, recipe.seed)
+
+
+def router_fingerprint(config: TrainConfig) -> str:
+    """Which router a request gets by default does not count."""
+    settings = config.router.model_dump(mode="json", exclude=set(RouterEntry.model_fields))
+    return fingerprint(settings, partition_fingerprint(config))
+
+
+def moe_fingerprint(settings: MoeConfig, experts: Sequence[str]) -> str:
+    return fingerprint(settings, list(experts))
+
+
+def export_fingerprint(config: TrainConfig) -> str:
+    place = config.run.ensemble.resolve()
+    return fingerprint(config.name, config.expert_names, config.router.entry, config.mixing, place)
+
+
+def scores_fingerprint(config: TrainConfig) -> str:
+    settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_SCORES)
+    return fingerprint(settings, config.router.entry, config.mixing, config.seed)
+
+
+def evaluate_fingerprint(config: TrainConfig) -> str:
+    return fingerprint(config.evaluate, config.seed)
