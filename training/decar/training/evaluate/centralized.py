@@ -32,7 +32,7 @@ def why_no_twin(config: TrainConfig) -> str | None:
 
 
 def with_all_compute(config: TrainConfig) -> TrainConfig:
-    """``config`` with as many steps as all trained experts took together; a step is as large as theirs.
+    """``config`` with as many steps as all trained experts took together, none fewer; a step is as large as theirs.
 
     Raises:
         TrainingError: an expert's report is missing, or experts differ in architecture, so that steps do not add up.
@@ -42,7 +42,8 @@ def with_all_compute(config: TrainConfig) -> TrainConfig:
         raise TrainingError(problem)
     reports = [read_expert_report(config.run.expert(name)) for name in config.expert_names]
     steps = sum(report.steps for report in reports)
-    return config.model_copy(update={"training": config.training.model_copy(update={"max_steps": steps})})
+    own = {"max_steps": steps, "patience": None}
+    return config.model_copy(update={"training": config.training.model_copy(update=own)})
 
 
 def centralized_stage(config: TrainConfig) -> Stage:

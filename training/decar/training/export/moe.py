@@ -28,7 +28,16 @@ from decar.training.config import TrainConfig
 from decar.training.data.blocks import IGNORED, Rows, mean_loss
 from decar.training.data.tokenizer import load_tokenizer
 from decar.training.evaluate.held_out import load_model
-from decar.training.expert.stage import ExpertReport, make_trainer, read_blocks, read_expert_report, versions
+from decar.training.expert.model import round_weights
+from decar.training.expert.stage import (
+    ExpertReport,
+    make_trainer,
+    read_blocks,
+    read_expert_report,
+    versions,
+    write_plot,
+)
+from decar.training.expert.watch import Prompts, curve, read_prompts
 from decar.training.export.average import average, check_configurations, mean, open_weights
 from decar.training.export.card import CARD_NAME, moe_card
 from decar.training.export.stage import check_target, copy_text_files, expert_marker, read_trained
@@ -268,8 +277,12 @@ def train_moe(config: TrainConfig, stage: Stage, callbacks: Iterable[Any] = ()) 
         start_gates(model, load_model(folder), samples)
         shutil.rmtree(folder)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        train_loss = _train(config, model, train, directory, callbacks)
+        prompts = read_prompts(config, names[0], tokenizer, model)
+        train_loss, log = _train(config, model, train, held_out, prompts, directory, callbacks)
+        dtype = mixtral_config(experts).dtype or torch.float32
+        round_weights(model, dtype)
         held_out_loss = mean_loss(model, held_out, training.batch_size)
+        log += [{"step": config.moe.steps, "eval_loss": held_out_loss, **prompts.log_entry(model)}]
         if not math.isfinite(held_out_loss):
             raise TrainingError(
                 f"the merged model's loss is {held_out_loss} after {config.moe.steps} steps; lower moe.learning_rate"
@@ -287,10 +300,15 @@ def train_moe(config: TrainConfig, stage: Stage, callbacks: Iterable[Any] = ()) 
             held_out_documents=_sum(report.held_out_documents for report in reports.values()),
             shards={file: sha256 for report in reports.values() for file, sha256 in report.shards.items()},
             versions=versions(),
+            kept_step=config.moe.steps,
+            curve=curve(log),
+            samples=prompts.samples(log),
         )
-        model.to(mixtral_config(experts).dtype or torch.float32).save_pretrained(directory)
+        model.to(dtype).save_pretrained(directory)
         copy_text_files(experts[0], directory)
         report_file(directory).write_text(report.model_dump_json(indent=2) + "\n")
+        if config.moe.steps:
+            write_plot(report, directory)
     return report
 
 
@@ -301,25 +319,38 @@ def _sum(counts: Iterable[int | None]) -> int | None:
 
 
 def _train(
-    config: TrainConfig, model: Any, train: Rows, directory: Path, callbacks: Iterable[Any]
-) -> float | None:
-    """Train the merged ``model`` in place as ``config.moe`` says; the mean loss, with the balance's share in it."""
+    config: TrainConfig,
+    model: Any,
+    train: Rows,
+    held_out: Rows,
+    prompts: Prompts,
+    directory: Path,
+    callbacks: Iterable[Any],
+) -> tuple[float | None, list[dict[str, Any]]]:
+    """Train the merged ``model`` in place as ``config.moe`` says.
+
+    Returns:
+        The mean loss, with the balance's share in it, and the Trainer's log.
+    """
     from transformers.trainer_utils import SaveStrategy
 
     settings = config.moe
     if not settings.steps:
-        return None
+        return None, []
     for name, parameter in model.named_parameters():
         parameter.requires_grad = settings.train == "all" or ".mlp.gate." in name
     own = {
         "max_steps": settings.steps,
         "learning_rate": settings.learning_rate or config.training.learning_rate,
+        "keep": "last",  # nothing is kept before the end
+        "patience": None,
     }
     steps_like_an_experts = config.model_copy(update={"training": config.training.model_copy(update=own)})
     # Mixtral adds the loss that balances the load where it hands out what its gates say.
     model.config.output_router_logits = settings.balance > 0
     model.config.router_aux_loss_coef = settings.balance
-    trainer = make_trainer(steps_like_an_experts, model, train, directory)
+    run_name = f"{config.name} {config.run.moe.name}"
+    trainer = make_trainer(steps_like_an_experts, model, train, directory, held_out, prompts, run_name)
     trainer.args.save_strategy = SaveStrategy.NO
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -328,7 +359,7 @@ def _train(
         loss = trainer.train().training_loss
     model.config.output_router_logits = False
     model.config.use_cache = True  # which the Trainer switches off
-    return float(loss)
+    return float(loss), trainer.state.log_history
 
 
 def export_moe(config: TrainConfig, stage: Stage) -> Path:
