@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
 from decar.router import Ensemble
@@ -44,15 +45,8 @@ from tests.training.test_expert import StopAt, weights
 from tests.training.test_run import command
 
 DEADLINE_S = 120
-# Learns its few documents by heart: the held-out loss falls, and rises again before the end.
-OVERFITS = {
-    "learning_rate": 3e-2,
-    "max_steps": 24,
-    "epochs": 20,
-    "warmup": 0.0,
-    "eval_steps": 2,
-    "save_steps": 5,
-}
+# Ever larger steps: the held-out loss falls, rises and falls, and the last one is not the lowest.
+WANDERS = {"learning_rate": 0.3, "max_steps": 20, "warmup": 0.98, "eval_steps": 2, "save_steps": 5}
 Weights = dict[str, torch.Tensor]
 
 
@@ -93,12 +87,12 @@ class Watch(TrainerCallback):
             self.measured[state.global_step] = self.measure(model)
 
 
-# ------------------------------------------------------------------------------------------------------- held-out losses
+# ------------------------------------------------------------------------------------------ held-out losses
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_losses_are_per_token_over_the_whole_held_out_set(write_config: WriteConfig, precision: str) -> None:
-    config = made(write_config(training={"eval_steps": 2, "precision": precision}))
+    config = made(write_config(training={"eval_steps": 2, "precision": precision, "sequence_length": 30}))
     tokenizer = load_tokenizer(config.run.tokenizer)
     held_out = read_blocks(config, ["code"], "held_out", tokenizer)
     watch = Watch(lambda model: mean_loss(model, held_out, 3))
@@ -114,9 +108,8 @@ def test_losses_are_per_token_over_the_whole_held_out_set(write_config: WriteCon
 
 
 def test_two_processes_measure_what_one_measures(write_config: WriteConfig) -> None:
-    path = write_config(
-        training=OVERFITS | {"keep": "best", "batch_size": 4, "sample_prompts": ["def"], "sample_tokens": 5}
-    )
+    settings = {"keep": "best", "max_steps": 8, "sequence_length": 30, "sample_prompts": ["def"]}
+    path = write_config(training=WANDERS | settings | {"sample_tokens": 5})
     config = made(path)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     run = subprocess.run(
@@ -129,15 +122,15 @@ def test_two_processes_measure_what_one_measures(write_config: WriteConfig) -> N
     assert run.returncode == 0, run.stderr
     report = read_expert_report(config.run.expert("code"))
     losses = {point.step: point.held_out_loss for point in report.curve if point.held_out_loss is not None}
-    assert list(losses) == list(range(2, 25, 2))
-    assert report.kept_step == min(losses, key=losses.__getitem__) < 24
+    assert list(losses) == [2, 4, 6, 8]
+    assert report.kept_step == min(losses, key=losses.__getitem__)
     # The held-out rows are odd in number, so that one is in both processes' last batch.
     held_out = read_blocks(config, ["code"], "held_out", load_tokenizer(config.run.tokenizer))
     assert len(held_out) % 2
     model = AutoModelForCausalLM.from_pretrained(config.run.expert("code"))
     assert losses[report.kept_step] == pytest.approx(mean_loss(model, held_out, 1), abs=1e-6)
-    assert run.stdout.count("step 2/24, held-out loss ") == 1
-    assert run.stdout.count("'def' goes on ") == 13
+    assert run.stdout.count("step 2/8, held-out loss ") == 1
+    assert run.stdout.count("'def' goes on ") == 5
 
 
 def test_measuring_and_sampling_leave_the_weights_as_they_are(write_config: WriteConfig) -> None:
@@ -152,14 +145,8 @@ def test_a_held_out_loss_that_is_not_finite_stops_at_once(
 ) -> None:
     config = made(write_config(training={"eval_steps": 2}))
 
-    def broken(self: Any, *_: Any, **__: Any) -> Any:
-        return None, torch.full((1,), float("nan")), torch.ones(1)
-
-    step = make_trainer
-    monkeypatch.setattr(
-        "decar.training.expert.stage.row_losses", lambda *_: (torch.tensor([float("nan")]), torch.ones(1))
-    )
-    assert step is make_trainer
+    nan = torch.tensor([float("nan")]), torch.ones(1)
+    monkeypatch.setattr("decar.training.expert.stage.row_losses", lambda *_: nan)
     with pytest.raises(
         TrainingError, match=r"the held-out loss is nan after step 2 of 6; nothing of it is kept"
     ):
@@ -167,7 +154,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_at_once(
     assert not config.run.expert("code").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- the best weights
+# ------------------------------------------------------------------------------------------ the best weights
 
 
 class Killed(TrainerCallback):
@@ -183,54 +170,61 @@ class Killed(TrainerCallback):
 
 
 def test_the_best_weights_are_kept(write_config: WriteConfig) -> None:
-    config = made(write_config(training=OVERFITS | {"keep": "best", "save_total_limit": 1}))
+    config = made(write_config(training=WANDERS | {"keep": "best", "save_total_limit": 1}))
     watch = Watch()
     kept = trained(config, watch)
     report = read_expert_report(config.run.expert("code"))
     best = min(watch.losses, key=watch.losses.__getitem__)
     assert 2 < best < 20
-    assert (report.kept_step, report.steps) == (best, 24)
+    assert (report.kept_step, report.steps) == (best, 20)
     assert report.held_out_loss == pytest.approx(watch.losses[best], abs=1e-6)
     assert_equal(kept, watch.weights[best])
     last = trained(
         config.model_copy(update={"training": config.training.model_copy(update={"keep": "last"})})
     )
-    assert_equal(last, watch.weights[24])
+    assert_equal(last, watch.weights[20])
 
 
 @pytest.mark.parametrize("patience", [None, 2])
 def test_a_kill_at_any_point_gives_the_same_best_weights(
     write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, patience: int | None
 ) -> None:
-    """At every step's end, after every evaluation, within and after every save, and when training has ended."""
-    settings = {"keep": "best", "save_total_limit": 1, "patience": patience, "max_steps": 14, "save_steps": 2}
-    config = made(write_config(training=OVERFITS | settings, model={"attention_dropout": 0.1}))
+    """At a step's end, after an evaluation, within and after a save, and when training has ended."""
+    settings = {"keep": "best", "save_total_limit": 1, "patience": patience}
+    config = made(write_config(training=WANDERS | settings, model={"attention_dropout": 0.1}))
     stage = expert_stage(config, "code")
     whole = trained(config)
     report = read_expert_report(stage.directory)
-    points = [point.held_out_loss for point in report.curve]
-    assert report.kept_step is not None
-    assert report.steps == (14 if patience is None else report.kept_step + 2 * patience)
-    kills = [Killed("on_step_end", step) for step in range(3, report.steps + 1, 3)]
-    kills += [Killed("on_evaluate", step) for step in range(2, report.steps + 1, 4)]
-    kills += [Killed("on_save", step) for step in range(2, report.steps + 1, 4)]
-    kills += [Killed("on_train_end", report.steps)]
+    best, end = report.kept_step, report.steps
+    points = [(point.step, point.held_out_loss) for point in report.curve if point.held_out_loss]
+    assert best is not None
+    assert best < end
+    if patience is not None:
+        assert end == best + 2 * patience < 20
+    kills = [
+        Killed(event, step)
+        for event, step in {
+            "on_step_end": end,
+            "on_evaluate": best,
+            "on_save": best,
+            "on_train_end": end,
+        }.items()
+    ]
     for kill in kills:
         shutil.rmtree(stage.directory)
-        with pytest.raises(KeyboardInterrupt) as caught:
+        with pytest.raises(KeyboardInterrupt):
             train_expert(config, "code", stage, [kill])
-        del caught
         assert not stage.is_done
         train_expert(config, "code", stage)
         assert_equal(weights(config, "code"), whole)
         again = read_expert_report(stage.directory)
-        assert (again.kept_step, again.steps) == (report.kept_step, report.steps)
-        assert [point.held_out_loss for point in again.curve] == points
+        assert (again.kept_step, again.steps) == (best, end)
+        assert [(point.step, point.held_out_loss) for point in again.curve if point.held_out_loss] == points
     # In the middle of a save: files are there, and nothing that says they are whole.
     save = Trainer._save_rng_state
 
     def half(self: Any, directory: str) -> None:
-        if self.state.global_step == report.kept_step:
+        if self.state.global_step == best:
             raise KeyboardInterrupt
         save(self, directory)
 
@@ -263,13 +257,13 @@ def test_no_step_is_added_to_an_expert_that_was_killed_after_its_last(write_conf
 
 def test_a_rotation_spares_the_best(write_config: WriteConfig) -> None:
     settings = {"keep": "best", "save_total_limit": 2, "save_steps": 3}
-    config = made(write_config(training=OVERFITS | settings))
+    config = made(write_config(training=WANDERS | settings))
     stage = expert_stage(config, "code")
     with pytest.raises(KeyboardInterrupt):
-        train_expert(config, "code", stage, [Killed("on_train_end", 24)])
+        train_expert(config, "code", stage, [Killed("on_train_end", 20)])
     left = [step_of(each) for each in complete_checkpoints(config.run.checkpoints(stage))]
     best = min(left)
-    assert left == [best, 21, 24]
+    assert left == [best, 18, 20]
     train_expert(config, "code", stage)
     assert read_expert_report(stage.directory).kept_step == best
 
@@ -288,16 +282,16 @@ def test_how_often_it_is_measured_may_change_while_it_is_interrupted(write_confi
 
 
 def test_the_centralized_model_stops_no_earlier(write_config: WriteConfig) -> None:
-    config = made(write_config(training=OVERFITS | {"keep": "best", "patience": 1}))
+    config = made(write_config(training=WANDERS | {"keep": "best", "patience": 1}))
     for name in config.expert_names:
         train_expert(config, name, expert_stage(config, name))
     steps = [read_expert_report(config.run.expert(name)).steps for name in config.expert_names]
     twin = with_all_compute(config).training
-    assert min(steps) < 24
+    assert max(steps) < 20
     assert (twin.max_steps, twin.patience, twin.keep) == (sum(steps), None, "best")
 
 
-# ------------------------------------------------------------------------------------------------------- fingerprints
+# ------------------------------------------------------------------------------------------ fingerprints
 
 
 def test_fingerprints_of_older_configurations_stay(tmp_path: Path) -> None:
@@ -321,7 +315,7 @@ def test_what_weights_depend_on(write_config: WriteConfig) -> None:
     assert len({fingerprint(*changes) for changes in different}) == len(different)
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------------ what is shown
 
 
 def test_the_report_has_the_curve(write_config: WriteConfig) -> None:
@@ -411,7 +405,7 @@ def test_time_left_is_in_units_that_fit() -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------- services
+# ------------------------------------------------------------------------------------------ services
 
 
 class Service(TrainerCallback):
@@ -426,6 +420,7 @@ class Service(TrainerCallback):
 
 def test_services_get_the_run_by_its_name(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "trackio", Service)
+    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: True)
     monkeypatch.setattr(Service, "runs", {})
     path = write_config(training={"report_to": ["trackio"]})
     config = made(path)
@@ -440,7 +435,7 @@ def test_services_get_the_run_by_its_name(write_config: WriteConfig, monkeypatch
     [
         (
             "mlflow",
-            r"training.report_to: MLflowCallback requires mlflow to be installed\. Run `pip install mlflow`",
+            r"training.report_to: 'mlflow' needs its package, which is not installed; try `pip install mlflow`",
         ),
         (
             "wandbb",
@@ -468,7 +463,7 @@ def test_services_that_are_not_there_are_named_before_anything_starts(
     assert re.search(message, capsys.readouterr().err)
 
 
-# ------------------------------------------------------------------------------------------------------- saved dtype
+# ------------------------------------------------------------------------------------------ saved dtype
 
 
 @pytest.fixture
@@ -482,8 +477,8 @@ def base_of(write_config: WriteConfig, tmp_path: Path) -> Callable[..., Path]:
         build_model(config, "code", load_tokenizer(directory)).to(dtype).save_pretrained(directory)
         shutil.rmtree(config.work_dir)
         path = write_config(tokenizer={"path": str(directory)}, training=training)
-        data = cli.yaml.safe_load(path.read_text())
-        path.write_text(cli.yaml.safe_dump(data | {"model": {"checkpoint": str(directory)}}))
+        data = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump(data | {"model": {"checkpoint": str(directory)}}))
         return path
 
     return write
@@ -573,21 +568,21 @@ def test_experts_in_bf16_are_exported_and_merged(
     assert not list(run.ensemble.rglob("curve.png"))
 
 
-# ------------------------------------------------------------------------------------------------------- samples
+# ------------------------------------------------------------------------------------------ samples
 
 
 def test_samples_are_what_the_model_generates(write_config: WriteConfig) -> None:
     prompts = ["def return", "self ("]
-    settings = OVERFITS | {
+    settings = WANDERS | {
         "sample_prompts": prompts,
         "sample_tokens": 7,
         "tensorboard": True,
-        "eval_steps": 9,
+        "eval_steps": 8,
     }
     config = made(write_config(training=settings))
     trained(config)
     samples = read_expert_report(config.run.expert("code")).samples
-    assert [(each.step, each.prompt) for each in samples] == [(s, p) for s in (9, 18, 24) for p in prompts]
+    assert [(each.step, each.prompt) for each in samples] == [(s, p) for s in (8, 16, 20) for p in prompts]
     tokenizer = AutoTokenizer.from_pretrained(config.run.expert("code"))
     model = AutoModelForCausalLM.from_pretrained(config.run.expert("code"))
     for sample in samples[-2:]:
@@ -633,27 +628,18 @@ def test_chats_are_sampled_as_chats(
             for i in range(15)
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    path = write_config(
-        tokenizer={"vocab_size": 300, "chat_template": template}, training={"sample_prompts": ["def 3"]}
-    )
-    data = cli.yaml.safe_load(path.read_text())
-    for name, words in (("code.jsonl", "code"), ("prose.jsonl", "prose")):
-        rows = (tmp_path / name).read_text()
-        assert words
-        if '"messages"' not in rows:  # write_config has written texts
-            raise AssertionError(rows[:80])
-    data["training"] |= {"sample_tokens": 4}
-    path.write_text(cli.yaml.safe_dump(data))
-    config = made(path)
+    turns = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    sampled = {"sample_prompts": ["def 3"], "sample_tokens": 4}
+    config = made(write_config(tokenizer={"chat_template": template}, training=sampled))
     given: list[str] = []
-    generate = PreTrainedModel.generate
+    generate = GenerationMixin.generate
 
     def noted(self: Any, ids: torch.Tensor, **options: Any) -> Any:
         given.append(load_tokenizer(config.run.tokenizer).decode(ids[0]))
         return generate(self, ids, **options)
 
-    monkeypatch.setattr(PreTrainedModel, "generate", noted)
+    monkeypatch.setattr(GenerationMixin, "generate", noted)
     trained(config)
     assert given == ["<user>def 3<assistant>"]
 
@@ -669,7 +655,7 @@ def test_prompts_that_do_not_fit_are_named(write_config: WriteConfig) -> None:
     assert not (config.work_dir / "checkpoints").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 
 def trainer_of(config: TrainConfig) -> Any:
@@ -703,10 +689,7 @@ def test_options_reach_the_trainer(write_config: WriteConfig) -> None:
 def test_options_for_fsdp_reach_the_trainer_and_are_refused_where_accelerate_would_ignore_them(
     write_config: WriteConfig,
 ) -> None:
-    options = {
-        "fsdp": "full_shard auto_wrap",
-        "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-    }
+    options = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
     path = write_config()
     made(path)
     config = load_config(path, [f"training.trainer={json.dumps(options)}"])
@@ -720,7 +703,7 @@ def test_options_for_fsdp_reach_the_trainer_and_are_refused_where_accelerate_wou
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "__init__", noted)
         with pytest.raises(
-            TrainingError, match=r"training.trainer.fsdp: accelerate shards weights .* leave it out"
+            TrainingError, match=r"training.trainer: Using fsdp only works in distributed training"
         ):
             trainer_of(config)
     (arguments,) = seen

@@ -101,7 +101,10 @@ def _check_option(name: str) -> None:
 
 
 def _check_service(name: str) -> None:
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
     if name == "tensorboard":
         raise TrainingError("training.report_to: for tensorboard, set training.tensorboard: true instead")
@@ -111,7 +114,7 @@ def _check_service(name: str) -> None:
             f"training.report_to: transformers reports to no {name!r}{did_you_mean(name, known)}; it knows "
             f"{', '.join(known)}"
         )
-    try:
-        INTEGRATION_TO_CALLBACK[name]()
-    except (RuntimeError, ImportError) as error:
-        raise TrainingError(f"training.report_to: {' '.join(str(error).split())}") from None
+    if name not in get_available_reporting_integrations():
+        raise TrainingError(
+            f"training.report_to: {name!r} needs its package, which is not installed; try `pip install {name}`"
+        )

@@ -463,19 +463,21 @@ def make_trainer(
         del ours["lr_scheduler_kwargs"]  # of a cosine
     try:
         arguments = TrainingArguments(**ours | settings.trainer)
+        # A plain process that sees several GPUs uses one of them: torch's DataParallel would multiply the batch.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        trainer = ExpertTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=train.collate,
+            compute_metrics=lambda rows: {"loss": float(rows.predictions.sum() / rows.label_ids.sum())},
+            callbacks=_callbacks(directory, settings),
+        )
     except (ValueError, TypeError, ImportError) as error:
-        raise TrainingError(f"training.trainer: {' '.join(str(error).split())}") from None
-    # A plain process that sees several GPUs uses one of them: torch's DataParallel would multiply the batch.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = ExpertTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=train.collate,
-        compute_metrics=lambda rows: {"loss": float(rows.predictions.sum() / rows.label_ids.sum())},
-        callbacks=_callbacks(directory, settings),
-    )
+        if not settings.trainer:
+            raise
+        raise TrainingError(f"training.trainer: {' '.join(str(error).split())}") from error
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         raise TrainingError(
             "training.trainer.fsdp: accelerate shards weights over several processes on GPUs alone (`accelerate launch "

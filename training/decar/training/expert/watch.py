@@ -110,13 +110,14 @@ class Prompts:
         return {sample_key(i): text for i, text in enumerate(self.continuations(model))}
 
     def samples(self, log: Log) -> list[Sample]:
-        """The continuations that ``log`` holds."""
-        return [
-            Sample(step=entry["step"], prompt=prompt, text=entry[sample_key(i)])
+        """The continuations that ``log`` holds, of two at one step the later one."""
+        found = {
+            (entry["step"], i): Sample(step=entry["step"], prompt=prompt, text=entry[sample_key(i)])
             for entry in log
             for i, prompt in enumerate(self.texts)
             if sample_key(i) in entry
-        ]
+        }
+        return list(found.values())
 
 
 def sample_key(i: int) -> str:
