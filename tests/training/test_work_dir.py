@@ -32,6 +32,7 @@ PATHS = {
     "work/tokenizer": RUN.tokenizer,
     "work/experts/code": RUN.expert("code"),
     "work/experts/code/adapter": layout.adapter_folder(RUN.expert("code")),
+    "work/experts/code/curve.png": layout.plot_file(RUN.expert("code"), "curve"),
     "work/router": RUN.router,
     "work/router/calibration.png": layout.plot_file(RUN.router, "calibration"),
     "work/export": RUN.export,

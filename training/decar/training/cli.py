@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -240,7 +241,9 @@ def _alone(config: TrainConfig, expert: str | None = None) -> Iterator[None]:
 
 def _check_models(config: TrainConfig, only: str | None = None) -> None:
     from decar.training.expert.model import check_model
+    from decar.training.expert.options import check_options
 
+    check_options(config.training)
     for name in config.expert_names if only is None else [only]:
         check_model(config.recipe(name))
 
@@ -326,7 +329,7 @@ def _warn(line: str) -> None:
 def _expert(config: TrainConfig, name: str) -> None:
     from decar.training.expert.stage import expert_stage, train_expert
 
-    _model(expert_stage(config, name), f"expert {name}", partial(train_expert, config, name))
+    _model(config, expert_stage(config, name), f"expert {name}", partial(train_expert, config, name))
 
 
 def _centralized(config: TrainConfig) -> None:
@@ -338,7 +341,9 @@ def _centralized(config: TrainConfig) -> None:
         console.print(f"centralized model: none, {problem}", soft_wrap=True)
         return
     with lock(config.run.centralized_lock, f"the centralized model in {config.work_dir}"):
-        _model(centralized_stage(config), "centralized model", partial(train_centralized, config.recipes))
+        _model(
+            config, centralized_stage(config), "centralized model", partial(train_centralized, config.recipes)
+        )
 
 
 def _mixture(config: TrainConfig) -> None:
@@ -355,7 +360,9 @@ def _merge(config: TrainConfig) -> Stage:
     from decar.training.export.moe import moe_stage, train_moe
 
     stage = moe_stage(config)
-    _model(stage, "mixture of experts", partial(train_moe, config.recipes, config.moe), "starts it again")
+    _model(
+        config, stage, "mixture of experts", partial(train_moe, config.recipes, config.moe), "starts it again"
+    )
     return stage
 
 
@@ -375,6 +382,7 @@ def _random_split(config: TrainConfig) -> None:
 
 
 def _model(
+    config: TrainConfig,
     stage: Stage,
     what: str,
     train: Callable[[Stage, list[Any]], ExpertReport],
@@ -387,19 +395,29 @@ def _model(
         verb = "done before"
     else:
         try:
-            report = train(stage, [_progress_callback(what)])
+            report = train(stage, [_progress_callback(what, config.training.sample_prompts)])
         except KeyboardInterrupt:
             console.print(f"{what}: interrupted; the same command {again}")
             raise typer.Exit(130) from None
         verb = f"done in {report.train_time_s:.0f} s"
+    steps = f"{report.steps:,} steps"
+    if report.kept_step not in (None, report.steps):
+        steps += f" of which {report.kept_step:,} are kept"
     console.print(
         f"{what}: {verb}, {report.num_parameters / 1e6:.1f}M parameters, {report.train_tokens:,} tokens, "
-        f"{report.steps:,} steps, held-out loss {report.held_out_loss:.3f} nats/token "
+        f"{steps}, held-out loss {report.held_out_loss:.3f} nats/token "
         f"(perplexity {math.exp(min(report.held_out_loss, 100)):.1f})",
         soft_wrap=True,
     )
+    for sample in report.samples:
+        if sample.step == report.kept_step:
+            _show_sample(what, sample.prompt, sample.text)
     for reason, count in report.dropped.items():
         _warn(f"{what}: dropped {count:,} {reason}")
+
+
+def _show_sample(what: str, prompt: str, text: str) -> None:
+    console.print(f"{what}: {prompt!r} goes on {text!r}", soft_wrap=True, highlight=False)
 
 
 def _router(config: TrainConfig) -> None:
@@ -529,7 +547,7 @@ def _points(config: TrainConfig) -> None:
     for share in shares:
         for count in counts:
             for model in models(config, share, count):
-                _model(model.stage, f"{share:.0%} base, {count} experts: {model.name}", model.train)
+                _model(config, model.stage, f"{share:.0%} base, {count} experts: {model.name}", model.train)
             _scored(
                 point_stage(config, share, count),
                 f"{share:.0%} base, {count} experts: scores",
@@ -677,27 +695,56 @@ def _columns(what: str) -> tuple[ProgressColumn, ...]:
     return TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
 
 
-def _progress_callback(what: str) -> Any:
-    """A bar on a terminal, a line per ``log_steps`` elsewhere."""
+def _time_left(time_s: float) -> str:
+    minutes, seconds = divmod(round(time_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _progress_callback(what: str, prompts: Sequence[str]) -> Any:
+    """A bar on a terminal, a line per ``log_steps`` elsewhere; and how ``prompts`` go on, whenever that is tried."""
     from transformers import TrainerCallback
 
-    bar = Progress(*_columns(what), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    from decar.training.expert.watch import sample_key
+
+    is_terminal = console.is_terminal
+    bar = Progress(*_columns(what), TimeRemainingColumn(), console=console, disable=not is_terminal)
 
     class ShowProgress(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.task = bar.add_task(what, total=state.max_steps, completed=state.global_step, note="")
+            self.notes: dict[str, str] = {}
+            self.start_s: float | None = None
             bar.start()
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.start_s is None:
+                self.start_s, self.first_step = time.monotonic(), state.global_step
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.update(self.task, completed=state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" not in (logs or {}):
-                return
-            loss = f"loss {float(logs['loss']):.3f}"
-            bar.update(self.task, note=loss)
-            if not console.is_terminal:
-                console.print(f"{what}: step {state.global_step}/{state.max_steps}, {loss}")
+            logs = logs or {}
+            step = f"{what}: step {state.global_step}/{state.max_steps}"
+            if "loss" in logs and self.start_s is not None:
+                pace_s = (time.monotonic() - self.start_s) / (state.global_step - self.first_step)
+                self.notes |= {"loss": f"loss {float(logs['loss']):.3f}", "pace": f"{pace_s:.2g} s/step"}
+                left = _time_left(pace_s * (state.max_steps - state.global_step))
+                self._say(f"{step}, {self.notes['loss']}, {self.notes['pace']}, {left} left")
+            if "eval_loss" in logs:
+                self.notes["held out"] = f"held-out loss {float(logs['eval_loss']):.3f}"
+                self._say(f"{step}, {self.notes['held out']}")
+            for i, prompt in enumerate(prompts):
+                if sample_key(i) in logs:
+                    _show_sample(step, prompt, logs[sample_key(i)])
+            bar.update(self.task, note=", ".join(self.notes.values()))
+
+        def _say(self, line: str) -> None:
+            if not is_terminal:
+                console.print(line, soft_wrap=True)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.stop()

@@ -177,7 +177,7 @@ class TrainingConfig(_Strict):
     """How each expert is trained.
 
     One step is ``batch_size`` x ``gradient_accumulation`` blocks of ``sequence_length`` tokens, by however many
-    processes it is computed.
+    processes it is computed. ``trainer`` are options of transformers' TrainingArguments that have no setting here.
     """
 
     epochs: float = Field(default=1.0, gt=0)
@@ -205,8 +205,36 @@ class TrainingConfig(_Strict):
     lora: LoraConfig | None = Field(default=None, description="adapters instead of all weights")
     save_steps: int = Field(default=100, gt=0)
     save_total_limit: int = Field(default=2, gt=0, description="complete checkpoints kept while training")
+    save_dtype: Literal["base", "fp32", "bf16", "fp16"] = Field(
+        default="base", description="of the finished weights; base: the checkpoint's, of fresh weights fp32"
+    )
+    eval_steps: int | None = Field(
+        default=None, gt=0, description="steps between held-out losses; default: one at the end"
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last", description="weights of the last step, or of the lowest held-out loss"
+    )
+    patience: int | None = Field(
+        default=None, gt=0, description="held-out losses in a row, none the lowest, that end the training"
+    )
     log_steps: int = Field(default=10, gt=0)
     tensorboard: bool = Field(default=False, description="event files under WORK_DIR/logs")
+    report_to: list[str] = Field(default=[], description="as transformers names them: wandb, mlflow, ...")
+    sample_prompts: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="continued greedily with every held-out loss"
+    )
+    sample_tokens: int = Field(default=48, gt=0, description="of each continuation")
+    trainer: dict[str, Any] = Field(default={}, description="further options of TrainingArguments")
+
+    @pydantic.model_validator(mode="after")
+    def _best_is_measured(self) -> TrainingConfig:
+        if self.keep == "best" and self.eval_steps is None:
+            raise ValueError(
+                "keep: best compares held-out losses, of which there are none; set eval_steps too"
+            )
+        if self.patience is not None and self.keep != "best":
+            raise ValueError("patience waits for a lower held-out loss, to keep it; set keep: best too")
+        return self
 
     @property
     def rows_per_step(self) -> int:
@@ -321,9 +349,10 @@ class Recipe:
     """What one model is trained by, on whichever shards: an expert, or one that experts are compared with.
 
     ``model`` is its description, ``{"checkpoint": path}`` or a Hugging Face configuration; ``run`` says where tokenizer
-    and shards are, and where checkpoints go.
+    and shards are, and where checkpoints go; ``ensemble`` is the name of the whole.
     """
 
+    ensemble: str
     run: Run
     name: str
     model: dict[str, Any]
@@ -412,7 +441,8 @@ class TrainConfig(_Strict):
             TrainingError: no expert has that name.
         """
         model = self.model_of(name)
-        return Recipe(self.run, name, model, self.training, self.tokenizer.image_token, self.seed)
+        image_token = self.tokenizer.image_token
+        return Recipe(self.name, self.run, name, model, self.training, image_token, self.seed)
 
     def model_of(self, name: str) -> dict[str, Any]:
         """The model description of expert ``name``: ``{"checkpoint": path}`` or a Hugging Face configuration.

@@ -29,6 +29,7 @@ from decar.training.data.processor import reads_images
 from decar.training.data.sources import input_files
 from decar.training.data.tokenizer import check_given, load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.expert.model import build_model, check_model, check_weights, keeps_apart
+from decar.training.expert.options import check_options
 from decar.training.expert.stage import (
     complete_checkpoints,
     expert_processor,
@@ -104,7 +105,7 @@ def problems(config: TrainConfig, only: str | None = None) -> list[str]:
         only: the expert that is to be trained alone, which needs no data files but its shard.
     """
 
-    needed: list[Callable[[], object]] = []
+    needed: list[Callable[[], object]] = [partial(check_options, config.training)]
     if only is None:
         needed += [partial(input_files, config.data), partial(check_given, config.tokenizer)]
         for settings, section in ((config.partition, "partition"), (config.router, "router")):

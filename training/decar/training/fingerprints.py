@@ -12,9 +12,27 @@ from decar.training.config import MoeConfig, Recipe, TokenizerConfig, TrainConfi
 from decar.training.stages import fingerprint
 
 # What the trained weights do not depend on.
-_NOT_IN_WEIGHTS = {"save_steps", "save_total_limit", "log_steps", "tensorboard", "gradient_checkpointing"}
+_NOT_IN_WEIGHTS = {
+    "save_steps",
+    "save_total_limit",
+    "log_steps",
+    "tensorboard",
+    "report_to",
+    "sample_prompts",
+    "sample_tokens",
+    "gradient_checkpointing",
+}
 # Settings that are younger than experts which are finished. Unset they count for nothing, so that those stay finished.
-_YOUNGER = ("gradient_accumulation", "lora", "freeze")
+_YOUNGER = (
+    "gradient_accumulation",
+    "lora",
+    "freeze",
+    "save_dtype",
+    "eval_steps",
+    "keep",
+    "patience",
+    "trainer",
+)
 # How runs are summed up does not change what one of them measures.
 _NOT_IN_SCORES = {"seeds", "margin"}
 
@@ -28,11 +46,15 @@ def tokenizer_fingerprint(settings: TokenizerConfig) -> str:
 
 
 def expert_fingerprint(recipe: Recipe) -> str:
-    """How often the weights are saved or logged does not count."""
-    settings = recipe.training.model_dump(mode="json", exclude=_NOT_IN_WEIGHTS)
+    """How often the weights are saved or logged does not count, nor how often they are measured, unless that decides
+    which are kept."""
+    training = recipe.training
+    settings = training.model_dump(mode="json", exclude=_NOT_IN_WEIGHTS)
     for field in _YOUNGER:
-        if getattr(recipe.training, field) == TrainingConfig.model_fields[field].default:
+        if getattr(training, field) == TrainingConfig.model_fields[field].default:
             del settings[field]
+    if training.keep == "last":
+        settings.pop("eval_steps", None)
     return fingerprint(recipe.model, settings, recipe.seed)
 
 

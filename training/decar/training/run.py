@@ -6,12 +6,12 @@ module is `COMMAND/stage.py`:
     partition/                  report.json, map.png, nearest.png (where there are images)
     partition/EXPERT/           train.parquet, held_out.parquet
     tokenizer/
-    experts/EXPERT/             the model, report.json, adapter/ (where LoRA trained it)
+    experts/EXPERT/             the model, report.json, curve.png, adapter/ (where LoRA trained it)
     router/                     the router, report.json, calibration.png
     export/                     nothing but the marker; the ensemble is where `ensemble_dir` says, or in ensemble/
     ensemble-average/           one model of the experts' mean weights, always beside the ensemble
     ensemble-moe/               one mixture-of-experts model, always beside the ensemble
-    moe/                        the same model before its export, and report.json
+    moe/                        the same model before its export, report.json, curve.png (where it was trained)
     centralized/                as an expert
     random/                     a work directory of its own: the random split's
     scores/                     report.json: what `evaluate` measures of one seed

@@ -1,6 +1,6 @@
 """Texts and chats as rows of tokens with labels, and the loss on them. Knows tokenizers, nothing about experts.
 
-Shapes: N rows, T tokens.
+Shapes: N rows, B rows of a batch, T tokens.
 """
 
 from __future__ import annotations
@@ -318,16 +318,24 @@ def _answer_length(added: str, content: Any, tokenizer: Any, is_last: bool) -> i
 @torch.inference_mode()
 def mean_loss(model: Any, blocks: Rows, batch_size: int) -> float:
     """Nats per predicted token of ``blocks``."""
-    # With a cache, transformers takes positions that start anew for one document's.
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
         batch = {name: value.to(model.device) for name, value in blocks.collate(rows).items()}
-        targets = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        ).item()
-        count += int((targets != IGNORED).sum())
+        nats, targets = row_losses(model, batch)
+        total += nats.sum().item()
+        count += int(targets.sum())
     return total / max(count, 1)
+
+
+def row_losses(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(nats [B] float64, predicted tokens [B] int64) of the rows of a ``batch``, summed over each row."""
+    targets = batch["labels"][:, 1:]
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    # With a cache, transformers takes positions that start anew for one document's.
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(targets.shape).sum(dim=1, dtype=torch.float64), (targets != IGNORED).sum(dim=1)

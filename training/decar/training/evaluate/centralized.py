@@ -30,7 +30,8 @@ def why_no_twin(recipes: Sequence[Recipe]) -> str | None:
 
 
 def with_all_compute(recipes: Sequence[Recipe]) -> Recipe:
-    """An expert's recipe with as many steps as all trained experts took together; a step is as large as theirs.
+    """An expert's recipe with as many steps as all trained experts took together, none fewer; a step is as large as
+    theirs.
 
     Raises:
         TrainingError: an expert's report is missing, or experts differ in architecture, so that steps do not add up.
@@ -39,7 +40,7 @@ def with_all_compute(recipes: Sequence[Recipe]) -> Recipe:
     if problem:
         raise TrainingError(problem)
     steps = sum(read_expert_report(recipe.run.expert(recipe.name)).steps for recipe in recipes)
-    training = recipes[0].training.model_copy(update={"max_steps": steps})
+    training = recipes[0].training.model_copy(update={"max_steps": steps, "patience": None})
     return replace(recipes[0], training=training)
 
 

@@ -7,6 +7,8 @@ A causal language model, or an image-text model, whose language model and vision
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from decar.training.checkpoint_files import check_files
 from decar.training.config import LoraConfig, Recipe
 from decar.training.data.processor import load_processor, reads_images
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# As safetensors names them.
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMED_IN_ERRORS = 3
 _TRIED_TOKENS = 8
 # Of the largest logit: rounding is a tenth of it, what a document sees of another many times as much.
@@ -191,6 +196,47 @@ def load_model(directory: Path) -> Any:
         directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def saved_dtype(recipe: Recipe) -> torch.dtype:
+    """What the finished weights are saved in: with ``base``, that of most of its checkpoint's."""
+    if recipe.training.save_dtype != "base":
+        return _DTYPES[recipe.training.save_dtype]
+    checkpoint = recipe.model.get("checkpoint")
+    return torch.float32 if checkpoint is None else _stored_dtype(Path(checkpoint))
+
+
+def _stored_dtype(checkpoint: Path) -> torch.dtype:
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    numbers: Counter[str] = Counter()
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                part = weights.get_slice(name)
+                numbers[part.get_dtype()] += math.prod(part.get_shape())
+    if numbers:
+        return _STORED.get(numbers.most_common(1)[0][0], torch.float32)
+    described = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False).dtype
+    return described if described in _STORED.values() else torch.float32
+
+
+@torch.no_grad()
+def round_weights(model: Any, dtype: torch.dtype) -> None:
+    """Give every weight of ``model`` the nearest value that ``dtype`` has; they stay fp32, and buffers as they are.
+
+    Raises:
+        TrainingError: a finite weight is beyond what ``dtype`` can hold.
+    """
+    for name, parameter in model.named_parameters():
+        rounded = parameter.to(dtype)
+        if torch.isfinite(parameter).all() and not torch.isfinite(rounded).all():
+            raise TrainingError(
+                f"training.save_dtype: the weights {name} do not fit into {str(dtype).removeprefix('torch.')}; "
+                "set it to bf16 or fp32"
+            )
+        parameter.copy_(rounded)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from decar.training.expert.watch import CurvePoint, Sample
 from decar.training.run import read_report
 
 
@@ -15,7 +16,9 @@ class ExpertReport(BaseModel):
 
     ``train_loss`` is None where nothing was trained, as in a model that is merged and no more. ``shards`` holds the
     SHA-256 of each file that it was trained or measured on, ``versions`` the software that did. ``dropped`` counts what
-    of its training documents it did not learn, by what it is.
+    of its training documents it did not learn, by what it is. ``steps`` is how long it was trained, ``kept_step`` after
+    which of them it had the weights that were kept, None in reports of older versions. ``held_out_loss`` is of these
+    weights as they are saved; the losses in ``curve`` are those of training.
     """
 
     expert: str
@@ -31,6 +34,9 @@ class ExpertReport(BaseModel):
     dropped: dict[str, int] = {}
     shards: dict[str, str] = {}
     versions: dict[str, str] = {}
+    kept_step: int | None = None
+    curve: list[CurvePoint] = []
+    samples: list[Sample] = []
 
 
 def read_expert_report(directory: Path) -> ExpertReport:

@@ -28,9 +28,10 @@ from decar.router.manifest import ExpertCheckpoint
 from decar.training.config import MoeConfig, Recipe, TrainConfig
 from decar.training.data.blocks import IGNORED, Rows, mean_loss
 from decar.training.data.tokenizer import load_tokenizer
-from decar.training.expert.model import load_model
+from decar.training.expert.model import load_model, round_weights
 from decar.training.expert.report import ExpertReport, read_expert_report, versions
-from decar.training.expert.stage import make_trainer, read_blocks
+from decar.training.expert.stage import make_trainer, read_blocks, write_plot
+from decar.training.expert.watch import Prompts, curve, read_prompts
 from decar.training.export.average import average, check_configurations, mean, open_weights
 from decar.training.export.card import CARD_NAME, moe_card
 from decar.training.export.stage import (
@@ -276,8 +277,12 @@ def train_moe(
         start_gates(model, load_model(folder), samples)
         shutil.rmtree(folder)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        train_loss = _train(recipe, settings, model, train, directory, callbacks)
+        prompts = read_prompts(recipe.training, recipe.run.shard(names[0], "train"), tokenizer, model)
+        train_loss, log = _train(recipe, settings, model, train, held_out, prompts, directory, callbacks)
+        dtype = mixtral_config(experts).dtype or torch.float32
+        round_weights(model, dtype)
         held_out_loss = mean_loss(model, held_out, batch_size)
+        log += [{"step": settings.steps, "eval_loss": held_out_loss, **prompts.log_entry(model)}]
         if not math.isfinite(held_out_loss):
             raise TrainingError(
                 f"the merged model's loss is {held_out_loss} after {settings.steps} steps; lower moe.learning_rate"
@@ -295,10 +300,15 @@ def train_moe(
             held_out_documents=_sum(report.held_out_documents for report in reports.values()),
             shards={file: sha256 for report in reports.values() for file, sha256 in report.shards.items()},
             versions=versions(),
+            kept_step=settings.steps,
+            curve=curve(log),
+            samples=prompts.samples(log),
         )
-        model.to(mixtral_config(experts).dtype or torch.float32).save_pretrained(directory)
+        model.to(dtype).save_pretrained(directory)
         copy_text_files(experts[0], directory)
         report_file(directory).write_text(report.model_dump_json(indent=2) + "\n")
+        if settings.steps:
+            write_plot(report, directory)
     return report
 
 
@@ -313,25 +323,34 @@ def _train(
     settings: MoeConfig,
     model: Any,
     train: Rows,
+    held_out: Rows,
+    prompts: Prompts,
     directory: Path,
     callbacks: Iterable[Any],
-) -> float | None:
-    """Train the merged ``model`` in place; the mean loss, with the balance's share in it."""
+) -> tuple[float | None, list[dict[str, Any]]]:
+    """Train the merged ``model`` in place as ``settings`` say.
+
+    Returns:
+        The mean loss, with the balance's share in it, and the Trainer's log.
+    """
     from transformers.trainer_utils import SaveStrategy
 
     if not settings.steps:
-        return None
+        return None, []
     for name, parameter in model.named_parameters():
         parameter.requires_grad = settings.train == "all" or ".mlp.gate." in name
     own = {
         "max_steps": settings.steps,
         "learning_rate": settings.learning_rate or recipe.training.learning_rate,
+        "keep": "last",  # nothing is kept before the end
+        "patience": None,
     }
     steps_like_an_experts = replace(recipe, training=recipe.training.model_copy(update=own))
     # Mixtral adds the loss that balances the load where it hands out what its gates say.
     model.config.output_router_logits = settings.balance > 0
     model.config.router_aux_loss_coef = settings.balance
-    trainer = make_trainer(steps_like_an_experts, model, train, directory)
+    run_name = f"{recipe.ensemble} {recipe.run.moe.name}"
+    trainer = make_trainer(steps_like_an_experts, model, train, directory, held_out, prompts, run_name)
     trainer.args.save_strategy = SaveStrategy.NO
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -340,7 +359,7 @@ def _train(
         loss = trainer.train().training_loss
     model.config.output_router_logits = False
     model.config.use_cache = True  # which the Trainer switches off
-    return float(loss)
+    return float(loss), trainer.state.log_history
 
 
 def export_moe(config: TrainConfig, stage: Stage) -> Path:
