@@ -295,7 +295,7 @@ def test_the_centralized_model_stops_no_earlier(write_config: WriteConfig) -> No
 
 
 def test_fingerprints_of_older_configurations_stay(tmp_path: Path) -> None:
-    """As version 0.1.0 of 2026-11-27 computed them."""
+    """As they were computed before there was any of these settings."""
     older = tiny_config(Path("/x"))
     assert expert_fingerprint(TrainConfig.model_validate(older).recipe("code")) == "25e60c60d1103542"
     older["training"] |= {"gradient_accumulation": 2, "precision": "bf16", "freeze": ["embed_tokens"]}

@@ -229,6 +229,8 @@ def round_weights(model: Any, dtype: torch.dtype) -> None:
     Raises:
         TrainingError: a finite weight is beyond what ``dtype`` can hold.
     """
+    if dtype == torch.float32:
+        return
     for name, parameter in model.named_parameters():
         rounded = parameter.to(dtype)
         if torch.isfinite(parameter).all() and not torch.isfinite(rounded).all():
