@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decar.router.errors import TrainingError
-from decar.training.config import PartitionConfig, TrainConfig
+from decar.training.config import DataConfig, PartitionConfig, TrainConfig
 from decar.training.data.corpus import (
     BATCH_DOCUMENTS,
     PIECE_COLUMNS,
@@ -36,9 +36,9 @@ from decar.training.data.corpus import (
     spool,
 )
 from decar.training.data.features import DocumentFeatures, document_features, embedding_files
+from decar.training.data.formats import MESSAGES_FIELD, TOOLS_FIELD
+from decar.training.data.hub import local_files
 from decar.training.data.sources import (
-    MESSAGES_FIELD,
-    TOOLS_FIELD,
     BadLines,
     Chat,
     Document,
@@ -68,6 +68,8 @@ Labels = NDArray[np.int64]
 Rows = NDArray[np.float32]
 _NAMED_IN_ERRORS = 10
 _SHEET_CANDIDATES = 8 * SHEET_COLUMNS
+# Settings that are younger than partitions which are finished. Unset they count for nothing: those stay finished.
+_YOUNGER = ("hub", "held_out_files", "columns")
 
 
 def partition_stage(config: TrainConfig) -> Stage:
@@ -78,6 +80,8 @@ def partition_stage(config: TrainConfig) -> Stage:
             ``partition.held_out_as``.
     """
     files = input_files(config.data)
+    for dataset in config.data.hub:
+        files += local_files(dataset)
     files += embedding_files(config.partition.embedding, "partition.embedding")
     files += embedding_files(config.partition.image_embedding, "partition.image_embedding")
     files += _held_out_shards(config.partition)
@@ -90,7 +94,12 @@ def partition_stage(config: TrainConfig) -> Stage:
 
 
 def partition_fingerprint(config: TrainConfig) -> str:
-    return fingerprint(config.data, config.documents, config.partition, config.expert_names, config.seed)
+    data = config.data.model_dump(mode="json")
+    for field in _YOUNGER:
+        if getattr(config.data, field) == DataConfig.model_fields[field].default:
+            del data[field]
+    share = [config.held_out_share] if config.data.held_out_files else []
+    return fingerprint(data, config.documents, config.partition, config.expert_names, config.seed, *share)
 
 
 def check_marker(directory: Path, wanted: str) -> None:
@@ -180,14 +189,15 @@ def make_partition(
     with stage.writing() as directory:
         documents = read_documents(config.data, config.documents, config.seed, settings.field, bad, tally)
         corpus = spool(documents, spool_file(directory), settings.sample, config.seed, progress)
-        if len(corpus) < len(config.experts):
+        num_training = int((~corpus.given_held_out).sum())
+        if num_training < len(config.experts):
             raise TrainingError(
-                f"{len(corpus)} documents cannot be split among {len(config.experts)} experts; "
+                f"{num_training} documents cannot be split among {len(config.experts)} experts; "
                 "add data, have texts cut (documents.max_chars) or list fewer experts"
             )
         features = document_features(settings, corpus, config.seed)
         labels, sample_features = _deal_out(config, corpus, features, progress)
-        held_out = _choose_held_out(corpus, labels, settings, config.seed)
+        held_out = _choose_held_out(corpus, labels, config)
         duplicates = held_out & np.isin(corpus.digests, corpus.digests[~held_out])
         kept = ~duplicates if settings.held_out_duplicates == "remove" else np.ones_like(held_out)
         _check_none_is_empty(config, labels, held_out, kept)
@@ -217,19 +227,32 @@ def _deal_out(
     if settings.method == "by-field":
         return _by_field(config, corpus), _sample_features(corpus, features, progress)
     if settings.method == "random":
-        labels = np.random.default_rng(config.seed).permutation(len(corpus)) % num_experts
-        everything = np.ones(len(corpus), dtype=bool)
-        return _name_clusters(labels, corpus, config, everything), _sample_features(
-            corpus, features, progress
-        )
+        rng = np.random.default_rng(config.seed)
+        labels = np.empty(len(corpus), dtype=np.int64)
+        training = ~corpus.given_held_out
+        dealt = rng.permutation(int(training.sum())) % num_experts
+        labels[training] = _name_clusters(dealt, corpus, config, training)
+        labels[~training] = rng.permutation(int((~training).sum())) % num_experts
+        return labels, _sample_features(corpus, features, progress)
     rows = _in_batches(features, corpus.batches(), len(corpus), progress)
     progress("clustering", 0, None)
     labels = np.empty(len(corpus), dtype=np.int64)
     # Documents with and without images have nothing in common to compare, so each kind is dealt out evenly.
     for kind in (corpus.with_images, ~corpus.with_images):
+        # What is given as held out changes nothing for the others: it goes to the nearest expert.
+        given = kind & corpus.given_held_out
+        kind = kind & ~given
         if kind.any():
             mine = rows if kind.all() else rows[kind]
             labels[kind] = _name_clusters(_cluster(mine, config), corpus, config, kind)
+        if given.any():
+            if not kind.any():
+                raise TrainingError(
+                    "data.held_out_files has documents with images, or without, and the training data have none of "
+                    "that kind; leave them out, or add such data to data.files"
+                )
+            middles = centroids(rows[kind], labels[kind], num_experts)
+            labels[given] = (rows[given] @ middles.T).argmax(axis=1)
     progress("clustering", 1, 1)
     return labels, rows[corpus.sampled]
 
@@ -344,25 +367,28 @@ def _name_clusters(labels: Labels, corpus: Corpus, config: TrainConfig, members:
     return expert_of[labels]
 
 
-def _choose_held_out(corpus: Corpus, labels: Labels, config: PartitionConfig, seed: int) -> NDArray[np.bool_]:
-    """Marks [N] of whole inputs (or pieces), drawn until every expert has the held-out share of its documents."""
-    shards = _held_out_shards(config)
+def _choose_held_out(corpus: Corpus, labels: Labels, config: TrainConfig) -> NDArray[np.bool_]:
+    """Marks [N] of whole inputs (or pieces): those that are given as held out, and of the others as many as are drawn
+    until every expert has the held-out share of its documents."""
+    settings, given = config.partition, corpus.given_held_out
+    shards = _held_out_shards(settings)
     if shards:
         digests = [
             digest_of(document) for file in shards for batch in read_batches(file) for document in batch
         ]
-        return np.isin(corpus.digests, np.array(digests, dtype=np.int64))
-    groups = corpus.origins if config.held_out_by == "document" else np.arange(len(corpus))
+        return given | np.isin(corpus.digests, np.array(digests, dtype=np.int64))
+    groups = corpus.origins if settings.held_out_by == "document" else np.arange(len(corpus))
     _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(sizes))
+    order = np.random.default_rng(config.seed).permutation(len(sizes))
     # The documents of each group, one group after another.
     members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(sizes)[:-1])
-    missing = config.held_out * np.bincount(labels)
-    chosen = np.zeros(len(corpus), dtype=bool)
+    missing = config.held_out_share * np.bincount(labels[~given], minlength=len(config.experts))
+    chosen = given.copy()
     for group in order.tolist():
-        experts = labels[members[group]]
+        drawn = members[group][~given[members[group]]]
+        experts = labels[drawn]
         if (missing[experts] > 0).any():
-            chosen[members[group]] = True
+            chosen[drawn] = True
             np.subtract.at(missing, experts, 1)
     return chosen
 
@@ -390,9 +416,10 @@ def _check_none_is_empty(
     for k, name in enumerate(config.expert_names):
         for what, members in (("training", ~held_out), ("held-out", held_out)):
             if not (labels[members] == k).any():
+                given = "add such to data.held_out_files, " if config.data.held_out_files else ""
                 raise TrainingError(
                     f"expert {name!r} is left without {what} documents; "
-                    "change partition.held_out, add data, or have texts cut (documents.max_chars) and set "
+                    f"{given}change partition.held_out, add data, or have texts cut (documents.max_chars) and set "
                     "partition.held_out_by to 'piece'"
                 )
         if not (labels[held_out & kept] == k).any():
@@ -470,7 +497,7 @@ def _report(
     sampled = labels[corpus.sampled]
     middles = centroids(sample_features, sampled, len(names))
     terms = top_terms(texts, sampled, len(names), config.partition.num_features, config.seed)
-    sizes = np.bincount(labels, minlength=len(names))
+    sizes = np.bincount(labels[~corpus.given_held_out], minlength=len(names))
     shards = []
     for k, name in enumerate(names):
         members = labels == k
@@ -490,7 +517,9 @@ def _report(
     return PartitionReport(
         method=config.partition.method,
         texts=tally.read,
+        formats=dict(tally.formats.most_common()),
         dropped=dict(tally.dropped),
+        left_out=dict(tally.left_out),
         documents=len(corpus),
         held_out_duplicates=duplicates,
         duplicates_removed=not kept.all(),
