@@ -43,6 +43,7 @@ def hub_rows(dataset: HubConfig, columns: Columns) -> Iterator[tuple[str, dict[s
 def _loaded(dataset: HubConfig) -> Any:
     import datasets
 
+    datasets.disable_progress_bars()
     return datasets.load_dataset(
         dataset.id,
         dataset.config,
