@@ -179,6 +179,8 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     "text behind a quote": ("x.csv", b'text\n"a"b\n', "x.csv, line 2: not valid CSV"),
     "no header": ("x.csv", b"a text,1\nanother,2\n", "x.csv, line 1: no field 'text' .*has to name the columns"),
     "a name twice": ("x.csv", b"text,text\n1,2\n", "x.csv, line 1: the header names the column 'text' 2 times"),
+    "a name of two lines": ("x.csv", b'"a\nb",c\n1,2\n', "x.csv, line 1: no field 'text' .*it has a b, c"),
+    "a column of two lines": ("x.parquet", write_parquet(**{"a\nb": ["x"]}), "x.parquet: no field 'text' .*it has a b"),
     "no UTF-8": ("x.csv", b"text\ngood\n\xff\n", "x.csv, line 3: not valid CSV .*utf-8"),
     "header without UTF-8": ("x.csv", b"\xff\n", "x.csv, line 1: its header cannot be read"),
     "UTF-16": ("x.jsonl", GOOD.decode().encode("utf-16"), "x.jsonl, line 1: not valid JSON"),

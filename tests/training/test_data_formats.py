@@ -265,6 +265,12 @@ def test_rows_without_the_mapped_columns_are_read_as_ever(tmp_path: Path) -> Non
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "another"}))
     documents = read(tmp_path / "*.jsonl", columns={"text": "body"})
     assert [document.text for document in documents] == ["a text", "another"]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"bodi": "a text"}))
+    with pytest.raises(
+        TrainingError, match=r"d.jsonl, line 1: no field 'body' \(data.columns.text\); did you mean 'bodi'"
+    ):
+        read(tmp_path / "d.jsonl", columns={"text": "body"})
+    (tmp_path / "d.jsonl").unlink()
     message = r"data.columns.system: no file has a column 'sytem'; did you mean 'system'\?"
     (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": Q, "completion": A, "system": S}))
     with pytest.raises(TrainingError, match=message):

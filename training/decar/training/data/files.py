@@ -36,6 +36,7 @@ _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 _BOM = b"\xef\xbb\xbf"
 _ROWS_AT_ONCE = 256
 _READ_BUFFER_BYTES = 1 << 20
+_SHOWN_CHARS = 500  # of what is wrong with a row, which may quote any of it
 
 Columns = Callable[[Sequence[str]], list[str]]
 """Of a table's columns, those that are wanted. Raises `BadRow` where they make neither a text nor a chat."""
@@ -167,15 +168,19 @@ def readable(file: Path) -> Iterator[_Place]:
         unknown = "" if kind in _TEXT_KINDS | _ROW_KINDS else f"; for other data than text, use {KINDS}"
         raise TrainingError(f"{_named(file, place)} is not UTF-8 text ({error}){unknown}") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise TrainingError(f"{_named(file, place)} cannot be read ({_one_line(error)})") from None
+        raise TrainingError(f"{_named(file, place)} cannot be read ({one_line(error)})") from None
 
 
 def _named(file: Path, place: _Place) -> str:
     return f"{file}, after {place.where}:" if place.where else str(file)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(problem: object) -> str:
+    """``problem``, which may quote what a row has, as a line that any terminal can show."""
+    line = " ".join(str(problem).encode(errors="backslashreplace").decode().split())
+    if len(line) > _SHOWN_CHARS:
+        line = f"{line[: _SHOWN_CHARS // 2]} ... {line[-_SHOWN_CHARS // 2 :]}"
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
 
 
 @contextmanager
@@ -248,7 +253,7 @@ def parse_json(text: str | bytes, what: str = "") -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # ValueError also of numbers with thousands of digits
-        raise BadRow(f"{what}not valid JSON ({_one_line(error)})") from None
+        raise BadRow(f"{what}not valid JSON ({one_line(error)})") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -289,7 +294,7 @@ def _json_rows(
     try:
         whole = parse_json(content)
     except BadRow as problem:
-        raise TrainingError(f"{file}: {problem}") from None
+        raise TrainingError(f"{file}: {one_line(problem)}") from None
     rows = _rows_of(whole, columns)
     if rows is None:
         raise TrainingError(
@@ -364,11 +369,15 @@ def _csv_rows(
 def _check_header(file: Path, where: str, header: list[str], columns: Columns) -> None:
     for name, count in Counter(header).items():
         if count > 1:
-            raise TrainingError(f"{file}, {where}: the header names the column {name!r} {count} times")
+            raise TrainingError(
+                f"{file}, {where}: the header names the column {one_line(repr(name))} {count} times"
+            )
     try:
         columns(header)
     except BadRow as problem:
-        raise TrainingError(f"{file}, {where}: {problem}; the first line has to name the columns") from None
+        raise TrainingError(
+            f"{file}, {where}: {one_line(problem)}; the first line has to name the columns"
+        ) from None
 
 
 def _parquet_rows(
@@ -390,11 +399,11 @@ def _parquet_rows(
                     place.where = f"row {number}"
                     yield place.where, row
     except BadRow as problem:
-        raise TrainingError(f"{file}: {problem}") from None
+        raise TrainingError(f"{file}: {one_line(problem)}") from None
     except UnicodeDecodeError:
         raise
     except (pyarrow.ArrowException, ValueError) as error:
-        raise TrainingError(f"{file} is not a parquet file ({_one_line(error)})") from None
+        raise TrainingError(f"{file} is not a parquet file ({one_line(error)})") from None
 
 
 def table_rows(batch: Any) -> Iterator[dict[str, Any]]:

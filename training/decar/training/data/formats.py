@@ -104,7 +104,7 @@ class RowReader:
         Raises:
             BadRow: they make no text and no chat, or the domain is not among them.
         """
-        self._seen.update(dict.fromkeys(names))
+        self._saw(names)
         mapped = self._mapped(dict.fromkeys(names, ""))
         is_pair = all(any(name in mapped for name in names_) for names_ in (_QUESTIONS, _ANSWERS))
         if not self._fields(mapped) and not is_pair:
@@ -140,7 +140,7 @@ class RowReader:
         Raises:
             BadRow: it cannot be used.
         """
-        self._seen.update(dict.fromkeys(given))
+        self._saw(given)
         row = self._mapped(given)
         folder = source.parent if isinstance(source, Path) else None
         used, format, named = self._text_or_chat(row, given, folder)
@@ -166,6 +166,10 @@ class RowReader:
                     f"data.columns.{name}: no file has a column {column!r}{_near(column, self._seen)}"
                 )
 
+    def _saw(self, names: Iterable[str]) -> None:
+        if self.data.columns.of:
+            self._seen.update(dict.fromkeys(names))
+
     def _mapped(self, row: dict[str, Any]) -> dict[str, Any]:
         """``row`` by the names of ``data.columns``; other columns only where none of those is a text or a chat."""
         mapped = {name: row[column] for name, column in self.data.columns.of.items() if column in row}
@@ -183,6 +187,9 @@ class RowReader:
         return [name for name in wanted if name in names]
 
     def _no_format(self, names: Iterable[str]) -> str:
+        for name, column in self.data.columns.of.items():
+            if name in _MAIN and column not in names:
+                return _no_field(column, f"data.columns.{name}", names)
         return _no_field(self.data.text_field, "data.text_field, data.columns", names)
 
     def _text_or_chat(

@@ -8,7 +8,7 @@ from typing import Any
 
 from decar.router.errors import TrainingError
 from decar.training.config import HubConfig
-from decar.training.data.files import BadRow, Columns, table_rows
+from decar.training.data.files import BadRow, Columns, one_line, table_rows
 
 _ROWS_AT_ONCE = 256
 
@@ -30,12 +30,12 @@ def hub_rows(dataset: HubConfig, columns: Columns) -> Iterator[tuple[str, dict[s
                 number += 1
                 yield f"row {number}", row
     except BadRow as problem:
-        raise TrainingError(f"data.hub: {_named(dataset)}: {problem}") from None
+        raise TrainingError(f"data.hub: {_named(dataset)}: {one_line(problem)}") from None
     # `datasets` lets errors of the Hub, of HTTP, of files and of tables through.
     except Exception as error:
         after = f" after row {number}" if number else ""
         raise TrainingError(
-            f"data.hub: {_named(dataset)} cannot be loaded{after} ({_one_line(error)}); check its name, config, split "
+            f"data.hub: {_named(dataset)} cannot be loaded{after} ({one_line(error)}); check its name, config, split "
             "and revision, and the way to the Hub"
         ) from None
 
@@ -57,10 +57,6 @@ def _named(dataset: HubConfig) -> str:
     config = f" ({dataset.config})" if dataset.config else ""
     revision = f"@{dataset.revision}" if dataset.revision else ""
     return f"{dataset.id}{revision}{config}, split {dataset.split}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def local_files(dataset: HubConfig) -> list[Path]:

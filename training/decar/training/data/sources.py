@@ -19,6 +19,7 @@ from decar.training.data.files import (
     describe,
     find_files,
     is_text,
+    one_line,
     read_lines,
     read_rows,
     source_names,
@@ -40,8 +41,6 @@ SHORT = "shorter than documents.min_chars"
 EMPTY = "without any text"
 UNLEARNED = "whose answers all have weight 0"
 UNANSWERED = "whose answers are all empty"
-
-_SHOWN_CHARS = 500  # of what is wrong with a row, which may quote any of it
 
 
 class NoDocuments(TrainingError):
@@ -101,14 +100,6 @@ class BadLines:
             raise TrainingError(f"{message}; mend it, or set data.on_bad_line to skip")
         self.counts[name or Path(source).name] += 1
         self.first = self.first or message
-
-
-def one_line(problem: str) -> str:
-    """``problem``, which may quote what a row has, as a line that any terminal can show."""
-    line = " ".join(problem.encode(errors="backslashreplace").decode().split())
-    if len(line) > _SHOWN_CHARS:
-        line = f"{line[: _SHOWN_CHARS // 2]} ... {line[-_SHOWN_CHARS // 2 :]}"
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
 
 
 def input_files(config: DataConfig) -> list[Path]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from decar.router.errors import EnsembleError, TrainingError
 from decar.training.config import DataConfig, DocumentConfig
-from decar.training.data.files import KINDS, is_text
-from decar.training.data.sources import BadLines, NoDocuments, one_line, read_documents
+from decar.training.data.files import KINDS, is_text, one_line
+from decar.training.data.sources import BadLines, NoDocuments, read_documents
 
 _SETTING = re.compile(
     r" \((?:data|partition)\.[^)]*\)"
