@@ -31,22 +31,27 @@ def hub(repositories: Mapping[str, Path], gated: str) -> Iterator[tuple[str, lis
 
         def _answer(self, with_body: bool) -> None:
             path = self.path.partition("?")[0].strip("/")
-            words = path.removeprefix("api/models/").split("/")
+            is_api = path.startswith("api/")
+            for prefix in ("api/models/", "api/datasets/", "datasets/"):
+                path = path.removeprefix(prefix)
+            words = path.split("/")
             repository, rest = "/".join(words[:2]), words[2:]
             if repository == gated:
                 self._send(403, {"X-Error-Code": "GatedRepo"}, b"{}")
             elif repository not in repositories:
                 self._send(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
-            elif rest[1:2] not in (["main"], [COMMIT]):
+            elif rest[1:2] not in (["main"], [COMMIT]) and not (is_api and not rest):
                 self._send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}")
-            elif path.startswith("api/"):
+            elif is_api:
                 files = [_described(file) for file in sorted(repositories[repository].iterdir())]
                 info = {
                     "id": repository,
                     "sha": COMMIT,
                     "siblings": [{"rfilename": f["path"]} for f in files],
                 }
-                self._send(200, {}, json.dumps(files if rest[0] == "tree" else info).encode())
+                self._send(200, {}, json.dumps(files if rest[:1] == ["tree"] else info).encode())
+            elif not (repositories[repository] / rest[2]).is_file():
+                self._send(404, {"X-Error-Code": "EntryNotFound"}, b"{}")
             else:
                 file = repositories[repository] / rest[2]
                 headers = {"ETag": f'"{_hash(file)}"', "X-Repo-Commit": COMMIT}

@@ -127,8 +127,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"an <image> mark in an answer",
     ),
     "an unknown speaker": (
-        {"conversations": [{"from": "bard", "value": "a"}]},
-        r"field 'conversations': message 1 is from 'bard', which is none of human, gpt, system",
+        {"conversations": [{"from": "narrator", "value": "a"}]},
+        r"field 'conversations': message 1 is from 'narrator', which is none of human, user, gpt, .*system",
     ),
     "no value": ({"conversations": [{"from": "human"}]}, r"message 1 needs a from and a value, both strings"),
     "no answer": (

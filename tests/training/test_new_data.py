@@ -138,7 +138,11 @@ WRONG_FILES = {
     ),
     "empty": ("x.txt", "\n \n", ("x.txt holds no text",)),
     "no UTF-8": ("x.txt", "\udcff", ("is not UTF-8 text",)),
-    "another kind of file": ("x.py", "x", ("unknown kind of file; use .txt, .md, .jsonl or .parquet",)),
+    "another kind of file": (
+        "x.bin",
+        "\0",
+        ("unknown kind of file, and no text", "use .txt, .md, .jsonl, .json,"),
+    ),
     "texts of a token": ("x.jsonl", '{"text": "a"}', ("two tokens",)),
 }
 

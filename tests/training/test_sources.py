@@ -48,7 +48,16 @@ def test_pieces_keep_the_text_and_the_limit() -> None:
         ("x.jsonl", b'["a"]\n', r"x.jsonl, line 1: expected an object"),
         ("x.txt", b"\xff\xfe", r"x.txt is not UTF-8"),
         ("x.parquet", b"PAR1 not really", r"x.parquet is not a parquet file"),
-        ("x.csv", b"a,b", r"x.csv: unknown kind of file"),
+        (
+            "x.csv",
+            b"a,b",
+            r"x.csv, line 1: no field 'text' .*it has a, b; the first line has to name the columns",
+        ),
+        (
+            "x.bin",
+            b"a\0b",
+            r"x.bin: unknown kind of file, and no text \(it holds NUL\); use .txt, .md, .jsonl",
+        ),
         ("x.jsonl", b'{"text": "\\ud800"}\n', r"x.jsonl, line 1: .*half of a surrogate pair"),
         ("x.txt", b" \n", r"holds no documents"),
     ],

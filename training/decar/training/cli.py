@@ -309,6 +309,14 @@ def _show_partition(report: PartitionReport, map_file: Path) -> None:
 
 
 def _show_dropped(report: PartitionReport) -> None:
+    if report.formats:
+        read = (
+            f"{count:,} {'texts' if name == 'text' else f'{name} rows'}"
+            for name, count in report.formats.items()
+        )
+        console.print(f"read {', '.join(read)}", soft_wrap=True)
+    for what, count in report.left_out.items():
+        _warn(f"left out {count:,} {what}")
     for reason, count in report.dropped.items():
         _warn(f"dropped {count:,} of {report.texts:,} texts {reason}")
     if report.held_out_duplicates:

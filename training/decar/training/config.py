@@ -47,17 +47,58 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ColumnsConfig(_Strict):
+    """Which columns of the rows are what, where they have names of their own (docs/training.md)."""
+
+    text: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    history: str | None = None
+    system: str | None = None
+    tools: str | None = None
+    image: str | None = None
+
+    @property
+    def of(self) -> dict[str, str]:
+        """The columns that are mapped, by what they are."""
+        return {name: column for name, column in self if column is not None}
+
+
+class HubConfig(_Strict):
+    """A data set of the Hugging Face Hub, or one in a folder, that the library `datasets` loads."""
+
+    id: str = Field(min_length=1, description="as in org/name")
+    config: str | None = Field(default=None, description="of a data set that has several")
+    split: str = "train"
+    revision: str | None = Field(default=None, description="branch, tag or commit; default: main")
+    streaming: bool = Field(default=False, description="read it as it comes, and keep no copy")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _from_id(cls, value: Any) -> Any:
+        return {"id": value} if isinstance(value, str) else value
+
+
 class DataConfig(_Strict):
     """Where the documents come from.
 
-    ``files`` are paths or globs of .txt, .md (one document each), .jsonl and .parquet (one per row) files.
+    ``files`` are paths, folders or globs: tables (.jsonl, .json, .csv, .tsv, .parquet), each of whose rows is a text or
+    a chat, and texts, one document each; also compressed (.gz, .zst). ``hub`` names data sets of the Hugging Face Hub.
     ``builtin`` sources are part of every Python: ``python-stdlib`` is the standard library's code without
     its docstrings, ``python-docstrings`` those docstrings, ``pydoc-topics`` the language reference.
-    ``image_field`` holds a chat's images: a path or a list of them, relative to ``image_dir`` or else to the file.
-    ``on_bad_line`` says what becomes of a .jsonl line or .parquet row that cannot be used.
+    ``held_out_files`` are held out, and nothing else is unless ``partition.held_out`` is set.
+    ``columns`` maps columns of other names. ``image_field`` holds a chat's images: a path or a list of them, relative
+    to ``image_dir`` or else to the file. ``on_bad_line`` says what becomes of a line or row that cannot be used.
     """
 
     files: list[str] = []
+    hub: list[HubConfig] = []
+    held_out_files: list[str] = []
+    columns: ColumnsConfig = ColumnsConfig()
     text_field: str = "text"
     image_field: str = "image"
     image_dir: Path | None = Field(default=None, description="default: each file's own folder")
@@ -67,8 +108,15 @@ class DataConfig(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _not_empty(self) -> DataConfig:
-        if not self.files and not self.builtin:
-            raise ValueError("no data; list `files` or `builtin` sources")
+        if not self.files and not self.builtin and not self.hub:
+            raise ValueError("no data; list `files` or `builtin` sources, or data sets of the `hub`")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _named_once(self) -> DataConfig:
+        for name in ("text", "image"):
+            if getattr(self.columns, name) is not None and f"{name}_field" in self.model_fields_set:
+                raise ValueError(f"columns.{name} and {name}_field name the same thing; drop one")
         return self
 
 
@@ -115,7 +163,9 @@ class PartitionConfig(_Strict):
     ``name_by`` maps an expert to a data source (a built-in's or a file's name): clusters are named so that
     each such expert holds as much of its source as possible. Without it, clusters are named in order.
     ``domains`` maps an expert to what it gets by ``by-field``: values, or shell patterns of them, of the rows' field
-    ``field``, or of the source where ``field`` is not set. Without it, the values are the experts' names.
+    ``field`` (``meta.lang`` where it is within another), of a part of the files' paths (``path[-2]``, the folder;
+    ``path.name``, ``path.stem``, ``path.suffix``), or of the source where ``field`` is not set. Without it, the values
+    are the experts' names.
     ``held_out`` is the share of each expert's documents. ``held_out_by`` says what is held out whole: an input
     ``document``, or a ``piece`` of one. ``held_out_as`` names the partition of another run of the same data
     (``WORK_DIR/partition``): what is held out there is held out here, and nothing else. Held-out documents that are
@@ -139,6 +189,28 @@ class PartitionConfig(_Strict):
     held_out_as: Path | None = Field(default=None, description="another run's WORK_DIR/partition")
     held_out_duplicates: Literal["remove", "keep"] = "remove"
     name_by: dict[str, str] = {}
+
+    @pydantic.field_validator("domains", mode="before")
+    @classmethod
+    def _as_texts(cls, domains: Any) -> Any:
+        """Numbers, true and false are compared as Python writes them, as they are in rows."""
+        if not isinstance(domains, dict):
+            return domains
+        return {
+            name: [str(value) if isinstance(value, int | float) else value for value in values]
+            if isinstance(values, list)
+            else values
+            for name, values in domains.items()
+        }
+
+    @pydantic.field_validator("field")
+    @classmethod
+    def _counts_from_the_end(cls, field: str | None) -> str | None:
+        if field is not None and re.fullmatch(r"path\[(?!-[1-9]\d*\]).*\]", field):
+            raise ValueError(
+                f"{field!r} has to count from the end: path[-1] is a file's name, path[-2] its folder"
+            )
+        return field
 
     @pydantic.model_validator(mode="after")
     def _method_fits(self) -> PartitionConfig:
@@ -420,6 +492,13 @@ class TrainConfig(_Strict):
                     "set model.checkpoint or drop training.lora"
                 )
         return self
+
+    @property
+    def held_out_share(self) -> float:
+        """What of each expert's documents is drawn to be held out: none where ``data.held_out_files`` says what is,
+        unless ``partition.held_out`` is set as well."""
+        is_said = "held_out" in self.partition.model_fields_set
+        return 0.0 if self.data.held_out_files and not is_said else self.partition.held_out
 
     @property
     def expert_names(self) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from decar.router.manifest import RouterEntry
-from decar.training.config import MoeConfig, Recipe, TokenizerConfig, TrainConfig, TrainingConfig
+from decar.training.config import DataConfig, MoeConfig, Recipe, TokenizerConfig, TrainConfig, TrainingConfig
 from decar.training.stages import fingerprint
 
 # What the trained weights do not depend on.
@@ -22,8 +22,9 @@ _NOT_IN_WEIGHTS = {
     "sample_tokens",
     "gradient_checkpointing",
 }
-# Settings that are younger than experts which are finished. Unset they count for nothing, so that those stay finished.
-_YOUNGER = (
+# Settings that are younger than work which is finished. Unset they count for nothing, so that it stays finished.
+_YOUNGER_OF_DATA = ("hub", "held_out_files", "columns")
+_YOUNGER_OF_EXPERTS = (
     "gradient_accumulation",
     "lora",
     "freeze",
@@ -38,7 +39,12 @@ _NOT_IN_SCORES = {"seeds", "margin"}
 
 
 def partition_fingerprint(config: TrainConfig) -> str:
-    return fingerprint(config.data, config.documents, config.partition, config.expert_names, config.seed)
+    data = config.data.model_dump(mode="json")
+    for field in _YOUNGER_OF_DATA:
+        if getattr(config.data, field) == DataConfig.model_fields[field].default:
+            del data[field]
+    share = [config.held_out_share] if config.data.held_out_files else []
+    return fingerprint(data, config.documents, config.partition, config.expert_names, config.seed, *share)
 
 
 def tokenizer_fingerprint(settings: TokenizerConfig) -> str:
@@ -50,7 +56,7 @@ def expert_fingerprint(recipe: Recipe) -> str:
     which are kept."""
     training = recipe.training
     settings = training.model_dump(mode="json", exclude=_NOT_IN_WEIGHTS)
-    for field in _YOUNGER:
+    for field in _YOUNGER_OF_EXPERTS:
         if getattr(training, field) == TrainingConfig.model_fields[field].default:
             del settings[field]
     if training.keep == "last":

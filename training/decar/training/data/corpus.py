@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from decar.router.errors import TrainingError
-from decar.training.data.sources import MESSAGES_FIELD, TOOLS_FIELD, Document
+from decar.training.data.formats import MESSAGES_FIELD, TOOLS_FIELD
+from decar.training.data.sources import Document
 from decar.training.run import require
 
 Ints = NDArray[np.int64]
@@ -96,7 +97,8 @@ class Corpus:
 
     The sample is kept without its images. ``source_of``, ``domain_of`` [N] index ``sources`` and ``domains``;
     ``origins``, ``chars`` [N]; ``with_images`` [N], whether a document has any; ``digests`` [N], equal where documents
-    say the same.
+    say the same; ``given_held_out`` [N], whether one comes from ``data.held_out_files``, of which none is in
+    the sample.
     """
 
     file: Path
@@ -110,6 +112,7 @@ class Corpus:
     sample: list[Document]
     sampled: Ints
     with_images: NDArray[np.bool_]
+    given_held_out: NDArray[np.bool_]
     has_chats: bool
     has_tools: bool
     has_pieces: bool
@@ -164,7 +167,8 @@ def spool(
     domains: dict[str, int] = {}
     source_of, domain_of, origins, chars, digests = (array("q") for _ in range(5))
     sample: dict[int, tuple[int, Document]] = {}
-    with_images = array("b")
+    with_images, given_held_out = array("b"), array("b")
+    num_sampled_from = 0
     has_chats = has_tools = has_pieces = False
     same = _Groups()
     columns = "text", "source", "domain", *_JSON_COLUMNS, *PIECE_COLUMNS, IMAGES_FIELD
@@ -183,9 +187,13 @@ def spool(
             same.join(document.origin, document.images)
             chars.append(len(document.text))
             digests.append(digest_of(document))
-            place = number if number < sample_size else int(rng.integers(number + 1))
-            if place < sample_size:
-                sample[place] = number, replace(document, images=())
+            given_held_out.append(document.is_given_held_out)
+            if not document.is_given_held_out:
+                seen = num_sampled_from
+                place = seen if seen < sample_size else int(rng.integers(seen + 1))
+                if place < sample_size:
+                    sample[place] = number, replace(document, images=())
+                num_sampled_from += 1
             if number % BATCH_DOCUMENTS == 0:
                 progress("reading", number, None)
     progress("reading", len(origins), len(origins))
@@ -201,7 +209,8 @@ def spool(
         _ints(digests),
         [document for _, document in chosen],
         np.array([number for number, _ in chosen], dtype=np.int64),
-        np.frombuffer(with_images, dtype=np.bool_) if with_images else np.zeros(0, dtype=np.bool_),
+        _bools(with_images),
+        _bools(given_held_out),
         has_chats,
         has_tools,
         has_pieces,
@@ -248,6 +257,10 @@ class _Groups:
 
 def _ints(values: array[int]) -> Ints:
     return np.frombuffer(values, dtype=np.int64) if values else np.zeros(0, dtype=np.int64)
+
+
+def _bools(values: array[int]) -> NDArray[np.bool_]:
+    return np.frombuffer(values, dtype=np.bool_) if values else np.zeros(0, dtype=np.bool_)
 
 
 def read_columns(file: Path) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from decar.router.errors import TrainingError
 from decar.training.data.corpus import IMAGES_FIELD, PIECE_COLUMNS, read_columns, read_row_groups
-from decar.training.data.sources import MESSAGES_FIELD, TOOLS_FIELD, Chat, Example, Piece
+from decar.training.data.formats import MESSAGES_FIELD, TOOLS_FIELD
+from decar.training.data.sources import Chat, Example, Piece
 from decar.training.run import require
 from decar.training.stages import read_marker
 

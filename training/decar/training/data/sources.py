@@ -1,47 +1,46 @@
-"""Raw text and images from files and from Python itself, cut into documents. Knows nothing about experts or tokens."""
+"""Documents from files, from the Hugging Face Hub and from Python itself, whole or cut. Knows nothing about experts or
+tokens."""
 
 from __future__ import annotations
 
-import ast
-import glob
-import json
-import random
-import sysconfig
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from decar.router.errors import TrainingError, did_you_mean
-from decar.router.images import UnreadableImage, decode_image
+from decar.router.errors import TrainingError
 from decar.training.config import DataConfig, DocumentConfig
-
-Messages = list[dict[str, Any]]
-"""One chat: ``{"role": ..., "content": ...}`` each, and what else a chat template reads."""
-
-Tools = list[dict[str, Any]]
-"""What a chat's assistant may call, as OpenAI's API describes it."""
-
-MESSAGES_FIELD = "messages"
-TOOLS_FIELD = "tools"
-IMAGE_MARK = "<image>"
-"""Stands in a message where an image belongs."""
-# LLaVA's name for a chat, and its names for who speaks.
-_CONVERSATIONS_FIELD = "conversations"
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_TEXT_SUFFIXES = {".txt", ".md"}
-# Tables, test data and third-party code, which say little about Python.
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-_ROWS_AT_ONCE = 256
-_READ_BUFFER_BYTES = 1 << 20
-
+from decar.training.data.builtin import builtin_texts
+from decar.training.data.files import (
+    BadRow,
+    Found,
+    describe,
+    find_files,
+    is_text,
+    one_line,
+    read_lines,
+    read_rows,
+    source_names,
+)
+from decar.training.data.formats import (
+    IMAGE_MARK,
+    TEXT,
+    Chat,
+    Messages,
+    RowReader,
+    Tools,
+    domain_of_path,
+    is_of_path,
+)
+from decar.training.data.hub import hub_rows
 
 # Why texts are dropped, as it goes on after "dropped 40 of 52 texts".
 SHORT = "shorter than documents.min_chars"
 EMPTY = "without any text"
 UNLEARNED = "whose answers all have weight 0"
+UNANSWERED = "whose answers are all empty"
 
 
 class NoDocuments(TrainingError):
@@ -51,11 +50,11 @@ class NoDocuments(TrainingError):
 @dataclass(frozen=True)
 class Document:
     """``text``, the data ``source`` it comes from, the number of the input text it is a piece of, and that input's
-    ``domain``: the value of the field that was asked for.
+    ``domain``: the value of the field that was asked for. ``format`` is what it was kept in (data/formats.py).
 
     A chat is one document with its ``messages`` and ``tools``; its text is what they say. Its ``images``, encoded,
     belong in order where its messages have an `IMAGE_MARK`. Of an input text that was cut, ``piece`` counts the pieces
-    from 0.
+    from 0. ``is_given_held_out`` says that it comes from ``data.held_out_files``.
     """
 
     text: str
@@ -67,14 +66,19 @@ class Document:
     images: tuple[bytes, ...] = ()
     piece: int = 0
     is_last: bool = True
+    format: str = TEXT
+    is_given_held_out: bool = False
 
 
 @dataclass
 class Tally:
-    """How many texts and chats were ``read``, and how many of them ``dropped``, by reason."""
+    """How many texts and chats were ``read``, of which ``formats``, and how many of them ``dropped``, by reason; what
+    of the folders that were named was ``left_out``, by what it is."""
 
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -85,43 +89,47 @@ class BadLines:
     counts: Counter[str] = field(default_factory=Counter)
     first: str | None = None
 
-    def found(self, file: Path, where: str, problem: str) -> None:
-        """Count one, ``where`` in ``file``.
+    def found(self, source: Path | str, where: str, problem: str, name: str | None = None) -> None:
+        """Count one, ``where`` in ``source``, which is called ``name`` (a file's own by default).
 
         Raises:
             TrainingError: bad lines are not to be skipped.
         """
-        message = f"{file}, {where}: {problem}"
+        message = f"{source}, {where}: {one_line(problem)}"
         if not self.skip:
             raise TrainingError(f"{message}; mend it, or set data.on_bad_line to skip")
-        self.counts[file.name] += 1
+        self.counts[name or Path(source).name] += 1
         self.first = self.first or message
 
 
 def input_files(config: DataConfig) -> list[Path]:
-    """The files that ``config.files`` names, each once, sorted within each pattern.
-
-    What of a path exists is taken literally, brackets included; the rest of it is a glob.
+    """The files that ``config.files`` names, each once, and behind them those that ``config.held_out_files`` does.
 
     Raises:
         TrainingError: a path or glob matches nothing.
     """
-    found: dict[Path, None] = {}
-    for pattern in config.files:
-        found_by_glob = glob.glob(_escaped(pattern), recursive=True)
-        matches = sorted(Path(match) for match in found_by_glob if Path(match).is_file())
-        if not matches:
-            raise TrainingError(f"data.files: {pattern!r} matches no file")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+    training, held_out = training_files(config), held_out_files(config)
+    return training.files + held_out.files
 
 
-def _escaped(pattern: str) -> str:
-    """``pattern`` as a glob in which the leading parts that exist stand for themselves."""
-    existing, *rest = Path(), *Path(pattern).parts
-    while rest and (existing / rest[0]).exists():
-        existing /= rest.pop(0)
-    return str(Path(glob.escape(str(existing)), *rest))
+def training_files(config: DataConfig) -> Found:
+    """What ``config.files`` names, but for what ``config.held_out_files`` names as well.
+
+    Raises:
+        TrainingError: a path or glob matches nothing.
+    """
+    held_out = {os.path.abspath(file) for file in held_out_files(config).files}
+    found = find_files(config.files, "data.files")
+    return Found([file for file in found.files if os.path.abspath(file) not in held_out], found.left_out)
+
+
+def held_out_files(config: DataConfig) -> Found:
+    """What ``config.held_out_files`` names.
+
+    Raises:
+        TrainingError: a path or glob matches nothing.
+    """
+    return find_files(config.held_out_files, "data.held_out_files")
 
 
 def read_documents(
@@ -135,7 +143,7 @@ def read_documents(
     """All documents of all sources, in a fixed order, read one by one.
 
     Args:
-        domain_field: the field of a .jsonl or .parquet row that becomes `Document.domain`.
+        domain_field: the field of a row, or the part of a file's path, that becomes `Document.domain`.
         bad: counts what ``data.on_bad_line`` has skipped.
         tally: counts what was read, and what of it was dropped.
 
@@ -145,23 +153,45 @@ def read_documents(
     bad = bad or BadLines(skip=data.on_bad_line == "skip")
     tally = tally or Tally()
     any_found = False
-    for origin, (source, domain, given) in enumerate(_inputs(data, seed, domain_field, bad)):
+    for origin, (source, domain, given, format, is_held_out) in enumerate(
+        _inputs(data, seed, domain_field, bad, tally)
+    ):
         tally.read += 1
+        tally.formats[format] += 1
         if isinstance(given, Chat):
-            if not any(is_learned(message) for message in given.messages):
-                tally.dropped[UNLEARNED] += 1
+            reason = _why_nothing_is_learned(given.messages)
+            if reason:
+                tally.dropped[reason] += 1
                 continue
             any_found = True
             says = [message["content"] for message in given.messages]
             if given.images:
                 says = ["".join(split_at_images(content)) for content in says]
-            said = "\n\n".join(says)
-            yield Document(said, source, origin, domain, given.messages, given.tools, given.images)
+            yield Document(
+                "\n\n".join(says),
+                source,
+                origin,
+                domain,
+                given.messages,
+                given.tools,
+                given.images,
+                format=format,
+                is_given_held_out=is_held_out,
+            )
             continue
         pieces = _pieces(given, cutting, tally)
         for number, (piece, is_last) in enumerate(pieces):
             any_found = True
-            yield Document(piece, source, origin, domain, piece=number, is_last=is_last)
+            yield Document(
+                piece,
+                source,
+                origin,
+                domain,
+                piece=number,
+                is_last=is_last,
+                format=format,
+                is_given_held_out=is_held_out,
+            )
     if not any_found:
         skipped = (
             f"; {bad.counts.total()} bad lines were skipped, the first: {bad.first}" if bad.first else ""
@@ -169,9 +199,18 @@ def read_documents(
         dropped = "".join(
             f"; dropped {count:,} of {tally.read:,} texts {reason}" for reason, count in tally.dropped.items()
         )
+        left_out = f"; left out {describe(tally.left_out)}" if tally.left_out else ""
         raise NoDocuments(
-            f"the data holds no documents; check data.files and documents.min_chars{dropped}{skipped}"
+            f"the data holds no documents; check data.files and documents.min_chars{dropped}{skipped}{left_out}"
         )
+
+
+def _why_nothing_is_learned(messages: Messages) -> str | None:
+    learned = [message for message in messages if is_learned(message)]
+    if not learned:
+        return UNLEARNED
+    says_anything = any(message["content"].strip() or message.get("tool_calls") for message in learned)
+    return None if says_anything else UNANSWERED
 
 
 def is_learned(message: dict[str, Any]) -> bool:
@@ -236,15 +275,6 @@ def split_at_images(text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Chat:
-    """A chat instead of a text, with the ``tools`` that its template is told of and its ``images``, encoded."""
-
-    messages: Messages
-    tools: Tools | None = None
-    images: tuple[bytes, ...] = ()
-
-
-@dataclass(frozen=True)
 class Piece:
     """A text that is not the whole of its input text: the ``number``-th piece, from 0, of input ``origin``."""
 
@@ -258,372 +288,72 @@ Example = str | Piece | Chat
 """What an expert is trained on: a whole text, a piece of one, or a chat."""
 
 
-# (source, domain, lines of a text or a chat)
-_Input = tuple[str, str | None, Iterable[str] | Chat]
-_Row = tuple[str | Chat, str | None]
+class _Input(NamedTuple):
+    """A text, by its lines, or a chat."""
+
+    source: str
+    domain: str | None
+    given: Iterable[str] | Chat
+    format: str = TEXT
+    is_given_held_out: bool = False
 
 
-def _inputs(data: DataConfig, seed: int, domain_field: str | None, bad: BadLines) -> Iterator[_Input]:
-    for file in input_files(data):
-        yield from _read_file(file, data, domain_field, bad)
+def _inputs(
+    data: DataConfig, seed: int, domain_field: str | None, bad: BadLines, tally: Tally
+) -> Iterator[_Input]:
+    training, held_out = training_files(data), held_out_files(data)
+    tally.left_out.update(training.left_out + held_out.left_out)
+    names = source_names([*training.files, *held_out.files])
+    reader = RowReader(data, domain_field)
+    for file in training.files:
+        yield from _read_file(file, names[file], reader, bad)
     for name in data.builtin:
         _refuse_fields(name, domain_field)
-        for text in _capped(_BUILTIN[name](seed), data.builtin_max_bytes):
-            yield name, None, text.splitlines(keepends=True)
+        for text in builtin_texts(name, seed, data.builtin_max_bytes):
+            yield _Input(name, None, text.splitlines(keepends=True))
+    for dataset in data.hub:
+        yield from _read_rows(dataset.id, dataset.id, hub_rows(dataset, reader.columns), reader, bad)
+    for file in held_out.files:
+        for given in _read_file(file, names[file], reader, bad):
+            yield given._replace(is_given_held_out=True)
+    reader.check_mapped()
 
 
 def _refuse_fields(source: str | Path, domain_field: str | None) -> None:
     if domain_field is not None:
         raise TrainingError(
             f"{source} has no fields, so no {domain_field!r} (partition.field); "
-            "use .jsonl or .parquet files, or drop partition.field to tell by source"
+            "use files of rows, as .jsonl or .parquet, tell files by path[-2] or path.suffix, or drop partition.field "
+            "to tell by source"
         )
 
 
-def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    total = 0
-    for text in texts:
-        total += len(text.encode("utf-8", errors="ignore"))
-        if total > max_bytes:
-            return
-        yield text
-
-
-def _read_file(file: Path, data: DataConfig, domain_field: str | None, bad: BadLines) -> Iterator[_Input]:
-    """Its texts; of .jsonl and .parquet also the chats, in ``data.text_field`` or, where that is not, in ``messages``
-    or ``conversations``."""
-    if file.suffix in _TEXT_SUFFIXES:
-        _refuse_fields(file, domain_field)
-        yield file.name, None, _read_lines(file)
-    elif file.suffix in _ROW_READERS:
-        for given, domain in _ROW_READERS[file.suffix](file, data, domain_field, bad):
-            lines = given.splitlines(keepends=True) if isinstance(given, str) else given
-            yield file.name, domain, lines
+def _read_file(file: Path, name: str, reader: RowReader, bad: BadLines) -> Iterator[_Input]:
+    if not is_text(file):
+        yield from _read_rows(file, name, read_rows(file, reader.columns), reader, bad)
+        return
+    domain = None
+    if reader.domain_field is not None and is_of_path(reader.domain_field):
+        domain = domain_of_path(reader.domain_field, file)
     else:
-        raise TrainingError(f"{file}: unknown kind of file; use .txt, .md, .jsonl or .parquet")
+        _refuse_fields(file, reader.domain_field)
+    yield _Input(name, domain, read_lines(file))
 
 
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{file} is not UTF-8 text ({error})") from None
-    except OSError as error:
-        raise TrainingError(f"{file} cannot be read ({error})") from None
-
-
-def _read_lines(file: Path) -> Iterator[str]:
-    with _readable(file), file.open(encoding="utf-8") as stream:
-        for line in stream:
-            yield from line.splitlines(keepends=True)  # a stream knows fewer kinds of line ends
-
-
-def _fields(names: Iterable[str], text_field: str) -> list[str]:
-    """Which of ``names`` may hold a row's text or chat, the first choice first."""
-    wanted = dict.fromkeys((text_field, MESSAGES_FIELD, _CONVERSATIONS_FIELD))
-    return [name for name in wanted if name in names]
-
-
-def _is_nothing(value: Any) -> bool:
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())
-
-
-def _text_or_chat(value: Any, field: str) -> str | Messages:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise _BadRow(f"field {field!r} is not a string")
-    if field == _CONVERSATIONS_FIELD:
-        value = [_from_llava(message, number) for number, message in enumerate(value, start=1)]
-    messages = [
-        _message(message, f"field {field!r}: message {i}") for i, message in enumerate(value, start=1)
-    ]
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles[1:] or roles[0] == "assistant":
-        raise _BadRow(
-            f"field {field!r}: a chat needs an assistant's message after another's; its roles are {roles}"
-        )
-    return messages
-
-
-def _message(given: Any, where: str) -> dict[str, Any]:
-    """A message as chat templates want it, and as a server makes it of a request.
-
-    Args:
-        where: names it in errors.
-    """
-    if not isinstance(given, dict):
-        raise _BadRow(f"{where} needs a role and a content, both strings")
-    # A parquet column has the same keys in every message, null where one has none.
-    message = {key: said for key, said in given.items() if said is not None}
-    if message.get("tool_calls") == []:
-        del message["tool_calls"]
-    if "tool_calls" in message:
-        message.setdefault("content", "")
-        message["tool_calls"] = _tool_calls(message["tool_calls"], where)
-    if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-        raise _BadRow(f"{where} needs a role and a content, both strings")
-    if message.get("weight", 1) not in (0, 1):
-        raise _BadRow(f"{where} has the weight {message['weight']!r}; it is 1, or 0 where it is not learned")
-    return message
-
-
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """``calls`` with their arguments as objects: OpenAI writes them as JSON, which a template would quote again."""
-    if not isinstance(calls, list) or not all(
-        isinstance(call, dict) and isinstance(call.get("function", call), dict) for call in calls
-    ):
-        raise _BadRow(f"{where} has tool_calls that are not a list of objects, each with a function")
-    parsed = []
-    for call in calls:
-        function = call.get("function", call)
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise _BadRow(
-                    f"{where} calls a tool with arguments that are not valid JSON ({error})"
-                ) from None
-        if not isinstance(arguments, dict):
-            raise _BadRow(f"{where} calls a tool with arguments that are not an object")
-        function = {**function, "arguments": arguments}
-        parsed.append({**call, "function": function} if "function" in call else function)
-    return parsed
-
-
-def _tools(value: Any) -> Tools | None:
-    """The tools of a row, which may write them as JSON."""
-    if isinstance(value, str) and value.strip():
+def _read_rows(
+    source: Path | str,
+    name: str,
+    rows: Iterable[tuple[str, dict[str, Any] | BadRow]],
+    reader: RowReader,
+    bad: BadLines,
+) -> Iterator[_Input]:
+    for where, given in rows:
         try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise _BadRow(f"field {TOOLS_FIELD!r} is not valid JSON ({error})") from None
-    if _is_nothing(value):
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise _BadRow(f"field {TOOLS_FIELD!r} is not a list of objects")
-    return value
-
-
-def _from_llava(message: Any, number: int) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-        raise _BadRow(
-            f"field {_CONVERSATIONS_FIELD!r}: message {number} needs a from and a value, both strings"
-        )
-    if message.get("from") not in list(_ROLES):  # a list compares with anything, a mapping hashes it
-        raise _BadRow(
-            f"field {_CONVERSATIONS_FIELD!r}: message {number} is from {message.get('from')!r}, which is none of "
-            f"{', '.join(_ROLES)}"
-        )
-    return {"role": _ROLES[message["from"]], "content": message["value"]}
-
-
-def _read_images(value: Any, data: DataConfig, file: Path) -> tuple[bytes, ...]:
-    """The encoded images that a row of ``file`` names or, in parquet, holds."""
-    given = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(_read_image(image, data, file) for image in given)
-
-
-def _read_image(given: Any, data: DataConfig, file: Path) -> bytes:
-    encoded = given.get("bytes") or given.get("path") if isinstance(given, dict) else given
-    if isinstance(encoded, str):
-        path = (data.image_dir or file.parent) / encoded
-        what = f"image {path}"
-        try:
-            encoded = path.read_bytes()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise _BadRow(
-                f"{what} cannot be read ({reason}); paths are relative to the file's folder, or to data.image_dir"
-            ) from None
-    else:
-        what = f"field {data.image_field!r}"
-    if not isinstance(encoded, bytes):
-        raise _BadRow(f"{what} is neither a path nor a list of paths")
-    try:
-        decode_image(encoded)
-    except UnreadableImage as error:
-        raise _BadRow(f"{what} cannot be decoded ({error})") from None
-    return encoded
-
-
-def _check_marks(messages: Messages, images: tuple[bytes, ...]) -> None:
-    marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
-    if marks != len(images):
-        raise _BadRow(
-            f"{marks} {IMAGE_MARK} marks in the messages, but {len(images)} images; each image needs one"
-        )
-    if any(message["role"] == "assistant" and IMAGE_MARK in message["content"] for message in messages):
-        raise _BadRow(f"an {IMAGE_MARK} mark in an answer; a model is asked about images and answers in text")
-
-
-def _read_jsonl(file: Path, data: DataConfig, domain_field: str | None, bad: BadLines) -> Iterator[_Row]:
-    with _readable(file), file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise _BadRow(f"expected an object with a {data.text_field!r} field")
-                used = _use_row(row, data, domain_field, file)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                bad.found(file, f"line {number}", f"not valid JSON ({error})")
-            except _BadRow as error:
-                bad.found(file, f"line {number}", str(error))
-            else:
-                yield used
-
-
-class _BadRow(Exception):
-    """What is wrong with a row."""
-
-
-def _use_row(row: dict[str, Any], data: DataConfig, domain_field: str | None, file: Path) -> _Row:
-    """(text or chat, domain) of ``row``."""
-    fields = _fields(row, data.text_field)
-    if not fields:
-        raise _BadRow(_no_field(data.text_field, "data.text_field", row))
-    # An empty text beside a chat, or an empty chat beside a text, is none.
-    field = next((name for name in fields if not _is_nothing(row[name])), fields[0])
-    given = _text_or_chat(row[field], field)
-    tools = None if isinstance(given, str) else _tools(row.get(TOOLS_FIELD))
-    try:
-        json.dumps([given, tools], ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # JSON can spell half of a character, which no file can hold
-        raise _BadRow(f"field {field!r} holds half of a surrogate pair") from None
-    if isinstance(given, str):
-        if row.get(data.image_field) and field != data.image_field:
-            raise _BadRow(
-                f"field {data.image_field!r} (data.image_field): an image needs a chat to stand in, but "
-                f"{field!r} is a text; give it messages, or name another field in data.image_field"
-            )
-        used: str | Chat = given
-    else:
-        used = Chat(given, tools, _images_of(given, row, field, data, file))
-    if domain_field is None:
-        return used, None
-    if row.get(domain_field) is None:
-        raise _BadRow(_no_field(domain_field, "partition.field", row))
-    return used, str(row[domain_field])
-
-
-def _images_of(
-    messages: Messages, row: dict[str, Any], field: str, data: DataConfig, file: Path
-) -> tuple[bytes, ...]:
-    images = _read_images(row.get(data.image_field), data, file)
-    # Text that never heard of images may well speak of <image>.
-    if images or field == _CONVERSATIONS_FIELD:
-        _check_marks(messages, images)
-    return images
-
-
-def _read_parquet(file: Path, data: DataConfig, domain_field: str | None, bad: BadLines) -> Iterator[_Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        # Buffered: else a whole row group is read at once, and a file may be one row group.
-        with _readable(file), parquet.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES) as table:
-            names = table.schema_arrow.names
-            fields = dict.fromkeys(_fields(names, data.text_field) or [data.text_field], "data.text_field")
-            if domain_field is not None:
-                fields[domain_field] = "partition.field"
-            for name, setting in fields.items():
-                if name not in names:
-                    raise TrainingError(f"{file}: {_no_field(name, setting, names)}")
-            columns = [*fields, *({data.image_field, TOOLS_FIELD} & set(names) - set(fields))]
-            number = 0
-            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    # Messages and tools of one column share their keys, and are null where one has none.
-                    chat = {name: _without_nulls(row[name]) for name in row if isinstance(row[name], list)}
-                    try:
-                        used = _use_row(row | chat, data, domain_field, file)
-                    except _BadRow as error:
-                        bad.found(file, f"row {number}", str(error))
-                    else:
-                        yield used
-    except pyarrow.ArrowException as error:
-        raise TrainingError(f"{file} is not a parquet file ({error})") from None
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-_ROW_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _no_field(name: str, setting: str, names: Iterable[str]) -> str:
-    names = list(names)
-    hint = did_you_mean(name, names) or f"; it has {', '.join(map(str, names)) or 'none'}"
-    return f"no field {name!r} ({setting}){hint}"
-
-
-def _library_sources(seed: int) -> Iterator[str]:
-    """The standard library's modules, in an order that depends on ``seed`` alone."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(
-        file for file in root.rglob("*.py") if not _NOT_LIBRARY & set(file.relative_to(root).parts)
-    )
-    random.Random(seed).shuffle(files)
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-            ast.parse(text)
-        except (UnicodeDecodeError, SyntaxError, ValueError):
-            continue  # a few files hold broken code on purpose
-        yield text
-
-
-def _docstring_nodes(text: str) -> list[tuple[ast.Expr, str]]:
-    """(statement, cleaned text) of each docstring, in the order of the file."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                statement = node.body[0]
-                assert isinstance(statement, ast.Expr)
-                found.append((statement, docstring))
-    return sorted(found, key=lambda pair: pair[0].lineno)
-
-
-def _library_code(seed: int) -> Iterator[str]:
-    """Modules without their docstrings, so that no text is in two sources."""
-    for text in _library_sources(seed):
-        lines = text.splitlines(keepends=True)
-        for statement, _ in _docstring_nodes(text):
-            assert statement.end_lineno is not None
-            lines[statement.lineno - 1 : statement.end_lineno] = [""] * (
-                statement.end_lineno - statement.lineno + 1
-            )
-        yield "".join(lines)
-
-
-def _library_docstrings(seed: int) -> Iterator[str]:
-    """Per module: its docstrings, one after another; single lines are left out."""
-    for text in _library_sources(seed):
-        docstrings = [docstring for _, docstring in _docstring_nodes(text) if "\n" in docstring]
-        if docstrings:
-            yield "\n\n".join(docstrings) + "\n"
-
-
-def _pydoc_topics(_seed: int) -> Iterator[str]:
-    from pydoc_data.topics import topics
-
-    for name in sorted(topics):
-        yield topics[name]
-
-
-_BUILTIN: dict[str, Callable[[int], Iterator[str]]] = {
-    "python-stdlib": _library_code,
-    "python-docstrings": _library_docstrings,
-    "pydoc-topics": _pydoc_topics,
-}
+            if isinstance(given, BadRow):
+                raise given
+            row = reader(given, source)
+        except BadRow as problem:
+            bad.found(source, where, str(problem), name)
+        else:
+            used = row.given.splitlines(keepends=True) if isinstance(row.given, str) else row.given
+            yield _Input(name, row.domain, used, row.format)

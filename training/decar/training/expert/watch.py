@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
 from decar.training.config import TrainingConfig
+from decar.training.data.formats import MESSAGES_FIELD
 from decar.training.data.shards import has_column
-from decar.training.data.sources import MESSAGES_FIELD
 
 Log = Sequence[Mapping[str, Any]]
 """``trainer.state.log_history``."""

@@ -10,18 +10,17 @@ import numpy as np
 
 from decar.router.errors import EnsembleError, TrainingError
 from decar.training.config import DataConfig, DocumentConfig
+from decar.training.data.files import KINDS, is_text, one_line
 from decar.training.data.sources import BadLines, NoDocuments, read_documents
 
-WHOLE_FILES = (".txt", ".md")
-"""Files of one text, which is cut into pieces; of others, each row is one."""
 _SETTING = re.compile(
-    r" \((?:data|partition)\.\w+\)"
+    r" \((?:data|partition)\.[^)]*\)"
 )  # of decar-train's configuration, which nobody has here
 
 
 class _BadLines(BadLines):
-    def found(self, file: Path, where: str, problem: str) -> None:
-        raise EnsembleError(f"{file}, {where}: {_SETTING.sub('', problem)}; mend it")
+    def found(self, source: Path | str, where: str, problem: str, name: str | None = None) -> None:
+        raise EnsembleError(f"{source}, {where}: {_SETTING.sub('', one_line(problem))}; mend it")
 
 
 def sample_texts(option: str, file: Path, size: int, piece_chars: int, cut_rows: bool) -> list[str]:
@@ -36,8 +35,8 @@ def sample_texts(option: str, file: Path, size: int, piece_chars: int, cut_rows:
         EnsembleError: the file is missing, cannot be read, or holds no text; naming the line where there is one.
     """
     if not file.is_file():
-        raise EnsembleError(f"{option}: {file} is no file; give one of .txt, .md, .jsonl or .parquet")
-    max_chars = piece_chars if cut_rows or file.suffix in WHOLE_FILES else None
+        raise EnsembleError(f"{option}: {file} is no file; give one of {KINDS}")
+    max_chars = piece_chars if cut_rows or is_text(file) else None
     try:
         return _drawn(_texts(file, max_chars), size)
     except NoDocuments:

@@ -44,9 +44,10 @@ class ShardReport(BaseModel):
 class PartitionReport(BaseModel):
     """``report.json`` of a partition.
 
-    Of the ``texts`` that were read, chats included, some were ``dropped``, by reason; ``documents`` are what the others
-    were cut into. ``held_out_duplicates`` held-out documents are among the training documents too, and were removed
-    from the held-out ones or kept. ``balance``: the largest expert's documents over the smallest's. Of the ``sample``
+    Of the ``texts`` that were read, chats included, in ``formats``, some were ``dropped``, by reason; ``documents`` are
+    what the others were cut into. ``left_out`` says what of the folders in ``data.files`` was not read.
+    ``held_out_duplicates`` held-out documents are among the training documents too, and were removed from the held-out
+    ones or kept. ``balance``: the largest expert's documents over the smallest's. Of the ``sample``
     documents: ``mean_cosine`` to their expert's centroid; ``silhouette`` (Rousseeuw 1987) by cosine distance, None
     where it is not defined.
     ``skipped_lines`` of each file were bad; ``first_skipped`` says what was wrong with the first.
@@ -54,7 +55,9 @@ class PartitionReport(BaseModel):
 
     method: str
     texts: int
+    formats: dict[str, int] = {}
     dropped: dict[str, int]
+    left_out: dict[str, int] = {}
     documents: int
     held_out_duplicates: int
     duplicates_removed: bool

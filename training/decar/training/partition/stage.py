@@ -31,6 +31,7 @@ from decar.training.data.corpus import (
     spool,
 )
 from decar.training.data.features import DocumentFeatures, document_features, embedding_files
+from decar.training.data.hub import local_files
 from decar.training.data.sources import (
     BadLines,
     Document,
@@ -88,6 +89,8 @@ def partition_stage(config: TrainConfig) -> Stage:
             ``partition.held_out_as``.
     """
     files = input_files(config.data)
+    for dataset in config.data.hub:
+        files += local_files(dataset)
     files += embedding_files(config.partition.embedding, "partition.embedding")
     files += embedding_files(config.partition.image_embedding, "partition.image_embedding")
     files += _held_out_shards(config.partition)
@@ -122,18 +125,19 @@ def make_partition(
     with stage.writing() as directory:
         documents = read_documents(config.data, config.documents, seed, settings.field, bad, tally)
         corpus = spool(documents, spool_file(directory), settings.sample, seed, progress)
-        if len(corpus) < len(experts):
+        num_training = int((~corpus.given_held_out).sum())
+        if num_training < len(experts):
             raise TrainingError(
-                f"{len(corpus)} documents cannot be split among {len(experts)} experts; "
+                f"{num_training} documents cannot be split among {len(experts)} experts; "
                 "add data, have texts cut (documents.max_chars) or list fewer experts"
             )
         features = document_features(settings, corpus, seed)
         labels, sample_features = _deal_out(settings, experts, seed, corpus, features, progress)
-        held_out = _choose_held_out(corpus, labels, settings, seed)
+        held_out = _choose_held_out(corpus, labels, settings, config.held_out_share, seed)
         duplicates = held_out & np.isin(corpus.digests, corpus.digests[~held_out])
         kept = ~duplicates if settings.held_out_duplicates == "remove" else np.ones_like(held_out)
         dealt = Dealt(experts, labels, held_out, duplicates, kept)
-        _check_none_is_empty(dealt)
+        _check_none_is_empty(dealt, bool(config.data.held_out_files))
         _write_shards(dealt, corpus, directory, progress)
         progress("report", 0, None)
         report = _report(settings, seed, corpus, dealt, sample_features, bad, tally)
@@ -161,19 +165,33 @@ def _deal_out(
     if settings.method == "by-field":
         return _by_field(settings, experts, corpus), _sample_features(corpus, features, progress)
     if settings.method == "random":
-        labels = np.random.default_rng(seed).permutation(len(corpus)) % len(experts)
-        everything = np.ones(len(corpus), dtype=bool)
-        labels = _name_clusters(labels, corpus, settings.name_by, experts, everything)
+        rng = np.random.default_rng(seed)
+        labels = np.empty(len(corpus), dtype=np.int64)
+        training = ~corpus.given_held_out
+        dealt = rng.permutation(int(training.sum())) % len(experts)
+        labels[training] = _name_clusters(dealt, corpus, settings.name_by, experts, training)
+        labels[~training] = rng.permutation(int((~training).sum())) % len(experts)
         return labels, _sample_features(corpus, features, progress)
     rows = _in_batches(features, corpus.batches(), len(corpus), progress)
     progress("clustering", 0, None)
     labels = np.empty(len(corpus), dtype=np.int64)
     # Documents with and without images have nothing in common to compare, so each kind is dealt out evenly.
     for kind in (corpus.with_images, ~corpus.with_images):
+        # What is given as held out changes nothing for the others: it goes to the nearest expert.
+        given = kind & corpus.given_held_out
+        kind = kind & ~given
         if kind.any():
             mine = rows if kind.all() else rows[kind]
             clusters = _cluster(mine, settings, len(experts), seed)
             labels[kind] = _name_clusters(clusters, corpus, settings.name_by, experts, kind)
+        if given.any():
+            if not kind.any():
+                raise TrainingError(
+                    "data.held_out_files has documents with images, or without, and the training data have none of "
+                    "that kind; leave them out, or add such data to data.files"
+                )
+            middles = centroids(rows[kind], labels[kind], len(experts))
+            labels[given] = (rows[given] @ middles.T).argmax(axis=1)
     progress("clustering", 1, 1)
     return labels, rows[corpus.sampled]
 
@@ -287,25 +305,30 @@ def _name_clusters(
     return expert_of[labels]
 
 
-def _choose_held_out(corpus: Corpus, labels: Labels, config: PartitionConfig, seed: int) -> Marks:
-    """Marks [N] of whole inputs (or pieces), drawn until every expert has the held-out share of its documents."""
+def _choose_held_out(
+    corpus: Corpus, labels: Labels, config: PartitionConfig, share: float, seed: int
+) -> Marks:
+    """Marks [N] of whole inputs (or pieces): those that are given as held out, and of the others as many as are drawn
+    until every expert has the ``share`` of its documents."""
+    given = corpus.given_held_out
     shards = _held_out_shards(config)
     if shards:
         digests = [
             digest_of(document) for file in shards for batch in read_batches(file) for document in batch
         ]
-        return np.isin(corpus.digests, np.array(digests, dtype=np.int64))
+        return given | np.isin(corpus.digests, np.array(digests, dtype=np.int64))
     groups = corpus.origins if config.held_out_by == "document" else np.arange(len(corpus))
     _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(sizes))
     # The documents of each group, one group after another.
     members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(sizes)[:-1])
-    missing = config.held_out * np.bincount(labels)
-    chosen = np.zeros(len(corpus), dtype=bool)
+    missing = share * np.bincount(labels[~given], minlength=int(labels.max()) + 1)
+    chosen = given.copy()
     for group in order.tolist():
-        experts = labels[members[group]]
+        drawn = members[group][~given[members[group]]]
+        experts = labels[drawn]
         if (missing[experts] > 0).any():
-            chosen[members[group]] = True
+            chosen[drawn] = True
             np.subtract.at(missing, experts, 1)
     return chosen
 
@@ -327,13 +350,15 @@ def _held_out_shards(config: PartitionConfig) -> list[Path]:
     return found
 
 
-def _check_none_is_empty(dealt: Dealt) -> None:
+def _check_none_is_empty(dealt: Dealt, are_given: bool) -> None:
+    """``are_given``: whether there are files of held-out documents."""
     for k, name in enumerate(dealt.experts):
         for what, members in (("training", ~dealt.held_out), ("held-out", dealt.held_out)):
             if not (dealt.labels[members] == k).any():
+                given = "add such to data.held_out_files, " if are_given else ""
                 raise TrainingError(
                     f"expert {name!r} is left without {what} documents; "
-                    "change partition.held_out, add data, or have texts cut (documents.max_chars) and set "
+                    f"{given}change partition.held_out, add data, or have texts cut (documents.max_chars) and set "
                     "partition.held_out_by to 'piece'"
                 )
         if not (dealt.labels[dealt.held_out & dealt.kept] == k).any():
@@ -400,7 +425,7 @@ def _report(
     sampled = labels[corpus.sampled]
     middles = centroids(sample_features, sampled, len(names))
     terms = top_terms(texts, sampled, len(names), settings.num_features, seed)
-    sizes = np.bincount(labels, minlength=len(names))
+    sizes = np.bincount(labels[~corpus.given_held_out], minlength=len(names))
     shards = []
     for k, name in enumerate(names):
         members = labels == k
@@ -420,7 +445,9 @@ def _report(
     return PartitionReport(
         method=settings.method,
         texts=tally.read,
+        formats=dict(tally.formats.most_common()),
         dropped=dict(tally.dropped),
+        left_out=dict(tally.left_out),
         documents=len(corpus),
         held_out_duplicates=int(dealt.duplicates.sum()),
         duplicates_removed=not dealt.kept.all(),
