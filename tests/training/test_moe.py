@@ -30,6 +30,7 @@ from decar.training.config import TrainConfig, load_config
 from decar.training.data.shards import read_texts
 from decar.training.expert.report import read_expert_report
 from decar.training.export.moe import export_moe, gate_weights, merge, moe_stage, train_moe
+from decar.training.stages import Stage
 from tests.training.conftest import WriteConfig, config_writer
 from tests.training.test_export import MERGED_FILES, trained
 from tests.training.test_run import command, modified
@@ -311,8 +312,12 @@ def test_the_export(
     assert modified(config.run.moe) == before
 
 
+def trained_again(config: TrainConfig, stage: Stage) -> None:
+    train_moe(config.recipes, config.moe, stage)
+
+
 @pytest.mark.parametrize(
-    ("broken", "work"), [("moe_card", export_moe), ("start_gates", train_moe)], ids=["export", "training"]
+    ("broken", "work"), [("moe_card", export_moe), ("start_gates", trained_again)], ids=["export", "training"]
 )
 def test_what_fails_leaves_what_was_there(
     broken: str, work: Callable[..., object], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
