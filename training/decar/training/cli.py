@@ -43,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(markup=False)  # what is printed may hold the user's paths and texts, brackets included
-_SHOWN_CHARS = 600
+_SHOWN_ROWS = 8
 # Of a parameter in training: itself, its gradient and Adam's two moments in fp32.
 _STATE_BYTES = 16
 
@@ -298,6 +298,11 @@ def _show_dropped(report: PartitionReport) -> None:
         _warn(
             f"{what} {report.held_out_duplicates:,} held-out documents that are among the training documents too"
         )
+    if report.most_repeated is not None:
+        _warn(
+            f"kept {report.duplicates:,} training documents that repeat another in the same words; the most frequent "
+            f"is there {report.most_repeated.times:,} times: {report.most_repeated.begins!r}"
+        )
     if report.skipped_lines:
         files = ", ".join(f"{file} {count:,}" for file, count in report.skipped_lines.items())
         skipped = sum(report.skipped_lines.values())
@@ -519,9 +524,15 @@ def _moe(config: TrainConfig) -> None:
 
 
 def _dry_run(config: TrainConfig, only: str | None = None) -> None:
-    from decar.training.dry_run import Cost, count_parameters, estimate, problems, with_shards
-    from decar.training.partition.report import PartitionReport
-    from decar.training.run import read_report
+    from decar.training.dry_run import (
+        Cost,
+        count_parameters,
+        estimate,
+        partition_report,
+        problems,
+        with_shards,
+    )
+    from decar.training.dry_run_tables import shortened, show_data
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError("--dry-run measures one process; run it without `accelerate launch`")
@@ -542,13 +553,12 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
     known: dict[str, Cost] = {}
     if only is None:
         with with_shards(config) as shards:
-            _show_dropped(read_report(shards.run.partition, PartitionReport))
+            report = partition_report(shards)
             estimates = [estimate(config, name, shards, known) for name in config.expert_names]
     else:
+        report = partition_report(config)
         estimates = [estimate(config, only, config, known)]
-    for expert in estimates:
-        for reason, count in expert.dropped.items():
-            _warn(f"{expert.expert}: dropped {count:,} {reason}")
+    show_data(console, config, report, estimates)
     columns = "expert", "state", "parameters", "tokens", "steps", "memory", "time"
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for expert in estimates:
@@ -580,10 +590,12 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
         soft_wrap=True,
     )
     for expert in estimates[:1]:
-        console.print(f"the first batch of {expert.expert}:")
-        for row, text in enumerate(expert.batch):
-            cut = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]} … ({len(text):,} characters)"
-            console.print(f"[{row}] {cut}", soft_wrap=True, highlight=False)
+        is_whole = expert.sampled == expert.documents
+        console.print(f"the first batch of {expert.expert}{'' if is_whole else ', had it the sample alone'}:")
+        for row, text in enumerate(expert.batch[:_SHOWN_ROWS]):
+            console.print(f"[{row}] {shortened(text)}", soft_wrap=True, highlight=False)
+        if len(expert.batch) > _SHOWN_ROWS:
+            console.print(f"and {len(expert.batch) - _SHOWN_ROWS:,} rows more")
     console.print("dry run: nothing was trained, nothing was written")
 
 

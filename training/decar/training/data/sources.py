@@ -55,7 +55,7 @@ class Document:
 
     A chat is one document with its ``messages`` and ``tools``; its text is what they say. Its ``images``, encoded,
     belong in order where its messages have an `IMAGE_MARK`. Of an input text that was cut, ``piece`` counts the pieces
-    from 0.
+    from 0. ``format`` is how the data hold it.
     """
 
     text: str
@@ -67,6 +67,7 @@ class Document:
     images: tuple[bytes, ...] = ()
     piece: int = 0
     is_last: bool = True
+    format: str = "text"
 
 
 @dataclass
@@ -156,7 +157,9 @@ def read_documents(
             if given.images:
                 says = ["".join(split_at_images(content)) for content in says]
             said = "\n\n".join(says)
-            yield Document(said, source, origin, domain, given.messages, given.tools, given.images)
+            yield Document(
+                said, source, origin, domain, given.messages, given.tools, given.images, format=given.format
+            )
             continue
         pieces = _pieces(given, cutting, tally)
         for number, (piece, is_last) in enumerate(pieces):
@@ -242,6 +245,7 @@ class Chat:
     messages: Messages
     tools: Tools | None = None
     images: tuple[bytes, ...] = ()
+    format: str = "messages"
 
 
 @dataclass(frozen=True)
@@ -502,7 +506,8 @@ def _use_row(row: dict[str, Any], data: DataConfig, domain_field: str | None, fi
             )
         used: str | Chat = given
     else:
-        used = Chat(given, tools, _images_of(given, row, field, data, file))
+        known_as = "LLaVA" if field == _CONVERSATIONS_FIELD else "messages"
+        used = Chat(given, tools, _images_of(given, row, field, data, file), known_as)
     if domain_field is None:
         return used, None
     if row.get(domain_field) is None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig, TrainingConfig
-from decar.training.data.blocks import Rows, mean_loss, pack
+from decar.training.data.blocks import Rows, length_quantiles, mean_loss, pack
 from decar.training.data.corpus import IMAGES_FIELD
 from decar.training.data.image_blocks import read_image_blocks
 from decar.training.data.processor import load_processor, processor_files, reads_images
@@ -52,7 +52,8 @@ class ExpertReport(BaseModel):
 
     ``train_loss`` is None where nothing was trained, as in a model that is merged and no more. ``shards`` holds the
     SHA-256 of each file that it was trained or measured on, ``versions`` the software that did. ``dropped`` counts what
-    of its training documents it did not learn, by what it is.
+    of its training documents it did not learn, by what it is. Half of these documents have at most
+    ``document_tokens_p50`` tokens, 99 of 100 at most ``document_tokens_p99``.
     """
 
     expert: str
@@ -66,6 +67,8 @@ class ExpertReport(BaseModel):
     train_documents: int | None = None
     held_out_documents: int | None = None
     dropped: dict[str, int] = {}
+    document_tokens_p50: int | None = None
+    document_tokens_p99: int | None = None
     shards: dict[str, str] = {}
     versions: dict[str, str] = {}
 
@@ -149,6 +152,7 @@ def train_model(
         callbacks = [*callbacks, TensorBoardCallback(writer)]
     for callback in callbacks:
         trainer.add_callback(callback)
+    p50, p99 = length_quantiles(train.documents, 0.5, 0.99)
     start_s = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -170,6 +174,8 @@ def train_model(
         train_documents=_num_documents(config, shards, "train"),
         held_out_documents=_num_documents(config, shards, "held_out"),
         dropped=dict(train.dropped),
+        document_tokens_p50=p50,
+        document_tokens_p99=p99,
         shards=_hashes(config, shards),
         versions=versions(),
     )

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +29,6 @@ from decar.training.data.corpus import (
     digest_of,
     read_batches,
     read_columns,
-    read_row_groups,
     read_texts,
     spool,
 )
@@ -51,7 +48,9 @@ from decar.training.data.sources import (
 from decar.training.partition.cluster import balanced_kmeans, two_stage_kmeans
 from decar.training.partition.report import (
     SHEET_COLUMNS,
+    FormatReport,
     PartitionReport,
+    Repeated,
     ShardReport,
     centroids,
     draw_map,
@@ -59,6 +58,7 @@ from decar.training.partition.report import (
     nearest,
     nearest_members,
     silhouette,
+    snippet,
     top_terms,
 )
 from decar.training.run import SPLITS, plot_file, read_report, report_file, shard_file, spool_file
@@ -142,19 +142,18 @@ def read_examples(config: TrainConfig, expert: str, split: str) -> list[Example]
         TrainingError: the partition has not been made, or is damaged.
     """
     file = config.run.shard(expert, split)
-    wanted = ("text", MESSAGES_FIELD, TOOLS_FIELD, *PIECE_COLUMNS)
+    wanted = ("text", "source", MESSAGES_FIELD, TOOLS_FIELD, *PIECE_COLUMNS)
     columns = [name for name in wanted if name in read_columns(file)]
-    return [_example(row) for rows in read_row_groups(file, columns) for row in rows.to_pylist()]
+    return [as_example(document) for batch in read_batches(file, columns) for document in batch]
 
 
-def _example(row: dict[str, Any]) -> Example:
-    if row.get(MESSAGES_FIELD) is not None:
-        tools = row.get(TOOLS_FIELD)
-        return Chat(json.loads(row[MESSAGES_FIELD]), tools and json.loads(tools))
-    if row.get("piece", 0) > 0 or not row.get("is_last", True):
-        return Piece(row["text"], row["origin"], row["piece"], row["is_last"])
-    text: str = row["text"]
-    return text
+def as_example(document: Document) -> Example:
+    """``document`` as an expert is trained on it, without its images."""
+    if document.messages is not None:
+        return Chat(document.messages, document.tools)
+    if document.piece > 0 or not document.is_last:
+        return Piece(document.text, document.origin, document.piece, document.is_last)
+    return document.text
 
 
 def read_partition_report(stage: Stage) -> PartitionReport:
@@ -193,9 +192,7 @@ def make_partition(
         _check_none_is_empty(config, labels, held_out, kept)
         _write_shards(config, corpus, labels, held_out, kept, directory, progress)
         progress("report", 0, None)
-        report = _report(
-            config, corpus, labels, held_out, kept, int(duplicates.sum()), sample_features, bad, tally
-        )
+        report = _report(config, corpus, labels, held_out, kept, duplicates, sample_features, bad, tally)
         if corpus.has_images:
             _draw_nearest(config, corpus, labels, sample_features, plot_file(directory, "nearest"))
         report_file(directory).write_text(report.model_dump_json(indent=2) + "\n")
@@ -461,7 +458,7 @@ def _report(
     labels: Labels,
     held_out: NDArray[np.bool_],
     kept: NDArray[np.bool_],
-    duplicates: int,
+    duplicates: NDArray[np.bool_],
     sample_features: Rows,
     bad: BadLines,
     tally: Tally,
@@ -471,6 +468,10 @@ def _report(
     middles = centroids(sample_features, sampled, len(names))
     terms = top_terms(texts, sampled, len(names), config.partition.num_features, config.seed)
     sizes = np.bincount(labels, minlength=len(names))
+    firsts = [_first_of_formats(corpus, (labels == k) & ~held_out) for k in range(len(names))]
+    repeats = _repeats(corpus, ~held_out)
+    duplicate, repeated = np.flatnonzero(duplicates)[:1].tolist(), list(repeats)[:1]
+    found = _documents(corpus, [*(first for each in firsts for first, _, _ in each), *duplicate, *repeated])
     shards = []
     for k, name in enumerate(names):
         members = labels == k
@@ -485,6 +486,16 @@ def _report(
                 sources=dict(sorted(sources.items(), key=lambda pair: -pair[1])),
                 top_terms=terms[k],
                 nearest=nearest(texts, sample_features, sampled, k, middles[k]),
+                formats=[
+                    FormatReport(
+                        format=corpus.formats[corpus.format_of[number]],
+                        documents=count,
+                        row=row,
+                        source=found[number].source,
+                        text=found[number].origin + 1,
+                    )
+                    for number, row, count in firsts[k]
+                ],
             )
         )
     return PartitionReport(
@@ -492,7 +503,7 @@ def _report(
         texts=tally.read,
         dropped=dict(tally.dropped),
         documents=len(corpus),
-        held_out_duplicates=duplicates,
+        held_out_duplicates=int(duplicates.sum()),
         duplicates_removed=not kept.all(),
         balance=sizes.max() / sizes.min(),
         sample=len(corpus.sample),
@@ -501,7 +512,38 @@ def _report(
         skipped_lines=dict(bad.counts),
         first_skipped=bad.first,
         shards=shards,
+        held_out_duplicate=snippet(found[duplicate[0]].text) if duplicate else None,
+        duplicates=sum(repeats.values()) - len(repeats),
+        most_repeated=Repeated(times=repeats[repeated[0]], begins=snippet(found[repeated[0]].text))
+        if repeated
+        else None,
     )
+
+
+def _first_of_formats(corpus: Corpus, members: NDArray[np.bool_]) -> list[tuple[int, int, int]]:
+    """(number, place among the ``members`` [N], how many of these) of the first member in each format."""
+    numbers = np.flatnonzero(members)
+    _, places, counts = np.unique(corpus.format_of[numbers], return_index=True, return_counts=True)
+    return [
+        (int(numbers[place]), int(place), int(count)) for place, count in zip(places, counts, strict=True)
+    ]
+
+
+def _repeats(corpus: Corpus, members: NDArray[np.bool_]) -> dict[int, int]:
+    """The numbers of those ``members`` [N] that later ones repeat, and how often each is there, the most frequent
+    first."""
+    numbers = np.flatnonzero(members)
+    _, places, counts = np.unique(corpus.digests[numbers], return_index=True, return_counts=True)
+    order = np.lexsort((places, -counts))[: np.count_nonzero(counts > 1)]
+    return dict(zip(numbers[places[order]].tolist(), counts[order].tolist(), strict=True))
+
+
+def _documents(corpus: Corpus, numbers: Iterable[int]) -> dict[int, Document]:
+    """The documents of ``numbers``, by number."""
+    ordered = np.array(sorted(set(map(int, numbers))), dtype=np.int64)
+    found = (document for batch in corpus.chosen(ordered) for document in batch)
+    # The last one found, nothing more is read.
+    return dict(zip(ordered.tolist(), found, strict=False))
 
 
 def _some_of(values: list[str]) -> str:
