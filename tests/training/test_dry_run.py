@@ -27,6 +27,7 @@ from decar.training.partition.stage import (
     partition_stage,
     read_examples,
     read_partition_report,
+    read_shard,
 )
 from decar.training.run import report_file
 from tests.training.conftest import CODE, PROSE, WriteConfig
@@ -306,36 +307,41 @@ def test_duplicates_are_counted_shown_and_kept(
     assert command(monkeypatch, "run", chats, "--dry-run") == 0
     out = capsys.readouterr().out
     assert re.search(rf"training documents, kept +{report.duplicates}\b", out)
-    if report.held_out_duplicates:
-        assert report.held_out_duplicate
-        assert re.search(
-            rf"held-out documents that are trained on too, removed +{report.held_out_duplicates}\b", out
-        )
+    assert report.held_out_duplicates > 0
+    removed = rf"held-out documents that are trained on too, removed +{report.held_out_duplicates}\b"
+    assert re.search(removed, out)
+    assert f"the first one held out: '{report.held_out_duplicate}'" in out
     assert f"there {report.most_repeated.times} times: '{report.most_repeated.begins}'" in out
     assert command(monkeypatch, "partition", chats) == 0
     line = f"kept {report.duplicates} training documents that repeat another in the same words; the most frequent is "
     assert line in capsys.readouterr().out
 
 
-def test_duplicates_across_experts_count(write_config: WriteConfig, tmp_path: Path) -> None:
-    """One text, for each expert twice: three of the four repeat another, whoever gets them."""
+@pytest.mark.parametrize("what", ["remove", "keep"])
+def test_duplicates_across_experts_count(write_config: WriteConfig, tmp_path: Path, what: str) -> None:
     rows = [{"kind": kind, "text": f"{kind} number {i}"} for kind in ("code", "prose") for i in range(20)]
-    rows += [{"kind": kind, "text": "the same for all"} for kind in ("code", "prose") * 2]
+    rows += [{"kind": kind, "text": "the same for all"} for kind in ("code", "prose") * 3]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = write_config(
         data={"files": [str(tmp_path / "rows.jsonl")]},
-        partition={"method": "by-field", "field": "kind", "name_by": {}, "held_out": 0.01},
+        partition={
+            "method": "by-field",
+            "field": "kind",
+            "name_by": {},
+            "held_out": 0.2,
+            "held_out_duplicates": what,
+        },
     )
     config = load_config(path)
-    found = []
-    for seed in range(8):
-        seeded = config.model_copy(update={"seed": seed, "work_dir": tmp_path / str(seed)})
-        report = make_partition(seeded, partition_stage(seeded))
-        found.append((report.duplicates, report.most_repeated and report.most_repeated.times))
-        if report.held_out_duplicates:
-            assert report.held_out_duplicate == "the same for all"
-    assert (3, 4) in found
-    assert set(found) <= {(3, 4), (2, 3), (1, 2)}
+    report = make_partition(config, partition_stage(config))
+    times = [read_shard(config, name, "train").count("the same for all") for name in config.expert_names]
+    assert min(times) > 0
+    assert report.most_repeated is not None
+    assert report.most_repeated.model_dump() == {"times": sum(times), "begins": "the same for all"}
+    # The first of them repeats none.
+    assert report.duplicates == sum(times) - 1
+    assert report.held_out_duplicates == 6 - sum(times) > 0
+    assert report.held_out_duplicate == "the same for all"
 
 
 def test_without_duplicates_it_says_so(
@@ -441,5 +447,7 @@ def test_of_many_documents_a_sample_is_tokenized_and_its_size_said(
     assert [each.text for each in sampled.formats] == [each.text for each in exact.formats]
     monkeypatch.setenv("COLUMNS", "300")
     assert command(monkeypatch, "run", path, "--dry-run") == 0
-    assert f"all: a sample of {sampled.sampled:,} of its 3,200 documents" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"only a sample was tokenized: all {sampled.sampled:,} of 3,200 documents; " in out
+    assert re.search(rf"≈ {sampled.train_tokens:,} +≈ {sampled.steps:,} × 128 ", out)
     assert modified(tmp_path) == before

@@ -567,7 +567,7 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
             state = "done before"
         elif expert.steps_done:
             state = f"continues at {expert.steps_done:,}"
-        cost = expert.cost
+        cost, about = expert.cost, "≈ " if expert.is_sampled else ""
         trained = "" if cost.num_trained == cost.num_parameters else f", {cost.num_trained:,} trained"
         learned = (
             "" if expert.num_targets > 0.9 * expert.train_tokens else f", {expert.num_targets:,} learned"
@@ -576,8 +576,8 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
             expert.expert,
             state,
             f"{cost.num_parameters:,}{trained}",
-            f"{expert.train_tokens:,}{learned}",
-            f"{expert.steps:,} × {expert.tokens_per_step:,}",
+            f"{about}{expert.train_tokens:,}{learned}",
+            f"{'' if config.training.max_steps else about}{expert.steps:,} × {expert.tokens_per_step:,}",
             _size(cost.memory_bytes),
             _duration(expert.time_s),
         )
@@ -590,8 +590,8 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
         soft_wrap=True,
     )
     for expert in estimates[:1]:
-        is_whole = expert.sampled == expert.documents
-        console.print(f"the first batch of {expert.expert}{'' if is_whole else ', had it the sample alone'}:")
+        sample = ", had it the sample alone" if expert.is_sampled else ""
+        console.print(f"the first batch of {expert.expert}{sample}:")
         for row, text in enumerate(expert.batch[:_SHOWN_ROWS]):
             console.print(f"[{row}] {shortened(text)}", soft_wrap=True, highlight=False)
         if len(expert.batch) > _SHOWN_ROWS:

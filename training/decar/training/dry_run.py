@@ -127,6 +127,10 @@ class Estimate:
     formats: list[Shown]
 
     @property
+    def is_sampled(self) -> bool:
+        return self.sampled < self.documents
+
+    @property
     def time_s(self) -> float:
         return 0.0 if self.is_done else (self.steps - self.steps_done) * self.cost.step_time_s
 
@@ -210,11 +214,14 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
     processor = expert_processor(shards, name, tokenizer)
     model = build_model(shards, name, tokenizer)
     apart = keeps_apart(model)
-    with _sampled(shards, name) as (some, sampled, documents):
+    with (
+        _sampled(shards, name) as (some, sampled, documents),  # images are read from it as they are needed
+        TemporaryDirectory(prefix="decar-dry-run-") as directory,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
         train = read_blocks(some, [name], "train", tokenizer, processor, apart)
         read_blocks(some, [name], "held_out", tokenizer, processor, apart)
-    with TemporaryDirectory(prefix="decar-dry-run-") as directory, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = make_trainer(config, model, train, Path(directory))
         loader = trainer.get_train_dataloader()
         steps = trainer.set_initial_training_values(trainer.args, loader)[-1]

@@ -32,14 +32,18 @@ def show_data(
     _section(console, f"training documents, in tokens; a row has {length:,}", _lengths_table(rows))
     for estimate, lengths in rows:
         _line(console, f"the longest of {estimate.expert}'s {lengths.kind}: {_quoted(lengths.begins)}")
-    for estimate in estimates:
-        if estimate.sampled < estimate.documents:
-            console.print(
-                f"- {estimate.expert}: a sample of {estimate.sampled:,} of its {estimate.documents:,} documents was "
-                "tokenized; what is said of documents, rows and tokens is of the sample, and the tokens and steps of "
-                "training are scaled up from it",
-                style="yellow",
-            )
+    sampled = [
+        f"{estimate.expert} {estimate.sampled:,} of {estimate.documents:,} documents"
+        for estimate in estimates
+        if estimate.is_sampled
+    ]
+    if sampled:
+        console.print(
+            f"- only a sample was tokenized: {', '.join(sampled)}; documents, rows and tokens are counted in it, and ≈ "
+            "below is scaled up from it",
+            style="yellow",
+            highlight=False,
+        )
     _section(console, "what the end of a row does to them", _unlearned_table(rows))
     for line in dict.fromkeys(line for row in rows for line in _advice(*row, length)):
         console.print(f"- {line}", highlight=False)
