@@ -386,8 +386,11 @@ def test_the_first_document_of_each_format_is_shown_as_learned(
         document = read_document(config.run.shard(expert, "train"), first.row)
         assert (document.source, first.source) == (source, source)
         assert (document.messages is None) == (known_as == "text")
+        number = code.documents + prose.documents
         (panel,) = re.findall(
-            rf"─ {known_as}: {source}, text {first.text} of {report.texts} ─+╮\n(.*?)╰", out, re.S
+            rf"─ {known_as} \({number} documents\): {source}, text {first.text} of {report.texts} ─+╮\n(.*?)╰",
+            out,
+            re.S,
         )
         seen = " ".join(line.strip("│ ") for line in panel.splitlines())
         example = read_examples(config, expert, "train")[first.row]

@@ -256,9 +256,10 @@ def test_the_dry_run_shows_images_and_what_is_cut(
     (length,) = re.findall(advised, out)
     assert int(length) == max(document.tokens for document in cut.documents if document.kind == IMAGE_CHATS)
     assert re.search(
-        r"─ LLaVA: train.jsonl, text \d+ of \d+ ─+╮\n│ <\|bos\|><image> × 4 .*\n│ .*\?⟦.*<\|eos\|>⟧", out
+        r"─ LLaVA \(\d+ documents\): train.jsonl, text \d+ of \d+ ─+╮\n│ <\|bos\|><image> × 4 .*\n│ .*\?⟦.*<\|eos\|>⟧",
+        out,
     )
-    assert re.search(r"─ text: prose.jsonl, text \d+ of \d+ ─", out)
+    assert re.search(r"─ text \(\d+ documents\): prose.jsonl, text \d+ of \d+ ─", out)
 
 
 def test_the_dry_run_of_a_sample_reads_its_own_images(

@@ -47,16 +47,19 @@ def show_data(
     _section(console, "what the end of a row does to them", _unlearned_table(rows))
     for line in dict.fromkeys(line for row in rows for line in _advice(*row, length)):
         console.print(f"- {line}", highlight=False)
+    _show_left_out(console, report, estimates)
     if report is None:
-        console.print("\nthe partition's report is not here: nothing is known of duplicates and formats")
-    else:
-        _show_left_out(console, report, estimates)
-        _show_duplicates(console, report)
-    formats = _first_of_each_format(estimates)
+        console.print(
+            "\nthe partition's report is not here: duplicates, formats and what was left out before are unknown"
+        )
+        return
+    _show_duplicates(console, report)
+    formats = dict.fromkeys(shown.first.format for estimate in estimates for shown in estimate.formats)
     if formats:
         console.print("\nthe first document of each format, as an expert sees it", style="bold")
-    for shown in formats:
-        console.print(_panel(shown, report))
+    for known_as in formats:
+        same = [each for estimate in estimates for each in estimate.formats if each.first.format == known_as]
+        console.print(_panel(same, report))
 
 
 def shortened(text: str) -> str:
@@ -110,11 +113,12 @@ def _unlearned_table(rows: list[tuple[Estimate, Lengths]]) -> Table:
 def _advice(estimate: Estimate, of: Lengths, length: int) -> Iterator[str]:
     """What becomes of documents of a kind that do not fit, and what would change it."""
     most = estimate.max_positions
-    fits = f"training.sequence_length: {of.longest} keeps all of {estimate.expert}'s {of.kind} whole"
+    these = f"all of {estimate.expert}'s {of.kind}{' in the sample' if estimate.is_sampled else ''}"
+    fits = f"training.sequence_length: {of.longest} keeps {these} whole"
     if most is not None and of.longest > most:
         fits = (
             f"the longest has {of.longest:,} tokens and the model {most:,} positions, so training.sequence_length "
-            f"cannot keep all of {estimate.expert}'s {of.kind} whole"
+            f"cannot keep {these} whole"
         )
     if of.kind == IMAGE_CHATS:
         if of.cut:
@@ -135,23 +139,24 @@ def _advice(estimate: Estimate, of: Lengths, length: int) -> Iterator[str]:
             yield fits
 
 
-def _show_left_out(console: Console, report: PartitionReport, estimates: list[Estimate]) -> None:
+def _show_left_out(console: Console, report: PartitionReport | None, estimates: list[Estimate]) -> None:
     table = _table("what", "of", "number", numbers_from=2)
-    for reason, count in report.dropped.items():
-        table.add_row(f"texts {reason}", "the data", f"{count:,} of {report.texts:,}")
-    for file, count in report.skipped_lines.items():
-        table.add_row("bad lines", file, f"{count:,}")
-    if report.held_out_duplicates and report.duplicates_removed:
-        what = "held-out documents that are trained on too"
-        table.add_row(what, "all experts", f"{report.held_out_duplicates:,}")
+    if report is not None:
+        for reason, count in report.dropped.items():
+            table.add_row(f"texts {reason}", "the data", f"{count:,} of {report.texts:,}")
+        for file, count in report.skipped_lines.items():
+            table.add_row("bad lines", file, f"{count:,}")
+        if report.held_out_duplicates and report.duplicates_removed:
+            what = "held-out documents that are trained on too"
+            table.add_row(what, "all experts", f"{report.held_out_duplicates:,}")
     for estimate in estimates:
         for reason, count in estimate.dropped.items():
             table.add_row(reason, estimate.expert, f"{count:,}")
-    if not table.rows:
-        console.print("\nnothing is left out of the data")
-        return
-    _section(console, "what is left out", table)
-    if report.first_skipped:
+    if table.rows:
+        _section(console, "what is left out", table)
+    else:
+        console.print(f"\nnothing is left out of the {'shard' if report is None else 'data'}")
+    if report is not None and report.first_skipped:
         console.print(f"- the first bad line: {report.first_skipped}", highlight=False)
 
 
@@ -179,19 +184,14 @@ def _show_duplicates(console: Console, report: PartitionReport) -> None:
         _line(console, example)
 
 
-def _first_of_each_format(estimates: list[Estimate]) -> list[Shown]:
-    firsts: dict[str, Shown] = {}
-    for shown in (shown for estimate in estimates for shown in estimate.formats):
-        known = firsts.setdefault(shown.first.format, shown)
-        if shown.first.text < known.first.text:
-            firsts[shown.first.format] = shown
-    return list(firsts.values())
-
-
-def _panel(shown: Shown, report: PartitionReport | None) -> Panel:
+def _panel(same: list[Shown], report: PartitionReport) -> Panel:
+    """The first of the experts' first documents in one format."""
+    shown = min(same, key=lambda each: each.first.text)
     first = shown.first
-    of = "" if report is None else f" of {report.texts:,}"
-    title = f"{first.format}: {first.source}, text {first.text:,}{of}"
+    title = (
+        f"{first.format} ({sum(each.first.documents for each in same):,} documents): {first.source}, "
+        f"text {first.text:,} of {report.texts:,}"
+    )
     return Panel(
         Text(shortened(shown.text)),
         title=Text(title),

@@ -294,7 +294,7 @@ def read_batches(file: Path, columns: list[str] | None = None) -> Iterator[list[
 
 
 def read_document(file: Path, row: int) -> Document:
-    """The document in ``row``, from 0, of a shard, of which nothing but its row group is read.
+    """The document in ``row``, from 0, of a spool file or shard, of which nothing but its row group is read.
 
     Raises:
         TrainingError: ``file`` is missing or damaged.

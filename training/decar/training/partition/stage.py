@@ -29,6 +29,7 @@ from decar.training.data.corpus import (
     digest_of,
     read_batches,
     read_columns,
+    read_document,
     read_texts,
     spool,
 )
@@ -471,7 +472,8 @@ def _report(
     firsts = [_first_of_formats(corpus, (labels == k) & ~held_out) for k in range(len(names))]
     repeats = _repeats(corpus, ~held_out)
     duplicate, repeated = np.flatnonzero(duplicates)[:1].tolist(), list(repeats)[:1]
-    found = _documents(corpus, [*(first for each in firsts for first, _, _ in each), *duplicate, *repeated])
+    numbers = {*(number for each in firsts for number, _, _ in each), *duplicate, *repeated}
+    found = {number: read_document(corpus.file, number) for number in numbers}
     shards = []
     for k, name in enumerate(names):
         members = labels == k
@@ -536,14 +538,6 @@ def _repeats(corpus: Corpus, members: NDArray[np.bool_]) -> dict[int, int]:
     _, places, counts = np.unique(corpus.digests[numbers], return_index=True, return_counts=True)
     order = np.lexsort((places, -counts))[: np.count_nonzero(counts > 1)]
     return dict(zip(numbers[places[order]].tolist(), counts[order].tolist(), strict=True))
-
-
-def _documents(corpus: Corpus, numbers: Iterable[int]) -> dict[int, Document]:
-    """The documents of ``numbers``, by number."""
-    ordered = np.array(sorted(set(map(int, numbers))), dtype=np.int64)
-    found = (document for batch in corpus.chosen(ordered) for document in batch)
-    # The last one found, nothing more is read.
-    return dict(zip(ordered.tolist(), found, strict=False))
 
 
 def _some_of(values: list[str]) -> str:
