@@ -135,6 +135,8 @@ def test_what_is_learned_is_marked(write_config: WriteConfig) -> None:
         "def f⟦return⟧ (padding × 3)"
     )
     assert shown(question, question, tokenizer) == "def f"
+    # A document by itself has no padding, whatever it ends with.
+    assert shown(answer + question, [*answer, *none], tokenizer, padded=False) == "⟦return⟧def f"
 
 
 def test_all_that_is_missing_is_named_beside_what_is_known(
@@ -395,7 +397,7 @@ def test_the_first_document_of_each_format_is_shown_as_learned(
         seen = " ".join(line.strip("│ ") for line in panel.splitlines())
         example = read_examples(config, expert, "train")[first.row]
         ids, labels = encode(example, tokenizer)
-        assert seen == " ".join(shown(ids, labels, tokenizer).split("\n"))
+        assert seen == " ".join(shown(ids, labels, tokenizer, padded=False).split("\n"))
         assert "⟦" in seen
 
 

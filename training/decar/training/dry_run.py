@@ -104,9 +104,10 @@ class Shown:
 class Estimate:
     """What training one expert would take. ``steps_done`` of its ``steps`` lie behind it.
 
-    All that is counted in tokens and rows is of ``sampled`` documents, as is ``batch``; where these are not all of its
-    ``documents``, tokens and steps are scaled up. ``batch`` is the first one, decoded, one text a row. A model that
-    ``keeps_apart`` documents has several in a row; ``max_positions`` is the longest row that it can have, if it says.
+    ``sampled`` of its training ``documents`` were tokenized. ``lengths``, ``dropped`` and ``batch``, the first one,
+    decoded, one text a row, are of these; ``train_tokens``, ``num_targets`` and ``steps`` are scaled up to all. A model
+    that ``keeps_apart`` documents has several in a row; ``max_positions`` is the longest row that it can have, if it
+    says.
     """
 
     expert: str
@@ -318,7 +319,7 @@ def _formats(config: TrainConfig, name: str, tokenizer: Any, processor: Any) -> 
         ids, labels = _seen(document, tokenizer, processor)
         if document.images:
             ids, labels = (each[: config.training.sequence_length] for each in (ids, labels))
-        text = shown(ids, labels, tokenizer, getattr(processor, "image_token", None))
+        text = shown(ids, labels, tokenizer, getattr(processor, "image_token", None), padded=False)
         found.append(Shown(first, len(ids), text))
     return found
 
@@ -334,10 +335,16 @@ def _seen(document: Document, tokenizer: Any, processor: Any) -> tuple[list[int]
     return encode(example if processor is None else without_images(example, processor.image_token), tokenizer)
 
 
-def shown(ids: list[int], labels: list[int], tokenizer: Any, image_token: str | None = None) -> str:
-    """A row decoded. If only some of it is learned, that stands in ⟦ ⟧; padding and an image's tokens are counted."""
+def shown(
+    ids: list[int], labels: list[int], tokenizer: Any, image_token: str | None = None, padded: bool = True
+) -> str:
+    """A row decoded. If only some of it is learned, that stands in ⟦ ⟧; padding and an image's tokens are counted.
+
+    Args:
+        padded: whether there may be padding, which a document by itself has not.
+    """
     padding = 0
-    while padding < len(ids) and ids[-1 - padding] == ids[-1] and labels[-1 - padding] == IGNORED:
+    while padded and padding < len(ids) and ids[-1 - padding] == ids[-1] and labels[-1 - padding] == IGNORED:
         padding += 1
     ids, labels = ids[: len(ids) - padding], labels[: len(labels) - padding]
     text = ""

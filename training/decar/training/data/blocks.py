@@ -186,6 +186,7 @@ def length_quantiles(documents: Sequence[PackedDocument], *shares: float) -> lis
 
 
 def num_learned(labels: list[int]) -> int:
+    """How many of ``labels`` are tokens to learn."""
     return len(labels) - labels.count(IGNORED)
 
 

@@ -276,6 +276,11 @@ def _parts(content: str) -> list[dict[str, str]]:
 
 
 def without_images(example: Example, image_token: str) -> Example:
+    """A text or chat without images as an image-text model is trained on it.
+
+    Raises:
+        TrainingError: it has the image token.
+    """
     if isinstance(example, Chat):
         said = [message["content"] for message in example.messages]
     else:
@@ -300,6 +305,7 @@ def image_sizes(file: Path) -> Iterator[list[tuple[int, int]]]:
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
+    """(width, height), upright, which the first bytes of an image say."""
     from PIL import Image
 
     with Image.open(BytesIO(encoded)) as image:
