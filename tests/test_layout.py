@@ -80,7 +80,18 @@ FOLDERS = {
     "evaluate": {"evaluate", "data", "partition", "expert", "router", "export", *ALL_KNOW},
     "new": {"new", "data", "expert", "router", "evaluate", *ALL_KNOW},
     "dry_run": {"data", "partition", "expert", *ALL_KNOW},
-    "cli": {"dry_run", "data", "partition", "expert", "router", "export", "evaluate", *ALL_KNOW},
+    "dry_run_tables": {"dry_run", "data", "partition", *ALL_KNOW},
+    "cli": {
+        "dry_run",
+        "dry_run_tables",
+        "data",
+        "partition",
+        "expert",
+        "router",
+        "export",
+        "evaluate",
+        *ALL_KNOW,
+    },
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -209,7 +220,7 @@ def test_the_whole_configuration_goes_no_further_than_where_its_sections_are_put
             if isinstance(function, ast.FunctionDef) and "TrainConfig" in ast.unparse(function.args)
         }
         for path in sources("training")
-        if path not in (TRAINING / "cli.py", TRAINING / "dry_run.py")
+        if path.parent != TRAINING or path.stem not in ("cli", "dry_run", "dry_run_tables")
     }
     assert {path: functions for path, functions in found.items() if functions} == WHOLE_CONFIGURATION
 

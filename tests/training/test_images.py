@@ -32,11 +32,13 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from decar.router import Ensemble, EnsembleError, load_trained, load_trained_images
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
+from decar.training import dry_run
 from decar.training.config import IMAGE_TEMPLATE, TrainConfig, load_config
+from decar.training.data import corpus
 from decar.training.data.blocks import IGNORED, mean_loss
 from decar.training.data.corpus import DocumentWriter
 from decar.training.data.digits import write_digits
-from decar.training.data.image_blocks import ImageBlocks, ShardImages, image_sizes
+from decar.training.data.image_blocks import CUT_OFF, IMAGE_CHATS, ImageBlocks, ShardImages, image_sizes
 from decar.training.data.shards import read_examples
 from decar.training.data.sources import Chat, Document
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
@@ -54,6 +56,7 @@ from decar.training.partition.stage import make_partition, partition_stage
 from decar.training.router.stage import router_stage, train_router
 from tests.training.conftest import PROSE, config_writer
 from tests.training.test_apart import COMMAND, DEADLINE_S, assert_equal, weights
+from tests.training.test_run import command
 
 VISION = {
     "hidden_size": 32,
@@ -215,6 +218,78 @@ def test_a_long_chat_is_cut_but_no_image(tmp_path: Path) -> None:
         TrainingError, match=r"begins with .* reach beyond 5 tokens; raise training.sequence_l"
     ):
         blocks_of(at(5))
+
+
+def test_what_is_cut_of_chats_about_images_is_counted_in_tokens_and_answers(tmp_path: Path) -> None:
+    config = prepared(write(tmp_path))
+    whole = blocks_of(config)
+    lengths = [len(chat.input_ids) for chat in whole.chats]
+    learned = [int((chat.labels[1:] != IGNORED).sum()) for chat in whole.chats]
+    for length in (max(lengths) - 1, max(lengths) - 3, 2 * IMAGE_TOKENS + 4):
+        training = config.training.model_copy(update={"sequence_length": length})
+        blocks = blocks_of(config.model_copy(update={"training": training}))
+        chats = [document for document in blocks.documents if document.kind == IMAGE_CHATS]
+        assert [document.tokens for document in chats] == lengths
+        assert [document.targets for document in chats] == learned
+        assert [document.cut_off for document in chats] == [max(size - length, 0) for size in lengths]
+        assert sum(document.cut_off for document in chats) == blocks.dropped[CUT_OFF] > 0
+        assert sum(document.unlearned for document in chats) > 0
+        assert sum(each.targets - each.unlearned for each in blocks.documents) == blocks.num_targets
+        # A chat of whose answers nothing is left is no row.
+        assert sum(each.targets > each.unlearned for each in chats) == len(blocks.chats)
+    uncut = [document for document in whole.documents if document.kind == IMAGE_CHATS]
+    assert all(document.cut_off == document.unlearned == 0 for document in uncut)
+
+
+def test_the_dry_run_shows_images_and_what_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    config = prepared(path := write(tmp_path))
+    longest = max(len(chat.input_ids) for name in ("code", "prose") for chat in blocks_of(config, name).chats)
+    training = config.training.model_copy(update={"sequence_length": longest - 1})
+    cut = blocks_of(config.model_copy(update={"training": training}))
+    setting = f"training.sequence_length={longest - 1}"
+    assert command(monkeypatch, "run", path, "--dry-run", "--set", setting) == 0
+    out = capsys.readouterr().out
+    number = sum(document.cut_off > 0 for document in cut.documents)
+    assert re.search(rf"code +{len(cut.chats)} image chats +– +{number}, by {number} tokens ", out)
+    advised = (
+        r"an image chat is cut .*; training.sequence_length: (\d+) keeps all of code's image chats whole"
+    )
+    (length,) = re.findall(advised, out)
+    assert int(length) == max(document.tokens for document in cut.documents if document.kind == IMAGE_CHATS)
+    assert re.search(
+        r"─ LLaVA \(\d+ documents\): train.jsonl, text \d+ of \d+ ─+╮\n│ <\|bos\|><image> × 4 .*\n│ .*\?⟦.*<\|eos\|>⟧",
+        out,
+    )
+    assert re.search(r"─ text \(\d+ documents\): prose.jsonl, text \d+ of \d+ ─", out)
+
+
+def test_the_dry_run_of_a_sample_reads_its_own_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "BATCH_DOCUMENTS", 8)
+    config = prepared(write(tmp_path))
+    seen: list[bytes] = []
+    read = ShardImages.__getitem__
+
+    def look(self: ShardImages, row: int) -> list[bytes]:
+        seen.extend(images := read(self, row))
+        return images
+
+    monkeypatch.setattr(ShardImages, "__getitem__", look)
+    monkeypatch.setattr(dry_run, "SAMPLE", 30)
+    sampled = dry_run.estimate(config, "code", config, {})
+    assert 0 < sampled.sampled <= 40 < sampled.documents
+    assert seen
+    shard = [
+        image
+        for batch in corpus.read_batches(config.run.shard("code", "train"))
+        for d in batch
+        for image in d.images
+    ]
+    assert set(seen) <= set(shard)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(markup=False)  # what is printed may hold the user's paths and texts, brackets included
-_SHOWN_CHARS = 600
+_SHOWN_ROWS = 8
 # Of a parameter in training: itself, its gradient and Adam's two moments in fp32.
 _STATE_BYTES = 16
 
@@ -323,6 +323,11 @@ def _show_dropped(report: PartitionReport) -> None:
         what = "removed" if report.duplicates_removed else "kept"
         _warn(
             f"{what} {report.held_out_duplicates:,} held-out documents that are among the training documents too"
+        )
+    if report.most_repeated is not None:
+        _warn(
+            f"kept {report.duplicates:,} training documents that repeat another in the same words; the most frequent "
+            f"is there {report.most_repeated.times:,} times: {report.most_repeated.begins!r}"
         )
     if report.skipped_lines:
         files = ", ".join(f"{file} {count:,}" for file, count in report.skipped_lines.items())
@@ -621,9 +626,15 @@ def _moe(config: TrainConfig) -> None:
 
 
 def _dry_run(config: TrainConfig, only: str | None = None) -> None:
-    from decar.training.dry_run import Cost, count_parameters, estimate, problems, with_shards
-    from decar.training.partition.report import PartitionReport
-    from decar.training.run import read_report
+    from decar.training.dry_run import (
+        Cost,
+        count_parameters,
+        estimate,
+        partition_report,
+        problems,
+        with_shards,
+    )
+    from decar.training.dry_run_tables import shortened, show_data
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError("--dry-run measures one process; run it without `accelerate launch`")
@@ -644,13 +655,12 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
     known: dict[str, Cost] = {}
     if only is None:
         with with_shards(config) as shards:
-            _show_dropped(read_report(shards.run.partition, PartitionReport))
+            report = partition_report(shards)
             estimates = [estimate(config, name, shards, known) for name in config.expert_names]
     else:
+        report = partition_report(config)
         estimates = [estimate(config, only, config, known)]
-    for expert in estimates:
-        for reason, count in expert.dropped.items():
-            _warn(f"{expert.expert}: dropped {count:,} {reason}")
+    show_data(console, config, report, estimates)
     columns = "expert", "state", "parameters", "tokens", "steps", "memory", "time"
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for expert in estimates:
@@ -659,7 +669,7 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
             state = "done before"
         elif expert.steps_done:
             state = f"continues at {expert.steps_done:,}"
-        cost = expert.cost
+        cost, about = expert.cost, "≈ " if expert.is_sampled else ""
         trained = "" if cost.num_trained == cost.num_parameters else f", {cost.num_trained:,} trained"
         learned = (
             "" if expert.num_targets > 0.9 * expert.train_tokens else f", {expert.num_targets:,} learned"
@@ -668,8 +678,8 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
             expert.expert,
             state,
             f"{cost.num_parameters:,}{trained}",
-            f"{expert.train_tokens:,}{learned}",
-            f"{expert.steps:,} × {expert.tokens_per_step:,}",
+            f"{about}{expert.train_tokens:,}{learned}",
+            f"{'' if config.training.max_steps else about}{expert.steps:,} × {expert.tokens_per_step:,}",
             _size(cost.memory_bytes),
             _duration(expert.time_s),
         )
@@ -682,10 +692,12 @@ def _dry_run(config: TrainConfig, only: str | None = None) -> None:
         soft_wrap=True,
     )
     for expert in estimates[:1]:
-        console.print(f"the first batch of {expert.expert}:")
-        for row, text in enumerate(expert.batch):
-            cut = text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]} … ({len(text):,} characters)"
-            console.print(f"[{row}] {cut}", soft_wrap=True, highlight=False)
+        sample = ", had it the sample alone" if expert.is_sampled else ""
+        console.print(f"the first batch of {expert.expert}{sample}:")
+        for row, text in enumerate(expert.batch[:_SHOWN_ROWS]):
+            console.print(f"[{row}] {shortened(text)}", soft_wrap=True, highlight=False)
+        if len(expert.batch) > _SHOWN_ROWS:
+            console.print(f"and {len(expert.batch) - _SHOWN_ROWS:,} rows more")
     console.print("dry run: nothing was trained, nothing was written")
 
 

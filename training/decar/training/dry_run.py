@@ -1,15 +1,17 @@
-"""What training would take, found out without training: sizes, steps, memory, time, a batch to look at.
+"""What training would take, found out without training: sizes, steps, memory, time, documents to look at.
 
-Measures two optimiser steps of a model that is thrown away, and writes nothing outside a temporary directory.
+Measures two optimiser steps of a model that is thrown away, and writes nothing outside a temporary directory. Of an
+expert with more than `SAMPLE` documents, a sample is tokenized.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,15 +20,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.training.config import TrainConfig
-from decar.training.data.blocks import IGNORED
+from decar.training.data.blocks import IGNORED, PackedDocument, encode, length_quantiles
+from decar.training.data.corpus import read_document
 from decar.training.data.features import embedding_files
+from decar.training.data.image_blocks import ImageRenderer, image_size, without_images
 from decar.training.data.processor import reads_images
-from decar.training.data.sources import input_files
+from decar.training.data.shards import as_example
+from decar.training.data.sources import Document, input_files
 from decar.training.data.tokenizer import check_given, load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.expert.model import build_model, check_model, check_weights, keeps_apart
 from decar.training.expert.options import check_options
@@ -38,8 +44,12 @@ from decar.training.expert.stage import (
     read_blocks,
     step_of,
 )
+from decar.training.partition.report import FormatReport, PartitionReport
 from decar.training.partition.stage import make_partition, partition_stage
+from decar.training.run import SPLITS, read_report, report_file
 
+SAMPLE = 20_000
+"""How many documents of an expert are tokenized, about; their number is stated."""
 _FLOAT_BYTES = 4
 _MEASURED_STEPS = 3  # the first one warms caches
 
@@ -59,10 +69,47 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """The training documents of one ``kind``, ``number`` of them, and what of them is not learned; in tokens.
+
+    ``p50`` and ``p99`` are lengths that some document has; ``begins`` is the start of the longest. ``longer`` documents
+    are longer than a row, ``continued`` ones go over the end of a row. For ``targets``, ``unlearned`` and ``detached``
+    see `PackedDocument`; ``cut_off`` tokens of ``cut`` documents are not even read.
+    """
+
+    kind: str
+    number: int
+    mean: float
+    p50: int
+    p99: int
+    longest: int
+    begins: str
+    longer: int
+    continued: int
+    cut: int
+    cut_off: int
+    targets: int
+    unlearned: int
+    detached: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The first training document of an expert in one format, of ``tokens``, as the expert sees it."""
+
+    first: FormatReport
+    tokens: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What training one expert would take. ``steps_done`` of its ``steps`` lie behind it.
 
-    ``batch`` is its first one, decoded, one text a row.
+    ``sampled`` of its training ``documents`` were tokenized. ``lengths``, ``dropped`` and ``batch``, the first one,
+    decoded, one text a row, are of these; ``train_tokens``, ``num_targets`` and ``steps`` are scaled up to all. A model
+    that ``keeps_apart`` documents has several in a row; ``max_positions`` is the longest row that it can have, if it
+    says.
     """
 
     expert: str
@@ -75,6 +122,16 @@ class Estimate:
     dropped: dict[str, int]
     cost: Cost
     batch: list[str]
+    documents: int
+    sampled: int
+    lengths: list[Lengths]
+    keeps_apart: bool
+    max_positions: int | None
+    formats: list[Shown]
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.sampled < self.documents
 
     @property
     def time_s(self) -> float:
@@ -96,6 +153,13 @@ def with_shards(config: TrainConfig) -> Iterator[TrainConfig]:
         make_partition(draft, partition_stage(draft))
         make_tokenizer(draft.run, draft.tokenizer, tokenizer_stage(draft.run, draft.tokenizer))
         yield draft
+
+
+def partition_report(shards: TrainConfig) -> PartitionReport | None:
+    """That of the partition, which does not have to be where an expert is trained apart."""
+    if not report_file(shards.run.partition).is_file():
+        return None
+    return read_report(shards.run.partition, PartitionReport)
 
 
 def problems(config: TrainConfig, only: str | None = None) -> list[str]:
@@ -155,10 +219,14 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
     processor = expert_processor(recipe, tokenizer)
     model = build_model(recipe, tokenizer)
     apart = keeps_apart(model)
-    train = read_blocks(recipe, [name], "train", tokenizer, processor, apart)
-    read_blocks(recipe, [name], "held_out", tokenizer, processor, apart)
-    with TemporaryDirectory(prefix="decar-dry-run-") as directory, warnings.catch_warnings():
+    with (
+        _sampled(shards, name) as (some, sampled, documents),  # images are read from it as they are needed
+        TemporaryDirectory(prefix="decar-dry-run-") as directory,
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        train = read_blocks(some.recipe(name), [name], "train", tokenizer, processor, apart)
+        read_blocks(some.recipe(name), [name], "held_out", tokenizer, processor, apart)
         trainer = make_trainer(recipe, model, train, Path(directory))
         loader = trainer.get_train_dataloader()
         steps = trainer.set_initial_training_values(trainer.args, loader)[-1]
@@ -167,27 +235,120 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
         if key not in known:
             known[key] = _measure(trainer, model)
     settings = config.training
+    scale = documents / sampled
     return Estimate(
         expert=name,
         is_done=stage.is_done,
         steps_done=step_of(checkpoints[-1]) if checkpoints else 0,
-        steps=steps,
+        steps=steps if settings.max_steps else round(steps * scale),
         tokens_per_step=round(settings.batch_size * settings.gradient_accumulation * train.row_tokens[0]),
-        train_tokens=train.num_tokens,
-        num_targets=train.num_targets,
+        train_tokens=round(train.num_tokens * scale),
+        num_targets=round(train.num_targets * scale),
         dropped=dict(train.dropped),
         cost=known[key],
         batch=[
             shown(ids, labels, tokenizer, getattr(processor, "image_token", None))
             for ids, labels in zip(first["input_ids"].tolist(), first["labels"].tolist(), strict=True)
         ],
+        documents=documents,
+        sampled=sampled,
+        lengths=lengths_by_kind(train.documents, settings.sequence_length),
+        keeps_apart=apart,
+        max_positions=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        formats=_formats(shards, name, tokenizer, processor),
     )
 
 
-def shown(ids: list[int], labels: list[int], tokenizer: Any, image_token: str | None = None) -> str:
-    """A row decoded. If only some of it is learned, that stands in ⟦ ⟧; padding and an image's tokens are counted."""
+@contextmanager
+def _sampled(config: TrainConfig, name: str) -> Iterator[tuple[TrainConfig, int, int]]:
+    """(``config``, or one whose shards of expert ``name`` are every so many row groups of its own; how many training
+    documents these are; of how many)."""
+    from pyarrow import parquet
+
+    number = parquet.read_metadata(config.run.shard(name, SPLITS[0])).num_rows
+    if number <= SAMPLE:
+        yield config, number, number
+        return
+    with TemporaryDirectory(prefix="decar-dry-run-") as directory:
+        draft = config.model_copy(update={"work_dir": Path(directory)})
+        sampled = []
+        for split in SPLITS:
+            target = draft.run.shard(name, split)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with parquet.ParquetFile(config.run.shard(name, split)) as table:
+                every = math.ceil(table.metadata.num_rows / SAMPLE)
+                groups = [table.read_row_group(g) for g in range(0, table.num_row_groups, every)]
+                with parquet.ParquetWriter(target, table.schema_arrow) as writer:
+                    for group in groups:
+                        writer.write_table(group)
+            sampled.append(sum(map(len, groups)))
+        yield draft, sampled[0], number
+
+
+def lengths_by_kind(documents: Sequence[PackedDocument], length: int) -> list[Lengths]:
+    """Of ``documents`` in rows of ``length`` tokens."""
+    found = []
+    for kind in dict.fromkeys(document.kind for document in documents):
+        members = [document for document in documents if document.kind == kind]
+        tokens = np.array([document.tokens for document in members])
+        p50, p99 = length_quantiles(members, 0.5, 0.99)
+        found.append(
+            Lengths(
+                kind=kind,
+                number=len(members),
+                mean=float(tokens.mean()),
+                p50=p50,
+                p99=p99,
+                longest=int(tokens.max()),
+                begins=members[int(tokens.argmax())].begins,
+                longer=int((tokens > length).sum()),
+                continued=sum(document.rows > 1 for document in members),
+                cut=sum(document.cut_off > 0 for document in members),
+                cut_off=sum(document.cut_off for document in members),
+                targets=sum(document.targets for document in members),
+                unlearned=sum(document.unlearned for document in members),
+                detached=sum(document.detached for document in members),
+            )
+        )
+    return found
+
+
+def _formats(config: TrainConfig, name: str, tokenizer: Any, processor: Any) -> list[Shown]:
+    """What the partition's report says to be the first of expert ``name`` in each format."""
+    report = partition_report(config)
+    firsts = [f for shard in report.shards if shard.expert == name for f in shard.formats] if report else []
+    found = []
+    for first in firsts:
+        document = read_document(config.run.shard(name, SPLITS[0]), first.row)
+        ids, labels = _seen(document, tokenizer, processor)
+        if document.images:
+            ids, labels = (each[: config.training.sequence_length] for each in (ids, labels))
+        text = shown(ids, labels, tokenizer, getattr(processor, "image_token", None), padded=False)
+        found.append(Shown(first, len(ids), text))
+    return found
+
+
+def _seen(document: Document, tokenizer: Any, processor: Any) -> tuple[list[int], list[int]]:
+    """The tokens and labels of the whole of ``document``."""
+    if document.images:
+        assert document.messages is not None
+        sizes = [image_size(encoded) for encoded in document.images]
+        ids, labels, _ = ImageRenderer(processor)(document.messages, sizes, document.tools)
+        return ids, labels
+    example = as_example(document)
+    return encode(example if processor is None else without_images(example, processor.image_token), tokenizer)
+
+
+def shown(
+    ids: list[int], labels: list[int], tokenizer: Any, image_token: str | None = None, padded: bool = True
+) -> str:
+    """A row decoded. If only some of it is learned, that stands in ⟦ ⟧; padding and an image's tokens are counted.
+
+    Args:
+        padded: whether there may be padding, which a document by itself has not.
+    """
     padding = 0
-    while padding < len(ids) and ids[-1 - padding] == ids[-1] and labels[-1 - padding] == IGNORED:
+    while padded and padding < len(ids) and ids[-1 - padding] == ids[-1] and labels[-1 - padding] == IGNORED:
         padding += 1
     ids, labels = ids[: len(ids) - padding], labels[: len(labels) - padding]
     text = ""

@@ -5,13 +5,14 @@ Shapes: N rows, B rows of a batch, T tokens.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise, zip_longest
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jinja2 import TemplateError
@@ -24,8 +25,28 @@ from decar.training.data.sources import Chat, Example, Messages, Piece, Tools, i
 IGNORED = -100
 # What of the documents an expert does not learn, as it goes on after "dropped 3".
 UNTAUGHT = "rows without a token to learn"
+# What kinds of documents there are, for a model.
+TEXTS, CHATS = "texts", "chats"
 # How a chat template marks what an assistant writes; transformers gives a mask only for those that do.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class PackedDocument(NamedTuple):
+    """What of one document a model learns, in tokens.
+
+    A text has a target in every token but its first, a chat in those of its answers. ``unlearned`` targets are those
+    that begin one of its later rows, where nothing predicts them, or that are cut off; ``detached`` ones are learned in
+    a later row, without what stands in the rows before it. ``kind``: `TEXTS`, `CHATS`, or those with images.
+    """
+
+    kind: str
+    begins: str
+    tokens: int
+    targets: int
+    unlearned: int
+    detached: int
+    rows: int
+    cut_off: int = 0
 
 
 @dataclass
@@ -36,6 +57,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     in padding, at the end of some rows, at a document's first token, and in what of a chat is not an answer. Positions
     start at 0 with every document and every row, by which transformers keeps a row's documents from seeing each other;
     they are None where no row has two. ``num_tokens`` counts all but padding; ``dropped``, rows that teach nothing.
+    ``documents``, in order: adjacent pieces of one text are one of them.
     """
 
     input_ids: Tensor
@@ -43,6 +65,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     position_ids: Tensor | None
     num_tokens: int
     dropped: Counter[str]
+    documents: list[PackedDocument]
 
     @property
     def num_targets(self) -> int:
@@ -81,6 +104,8 @@ class Rows(Protocol):
     def row_tokens(self) -> tuple[float, int]: ...
     @property
     def dropped(self) -> Mapping[str, int]: ...
+    @property
+    def documents(self) -> Sequence[PackedDocument]: ...
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -103,6 +128,7 @@ def pack(examples: Sequence[Example], tokenizer: Any, length: int, keeps_apart: 
     stream: list[int] = []
     labels: list[int] = []
     positions: list[int] = []
+    documents: list[PackedDocument] = []
     padding = 0
 
     def pad() -> int:
@@ -112,7 +138,8 @@ def pack(examples: Sequence[Example], tokenizer: Any, length: int, keeps_apart: 
         positions.extend(range(missing))
         return missing
 
-    for ids, wanted, is_chat in _encoded(_whole(examples), tokenizer):
+    whole = _whole(examples)
+    for example, (ids, wanted, is_chat) in zip(whole, _encoded(whole, tokenizer), strict=True):
         room = -len(stream) % length
         if not keeps_apart or (is_chat and len(ids) > room):
             padding += pad()
@@ -120,6 +147,7 @@ def pack(examples: Sequence[Example], tokenizer: Any, length: int, keeps_apart: 
         positions += [i if i < room else (i - room) % length for i in range(len(ids))]
         stream += ids
         labels += [IGNORED, *wanted[1:]]  # nothing of the document predicts its first token
+        documents.append(_packed(example, wanted, room or length, length))
     padding += pad()
     shape = len(stream) // length, length
     rows, learned, places = (torch.tensor(all_).long().view(shape) for all_ in (stream, labels, positions))
@@ -132,7 +160,44 @@ def pack(examples: Sequence[Example], tokenizer: Any, length: int, keeps_apart: 
         places[taught] if keeps_apart else None,
         len(stream) - padding,
         +dropped,
+        documents,
     )
+
+
+def _packed(example: Example, labels: list[int], room: int, length: int) -> PackedDocument:
+    """A document of these ``labels``, of which the first ``room`` lie in its first row."""
+    later = labels[room:]
+    starts = later[::length]
+    return PackedDocument(
+        kind=CHATS if isinstance(example, Chat) else TEXTS,
+        begins=beginning(example),
+        tokens=len(labels),
+        targets=num_learned(labels[1:]),
+        unlearned=num_learned(starts),
+        detached=num_learned(later) - num_learned(starts),
+        rows=1 + len(starts),
+    )
+
+
+def length_quantiles(documents: Sequence[PackedDocument], *shares: float) -> list[int]:
+    """Lengths in tokens that such ``shares`` of ``documents`` do not exceed; some document has each."""
+    ordered = sorted(document.tokens for document in documents)
+    return [ordered[max(math.ceil(share * len(ordered)) - 1, 0)] for share in shares]
+
+
+def num_learned(labels: list[int]) -> int:
+    """How many of ``labels`` are tokens to learn."""
+    return len(labels) - labels.count(IGNORED)
+
+
+def encode(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens and labels of a text or chat by itself, as `pack` has them.
+
+    Raises:
+        TrainingError: the chat template cannot render the chat.
+    """
+    ids, wanted, _ = next(_encoded([example], tokenizer))
+    return ids, [IGNORED, *wanted[1:]]
 
 
 def _whole(examples: Sequence[Example]) -> list[Example]:

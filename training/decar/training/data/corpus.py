@@ -95,10 +95,10 @@ def _column(document: Document, name: str) -> Any:
 class Corpus:
     """The documents in ``file``; ``sample`` and ``sampled``, a uniform sample of them and their numbers, ascending.
 
-    The sample is kept without its images. ``source_of``, ``domain_of`` [N] index ``sources`` and ``domains``;
-    ``origins``, ``chars`` [N]; ``with_images`` [N], whether a document has any; ``digests`` [N], equal where documents
-    say the same; ``given_held_out`` [N], whether one comes from ``data.held_out_files``, of which none is in
-    the sample.
+    The sample is kept without its images. ``source_of``, ``domain_of``, ``format_of`` [N] index ``sources``,
+    ``domains`` and ``formats``; ``origins``, ``chars`` [N]; ``with_images`` [N], whether a document has any;
+    ``digests`` [N], equal where documents say the same; ``given_held_out`` [N], whether one comes from
+    ``data.held_out_files``, of which none is in the sample.
     """
 
     file: Path
@@ -106,6 +106,8 @@ class Corpus:
     source_of: Ints
     domains: list[str]
     domain_of: Ints
+    formats: list[str]
+    format_of: Ints
     origins: Ints
     chars: Ints
     digests: Ints
@@ -165,7 +167,8 @@ def spool(
     rng = np.random.default_rng(seed)
     sources: dict[str, int] = {}
     domains: dict[str, int] = {}
-    source_of, domain_of, origins, chars, digests = (array("q") for _ in range(5))
+    formats: dict[str, int] = {}
+    source_of, domain_of, format_of, origins, chars, digests = (array("q") for _ in range(6))
     sample: dict[int, tuple[int, Document]] = {}
     with_images, given_held_out = array("b"), array("b")
     num_sampled_from = 0
@@ -182,6 +185,7 @@ def spool(
             # Without a field, the source is the domain.
             domain = document.source if document.domain is None else document.domain
             domain_of.append(domains.setdefault(domain, len(domains)))
+            format_of.append(formats.setdefault(document.format, len(formats)))
             origins.append(document.origin)
             with_images.append(bool(document.images))
             same.join(document.origin, document.images)
@@ -204,6 +208,8 @@ def spool(
         _ints(source_of),
         list(domains),
         _ints(domain_of),
+        list(formats),
+        _ints(format_of),
         same.of(_ints(origins)),
         _ints(chars),
         _ints(digests),
@@ -279,20 +285,44 @@ def read_columns(file: Path) -> list[str]:
         raise _damaged(file, error) from None
 
 
-def read_batches(file: Path) -> Iterator[list[Document]]:
+def read_batches(file: Path, columns: list[str] | None = None) -> Iterator[list[Document]]:
     """The documents of a spool file, or of a shard (which says nothing of origins), a row group at a time.
 
     Raises:
         TrainingError: ``file`` is damaged.
     """
-    for rows in read_row_groups(file):
-        documents = rows.to_pylist()
-        for row in documents:
-            row.setdefault("origin", 0)
-            for name in {*_JSON_COLUMNS} & row.keys():
-                row[name] = row[name] and json.loads(row[name])
-            row[IMAGES_FIELD] = tuple(row.get(IMAGES_FIELD) or ())
-        yield [Document(**row) for row in documents]
+    for rows in read_row_groups(file, columns):
+        yield _documents(rows)
+
+
+def read_document(file: Path, row: int) -> Document:
+    """The document in ``row``, from 0, of a spool file or shard, of which nothing but its row group is read.
+
+    Raises:
+        TrainingError: ``file`` is missing or damaged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    require(file.parents[1], file)
+    try:
+        with parquet.ParquetFile(file) as table:
+            group = 0
+            while row >= (size := table.metadata.row_group(group).num_rows):
+                row, group = row - size, group + 1
+            return _documents(table.read_row_group(group).slice(row, 1))[0]
+    except pyarrow.ArrowException as error:
+        raise _damaged(file, error) from None
+
+
+def _documents(table: Any) -> list[Document]:
+    rows = table.to_pylist()
+    for row in rows:
+        row.setdefault("origin", 0)
+        for name in {*_JSON_COLUMNS} & row.keys():
+            row[name] = row[name] and json.loads(row[name])
+        row[IMAGES_FIELD] = tuple(row.get(IMAGES_FIELD) or ())
+    return [Document(**row) for row in rows]
 
 
 def read_row_groups(file: Path, columns: list[str] | None = None) -> Iterator[Any]:

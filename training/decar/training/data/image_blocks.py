@@ -20,13 +20,23 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
-from decar.training.data.blocks import IGNORED, UNTAUGHT, Blocks, beginning, pack, render_chat
+from decar.training.data.blocks import (
+    IGNORED,
+    UNTAUGHT,
+    Blocks,
+    PackedDocument,
+    beginning,
+    num_learned,
+    pack,
+    render_chat,
+)
 from decar.training.data.corpus import IMAGES_FIELD, read_columns, read_row_groups
 from decar.training.data.sources import Chat, Example, Messages, Piece, Tools, split_at_images
 
 # A row group is about a megabyte, unless a document alone has more.
 _ROW_GROUPS_KEPT = 128
 _EXIF_ORIENTATION = 0x0112
+IMAGE_CHATS = "image chats"
 CUT_OFF = "tokens of chats about images beyond training.sequence_length"
 
 
@@ -77,7 +87,8 @@ class ImageChat:
 class ImageBlocks(torch.utils.data.Dataset[dict[str, Any]]):
     """``texts`` packed into rows of one length, and ``chats`` about images, each a row of its own length.
 
-    ``dropped`` counts what the experts do not learn, by what it is.
+    ``dropped`` counts what the experts do not learn, by what it is; ``documents`` are the texts', then all chats about
+    images.
     """
 
     texts: Blocks
@@ -85,6 +96,7 @@ class ImageBlocks(torch.utils.data.Dataset[dict[str, Any]]):
     processor: Any
     fill: int
     dropped: Counter[str]
+    documents: list[PackedDocument]
 
     @property
     def num_tokens(self) -> int:
@@ -163,11 +175,12 @@ def read_image_blocks(
     texts: list[Example] = []
     chats = []
     dropped: Counter[str] = Counter()
+    documents: list[PackedDocument] = []
     for shard, file in zip(examples, files, strict=True):
         images = ShardImages(file)
         for row, (example, sizes) in enumerate(zip(shard, image_sizes(file), strict=True)):
             if not sizes:
-                texts.append(_without_images(example, processor.image_token))
+                texts.append(without_images(example, processor.image_token))
                 continue
             assert isinstance(example, Chat)
             ids, labels, _ = render(example.messages, sizes, example.tools)
@@ -177,6 +190,18 @@ def read_image_blocks(
                     f"{length} tokens; raise training.sequence_length, or leave the chat out"
                 )
             dropped[CUT_OFF] += max(len(ids) - length, 0)
+            documents.append(
+                PackedDocument(
+                    kind=IMAGE_CHATS,
+                    begins=beginning(example),
+                    tokens=len(ids),
+                    targets=num_learned(labels[1:]),
+                    unlearned=num_learned(labels[length:]),
+                    detached=0,
+                    rows=1,
+                    cut_off=max(len(ids) - length, 0),
+                )
+            )
             ids, labels = ids[:length], labels[:length]
             if any(label != IGNORED for label in labels[1:]):
                 chats.append(ImageChat(torch.tensor(ids), torch.tensor(labels), images, row))
@@ -184,7 +209,7 @@ def read_image_blocks(
                 dropped[UNTAUGHT] += 1
     fill = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     packed = pack(texts, tokenizer, length, keeps_apart)
-    return ImageBlocks(packed, chats, processor, fill, packed.dropped + dropped)
+    return ImageBlocks(packed, chats, processor, fill, packed.dropped + dropped, packed.documents + documents)
 
 
 class ImageRenderer:
@@ -250,7 +275,12 @@ def _parts(content: str) -> list[dict[str, str]]:
     return parts
 
 
-def _without_images(example: Example, image_token: str) -> Example:
+def without_images(example: Example, image_token: str) -> Example:
+    """A text or chat without images as an image-text model is trained on it.
+
+    Raises:
+        TrainingError: it has the image token.
+    """
     if isinstance(example, Chat):
         said = [message["content"] for message in example.messages]
     else:
@@ -271,10 +301,11 @@ def image_sizes(file: Path) -> Iterator[list[tuple[int, int]]]:
         return
     for rows in read_row_groups(file, [IMAGES_FIELD]):
         for images in rows.column(IMAGES_FIELD).to_pylist():
-            yield [_size(encoded) for encoded in images]
+            yield [image_size(encoded) for encoded in images]
 
 
-def _size(encoded: bytes) -> tuple[int, int]:
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """(width, height), upright, which the first bytes of an image say."""
     from PIL import Image
 
     with Image.open(BytesIO(encoded)) as image:

@@ -5,15 +5,19 @@ Their columns: `Run.shard` in `run.py`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from decar.router.errors import TrainingError
-from decar.training.data.corpus import IMAGES_FIELD, PIECE_COLUMNS, read_columns, read_row_groups
+from decar.training.data.corpus import (
+    IMAGES_FIELD,
+    PIECE_COLUMNS,
+    read_batches,
+    read_columns,
+    read_row_groups,
+)
 from decar.training.data.formats import MESSAGES_FIELD, TOOLS_FIELD
-from decar.training.data.sources import Chat, Example, Piece
+from decar.training.data.sources import Chat, Document, Example, Piece
 from decar.training.run import require
 from decar.training.stages import read_marker
 
@@ -71,20 +75,20 @@ def read_examples(shard: Path) -> list[Example]:
     Raises:
         TrainingError: it is missing or damaged.
     """
-    wanted = ("text", MESSAGES_FIELD, TOOLS_FIELD, *PIECE_COLUMNS)
     found = read_columns(shard)
-    columns = [name for name in wanted if name in found]
-    return [_example(row) for rows in read_row_groups(shard, columns) for row in rows.to_pylist()]
+    columns = [
+        name for name in ("text", "source", MESSAGES_FIELD, TOOLS_FIELD, *PIECE_COLUMNS) if name in found
+    ]
+    return [as_example(document) for batch in read_batches(shard, columns) for document in batch]
 
 
-def _example(row: dict[str, Any]) -> Example:
-    if row.get(MESSAGES_FIELD) is not None:
-        tools = row.get(TOOLS_FIELD)
-        return Chat(json.loads(row[MESSAGES_FIELD]), tools and json.loads(tools))
-    if row.get("piece", 0) > 0 or not row.get("is_last", True):
-        return Piece(row["text"], row["origin"], row["piece"], row["is_last"])
-    text: str = row["text"]
-    return text
+def as_example(document: Document) -> Example:
+    """``document`` as an expert is trained on it, without its images."""
+    if document.messages is not None:
+        return Chat(document.messages, document.tools)
+    if document.piece > 0 or not document.is_last:
+        return Piece(document.text, document.origin, document.piece, document.is_last)
+    return document.text
 
 
 def count_documents(shard: Path) -> int:

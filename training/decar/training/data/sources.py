@@ -54,7 +54,7 @@ class Document:
 
     A chat is one document with its ``messages`` and ``tools``; its text is what they say. Its ``images``, encoded,
     belong in order where its messages have an `IMAGE_MARK`. Of an input text that was cut, ``piece`` counts the pieces
-    from 0. ``is_given_held_out`` says that it comes from ``data.held_out_files``.
+    from 0. ``format`` is how the data hold it; ``is_given_held_out`` says that it comes from ``data.held_out_files``.
     """
 
     text: str

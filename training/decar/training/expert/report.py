@@ -16,9 +16,10 @@ class ExpertReport(BaseModel):
 
     ``train_loss`` is None where nothing was trained, as in a model that is merged and no more. ``shards`` holds the
     SHA-256 of each file that it was trained or measured on, ``versions`` the software that did. ``dropped`` counts what
-    of its training documents it did not learn, by what it is. ``steps`` is how long it was trained, ``kept_step`` after
-    which of them it had the weights that were kept, None in reports of older versions. ``held_out_loss`` is of these
-    weights as they are saved; the losses in ``curve`` are those of training.
+    of its training documents it did not learn, by what it is. Half of these documents have at most
+    ``document_tokens_p50`` tokens, 99 of 100 at most ``document_tokens_p99``. ``steps`` is how long it was trained,
+    ``kept_step`` after which of them it had the weights that were kept, None in reports of older versions.
+    ``held_out_loss`` is of these weights as they are saved; the losses in ``curve`` are those of training.
     """
 
     expert: str
@@ -32,6 +33,8 @@ class ExpertReport(BaseModel):
     train_documents: int | None = None
     held_out_documents: int | None = None
     dropped: dict[str, int] = {}
+    document_tokens_p50: int | None = None
+    document_tokens_p99: int | None = None
     shards: dict[str, str] = {}
     versions: dict[str, str] = {}
     kept_step: int | None = None

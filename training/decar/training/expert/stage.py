@@ -20,7 +20,7 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.training.config import Recipe, TrainConfig, TrainingConfig
-from decar.training.data.blocks import Rows, mean_loss, pack, row_losses
+from decar.training.data.blocks import Rows, length_quantiles, mean_loss, pack, row_losses
 from decar.training.data.corpus import IMAGES_FIELD
 from decar.training.data.image_blocks import read_image_blocks
 from decar.training.data.processor import load_processor, processor_files, reads_images
@@ -100,6 +100,7 @@ def train_model(
         callbacks = [*callbacks, TensorBoardCallback(writer)]
     for callback in callbacks:
         trainer.add_callback(callback)
+    p50, p99 = length_quantiles(train.documents, 0.5, 0.99)
     start_s = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -136,6 +137,8 @@ def train_model(
         train_documents=_num_documents(config.run, shards, "train"),
         held_out_documents=_num_documents(config.run, shards, "held_out"),
         dropped=dict(train.dropped),
+        document_tokens_p50=p50,
+        document_tokens_p99=p99,
         shards=_hashes(config.run, shards),
         versions=versions(),
         kept_step=kept_step,

@@ -28,9 +28,30 @@ _THUMBNAIL_PIXELS = 96
 _LOOKED_AT = 5_000
 
 
+class FormatReport(BaseModel):
+    """The training ``documents`` of one expert that the data hold in one ``format``.
+
+    The first of them is in row ``row``, from 0, of the shard; it comes from ``source``, and is the ``text``-th, from 1,
+    of all texts and chats that were read.
+    """
+
+    format: str
+    documents: int
+    row: int
+    source: str
+    text: int
+
+
+class Repeated(BaseModel):
+    """A document that is there several ``times``; ``begins`` is the start of it, on one line."""
+
+    times: int
+    begins: str
+
+
 class ShardReport(BaseModel):
     """What one expert received. ``top_terms`` and ``nearest``, the beginnings of the documents that are nearest to the
-    expert's centroid, are of the sample."""
+    expert's centroid, are of the sample. ``formats`` is empty in reports of older versions."""
 
     expert: str
     train_documents: int
@@ -39,6 +60,7 @@ class ShardReport(BaseModel):
     sources: dict[str, int]
     top_terms: list[str]
     nearest: list[str]
+    formats: list[FormatReport] = []
 
 
 class PartitionReport(BaseModel):
@@ -47,9 +69,11 @@ class PartitionReport(BaseModel):
     Of the ``texts`` that were read, chats included, in ``formats``, some were ``dropped``, by reason; ``documents`` are
     what the others were cut into. ``left_out`` says what of the folders in ``data.files`` was not read.
     ``held_out_duplicates`` held-out documents are among the training documents too, and were removed from the held-out
-    ones or kept. ``balance``: the largest expert's documents over the smallest's. Of the ``sample``
-    documents: ``mean_cosine`` to their expert's centroid; ``silhouette`` (Rousseeuw 1987) by cosine distance, None
-    where it is not defined.
+    ones or kept; ``held_out_duplicate`` is the start of the first of them. ``duplicates`` training documents, of
+    whichever expert, say what an earlier one says, and were kept (None in reports of older versions); ``most_repeated``
+    is the one that is there most often. ``balance``: the largest expert's documents over the smallest's. Of the
+    ``sample`` documents: ``mean_cosine`` to their expert's centroid; ``silhouette`` (Rousseeuw 1987) by cosine
+    distance, None where it is not defined.
     ``skipped_lines`` of each file were bad; ``first_skipped`` says what was wrong with the first.
     """
 
@@ -68,6 +92,9 @@ class PartitionReport(BaseModel):
     skipped_lines: dict[str, int]
     first_skipped: str | None
     shards: list[ShardReport]
+    held_out_duplicate: str | None = None
+    duplicates: int | None = None
+    most_repeated: Repeated | None = None
 
 
 def centroids(features: Rows, labels: Labels, num_experts: int) -> Rows:
@@ -112,7 +139,12 @@ def top_terms(
 def nearest(texts: Sequence[str], features: Rows, labels: Labels, expert: int, centroid: Rows) -> list[str]:
     """The beginnings, on one line, of the documents of ``expert`` that are nearest to ``centroid`` [D]."""
     best = nearest_members(features, labels, expert, centroid, _NEAREST)
-    return [" ".join(texts[i][: 2 * _SNIPPET_CHARS].split())[:_SNIPPET_CHARS] for i in best]
+    return [snippet(texts[i]) for i in best]
+
+
+def snippet(text: str) -> str:
+    """The beginning of ``text``, on one line."""
+    return " ".join(text[: 2 * _SNIPPET_CHARS].split())[:_SNIPPET_CHARS]
 
 
 def nearest_members(features: Rows, labels: Labels, expert: int, centroid: Rows, most: int) -> Labels:

@@ -28,6 +28,7 @@ from decar.training.data.corpus import (
     Progress,
     digest_of,
     read_batches,
+    read_document,
     spool,
 )
 from decar.training.data.features import DocumentFeatures, document_features, embedding_files
@@ -43,7 +44,9 @@ from decar.training.fingerprints import partition_fingerprint
 from decar.training.partition.cluster import balanced_kmeans, two_stage_kmeans
 from decar.training.partition.report import (
     SHEET_COLUMNS,
+    FormatReport,
     PartitionReport,
+    Repeated,
     ShardReport,
     centroids,
     draw_map,
@@ -51,6 +54,7 @@ from decar.training.partition.report import (
     nearest,
     nearest_members,
     silhouette,
+    snippet,
     top_terms,
 )
 from decar.training.run import SPLITS, plot_file, read_report, report_file, shard_file, spool_file
@@ -426,6 +430,11 @@ def _report(
     middles = centroids(sample_features, sampled, len(names))
     terms = top_terms(texts, sampled, len(names), settings.num_features, seed)
     sizes = np.bincount(labels[~corpus.given_held_out], minlength=len(names))
+    firsts = [_first_of_formats(corpus, (labels == k) & ~held_out) for k in range(len(names))]
+    repeats = _repeats(corpus, ~held_out)
+    duplicate, repeated = np.flatnonzero(dealt.duplicates)[:1].tolist(), list(repeats)[:1]
+    numbers = {*(number for each in firsts for number, _, _ in each), *duplicate, *repeated}
+    found = {number: read_document(corpus.file, number) for number in numbers}
     shards = []
     for k, name in enumerate(names):
         members = labels == k
@@ -440,6 +449,16 @@ def _report(
                 sources=dict(sorted(sources.items(), key=lambda pair: -pair[1])),
                 top_terms=terms[k],
                 nearest=nearest(texts, sample_features, sampled, k, middles[k]),
+                formats=[
+                    FormatReport(
+                        format=corpus.formats[corpus.format_of[number]],
+                        documents=count,
+                        row=row,
+                        source=found[number].source,
+                        text=found[number].origin + 1,
+                    )
+                    for number, row, count in firsts[k]
+                ],
             )
         )
     return PartitionReport(
@@ -458,7 +477,30 @@ def _report(
         skipped_lines=dict(bad.counts),
         first_skipped=bad.first,
         shards=shards,
+        held_out_duplicate=snippet(found[duplicate[0]].text) if duplicate else None,
+        duplicates=sum(repeats.values()) - len(repeats),
+        most_repeated=Repeated(times=repeats[repeated[0]], begins=snippet(found[repeated[0]].text))
+        if repeated
+        else None,
     )
+
+
+def _first_of_formats(corpus: Corpus, members: NDArray[np.bool_]) -> list[tuple[int, int, int]]:
+    """(number, place among the ``members`` [N], how many of these) of the first member in each format."""
+    numbers = np.flatnonzero(members)
+    _, places, counts = np.unique(corpus.format_of[numbers], return_index=True, return_counts=True)
+    return [
+        (int(numbers[place]), int(place), int(count)) for place, count in zip(places, counts, strict=True)
+    ]
+
+
+def _repeats(corpus: Corpus, members: NDArray[np.bool_]) -> dict[int, int]:
+    """The numbers of those ``members`` [N] that later ones repeat, and how often each is there, the most frequent
+    first."""
+    numbers = np.flatnonzero(members)
+    _, places, counts = np.unique(corpus.digests[numbers], return_index=True, return_counts=True)
+    order = np.lexsort((places, -counts))[: np.count_nonzero(counts > 1)]
+    return dict(zip(numbers[places[order]].tolist(), counts[order].tolist(), strict=True))
 
 
 def _some_of(values: list[str]) -> str:
