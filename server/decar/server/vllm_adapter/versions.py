@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 import re
 from typing import Any
 
@@ -64,6 +65,14 @@ def installed_version() -> str | None:
         for found in importlib.metadata.distributions(name=name):
             return found.version
     return None
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM computes on CPUs: told as vLLM tells it, which need not be imported for that."""
+    built_for_cpus = not any(importlib.metadata.distributions(name="vllm")) or "cpu" in (
+        installed_version() or ""
+    )
+    return built_for_cpus or os.environ.get("VLLM_TARGET_DEVICE") == "cpu"
 
 
 @functools.cache
