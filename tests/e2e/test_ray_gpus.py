@@ -32,9 +32,8 @@ from types import SimpleNamespace
 import ray
 from decar.router.manifest import EngineOptions
 from decar.router.errors import StartError
-from decar.server.cluster.actors import options_of
 from decar.server.cluster.gpus import hold, places_on
-from decar.server.cluster.nodes import Cluster, plan_on
+from decar.server.cluster.nodes import Cluster, options_of, plan_on
 from decar.server.protocol.member import LockstepConfig
 from decar.server.protocol.plane import Plane
 
@@ -143,7 +142,7 @@ def test_inspect_shows_the_plan(cluster: RayCluster, duo: Reference) -> None:
     first, second = duo.experts
 
     def rows(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-        lines = [line.split() for line in done.stdout.splitlines() if "127.0.0.1" in line]
+        lines = [line.split() for line in done.stdout.splitlines() if " ada " in line]
         return {line[0]: line[1:] for line in lines}
 
     dealt = inspected(cluster, duo)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from decar.server.cluster.hosts import ClusterHosts
-from decar.server.cluster.nodes import KEEP_DEVICES, Node
+from decar.server.cluster.nodes import options_of
 from decar.server.protocol.channels import GONE_S
 from decar.server.vllm_adapter.actor import ActorManager, ActorProcess, begin
 from decar.server.vllm_adapter.engine import Site, dealt_cores
@@ -65,17 +65,6 @@ class Actors:
             raise
         manager.watch_until_heard(hears_here)
         return {"input_address": hears_here, "output_address": speaks_here}, manager
-
-
-def options_of(node: Node, ranks: int, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Ray's, of an engine's actor. Its GPUs are those that `LockstepConfig` names, which the server has: see
-    `Cluster.hold`."""
-    return {
-        "num_cpus": ranks,
-        "num_gpus": 0,
-        "scheduling_strategy": node.strategy(),
-        "runtime_env": {"env_vars": {**environment, **KEEP_DEVICES}},
-    }
 
 
 def _environment_for_actors(before: Mapping[str, str]) -> dict[str, str]:

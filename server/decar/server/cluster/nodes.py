@@ -46,6 +46,17 @@ class Node:
         return NodeAffinitySchedulingStrategy(self.id, soft=False)
 
 
+def options_of(node: Node, ranks: int, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Ray's, of an engine's actor. Its GPUs are those that `LockstepConfig` names, which the server has: see
+    `Cluster.hold`."""
+    return {
+        "num_cpus": ranks,
+        "num_gpus": 0,
+        "scheduling_strategy": node.strategy(),
+        "runtime_env": {"env_vars": {**environment, **KEEP_DEVICES}},
+    }
+
+
 @dataclass(frozen=True)
 class Held:
     """GPUs of a node that are this server's in Ray's books.
