@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from decar.router.errors import StartError
-from decar.server.cluster.gpus import places_on, shared
+from decar.server.cluster.gpus import check_gateway, places_on, shared
 from decar.server.cluster.nodes import Held, Node, Plan, plan_on
 from decar.server.commands import with_ray_address
 from decar.server.placement import Gpu
@@ -249,3 +251,17 @@ def test_a_node_that_shows_other_gpus_than_ray_has_counted_is_told() -> None:
         StartError, match=r"'ada': Ray has given GPU 4 there, and nvidia-smi shows none there"
     ):
         places_on(plan, [Held((), ("4",)), Held(seen, ("4",))], ensemble(1, 1))
+
+
+def test_vllms_build_for_gpus_needs_one_where_the_gateway_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '0, GPU-aa, H200, 140000'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    check_gateway()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(StartError, match="needs one also where the gateway runs"):
+        check_gateway()

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from decar.router.errors import StartError
 from decar.router.manifest import EngineOptions
+from decar.server.inspection import inspect
 from decar.server.placement import Gpu, _visible, device_order, exchanged, place, place_on, refuse_nodes
 
 GIB = 1 << 30
@@ -185,3 +187,10 @@ def test_nodes_are_a_clusters(wish: str) -> None:
     refuse_nodes("e0=0, e1=1+2")
     with pytest.raises(StartError, match=r"names a node, which a Ray cluster has: add --ray"):
         refuse_nodes(wish)
+
+
+def test_a_node_without_a_cluster_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(
+        StartError, match="--placement says where engines are to be in a Ray cluster: add --ray"
+    ):
+        inspect(tmp_path, Console(), placement="e0=gpu:0@ada")

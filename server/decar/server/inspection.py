@@ -27,8 +27,12 @@ def inspect(directory: Path, console: Console, ray: str | None = None, placement
         placement: on which nodes there.
 
     Raises:
-        StartError: there is no such cluster, or it does not fit.
+        StartError: there is no such cluster, or it does not fit; or ``placement`` is given without one.
     """
+    if placement is not None and ray is None:
+        raise StartError(
+            "--placement says where engines are to be in a Ray cluster: add --ray, or leave it out"
+        )
     ensemble, problems = Ensemble.inspect(directory)
     if ensemble is not None:
         _describe(ensemble, console)

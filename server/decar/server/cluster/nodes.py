@@ -14,9 +14,9 @@ from decar.router import Ensemble
 from decar.router.errors import StartError
 from decar.server.placement import Gpu, visible_gpus
 
-KEEP_DEVICES = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-"""Of an actor's environment: Ray leaves its CUDA_VISIBLE_DEVICES alone, else it sets it anew before each call."""
-_HELD_WITHIN_S = 60.0
+KEEP_DEVICES = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""Of an actor's environment: Ray does not set its CUDA_VISIBLE_DEVICES, and CUDA counts as nvidia-smi does."""
+_HELD_WITHIN_S = 120.0
 _WISH = re.compile(r"(?:node:|gpu:(?P<gpus>\d+(?:\+\d+)*)@)(?P<node>.+)")
 
 
@@ -167,8 +167,8 @@ class Cluster:
             held: Held = self._ray.get(actor.held.remote(), timeout=_HELD_WITHIN_S)
         except self._ray.exceptions.GetTimeoutError:
             raise StartError(
-                f"node {node.name!r} has not given {gpus} GPUs in {_HELD_WITHIN_S:.0f} s: somebody else has taken one "
-                "of them meanwhile, see `ray status`"
+                f"node {node.name!r} has not given {gpus} GPU{'s' if gpus > 1 else ''} in {_HELD_WITHIN_S:.0f} s: it "
+                "does not answer, or somebody else has taken one meanwhile (`ray status`)"
             ) from None
         except self._ray.exceptions.RayError as error:
             raise StartError(f"node {node.name!r}: {str(error).strip().splitlines()[-1]}") from None

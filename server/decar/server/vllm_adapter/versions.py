@@ -69,10 +69,8 @@ def installed_version() -> str | None:
 
 def is_cpu_build() -> bool:
     """Whether the installed vLLM computes on CPUs: told as vLLM tells it, which need not be imported for that."""
-    built_for_cpus = not any(importlib.metadata.distributions(name="vllm")) or "cpu" in (
-        installed_version() or ""
-    )
-    return built_for_cpus or os.environ.get("VLLM_TARGET_DEVICE") == "cpu"
+    found = [distribution.version for distribution in importlib.metadata.distributions(name="vllm")]
+    return not found or "cpu" in found[0] or os.environ.get("VLLM_TARGET_DEVICE") == "cpu"
 
 
 @functools.cache
