@@ -226,9 +226,8 @@ class StagedTransport(HostTransport):
             log_normalisers[i] = self.rows.log_normalisers[k][places]
         rows, log_normalisers = _staged_views(self._memory.upload(staged), len(part), n, stride)
         found = {k: (rows[i, :, :vocab_size], log_normalisers[i]) for i, k in enumerate(part)}
-        views = [
-            found.get(k, found[part[0]]) for k in range(self.rows.experts)
-        ]  # who has no weight is not read
+        anyone = found[part[0]]  # in place of who has no weight, and is not read
+        views = [found.get(k, anyone) for k in range(self.rows.experts)]
         return Rows([logits for logits, _ in views], [values for _, values in views]), np.arange(n)
 
     def post(self, entries: np.ndarray, logits: torch.Tensor) -> None:
