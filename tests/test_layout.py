@@ -56,7 +56,7 @@ ROOMS = {
     "port": set(),
     "terminal": set(),
     "ps": {"protocol"},
-    "inspection": {"cluster", "placement"},
+    "inspection": {"cluster", "placement", "vllm_adapter"},
     "commands": {"vllm_adapter"},
     "cli": {"commands", "inspection", "ps", "serve"},
     "__main__": {"cli"},

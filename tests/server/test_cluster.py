@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,9 @@ def test_a_checkpoint_has_to_be_the_same(host: Host, tmp_path: Path) -> None:
         f"node 'grace': there is no /elsewhere{config}; weights have to be at the same path"
     )
     other = SimpleNamespace(versions={**facts.versions, "vLLM": "0.1"})
+    build = SimpleNamespace(versions={**facts.versions, "vLLM for": "GPUs"})
+    [said] = wrong_with(NODES[1], host, facts, build)  # type: ignore[arg-type]
+    assert said == "node 'grace' has vLLM for CPUs, and the gateway GPUs: install the same there"
     [said] = wrong_with(NODES[1], host, facts, other)  # type: ignore[arg-type]
     assert "node 'grace' has vLLM" in said
     assert "and the gateway 0.1: install the same there" in said
@@ -172,6 +176,7 @@ class FakeCluster:
         self.there = list(NODES)
         self.begun: list[FakeHost] = []
         self.ended: list[FakeHost] = []
+        self.held: list[tuple[Node, int]] = []
 
     def nodes(self) -> list[Node]:
         return self.there
@@ -182,6 +187,9 @@ class FakeCluster:
     def begin(self, node: Node) -> FakeHost:
         self.begun.append(FakeHost())
         return self.begun[-1]
+
+    def hold(self, node: Node, gpus: int) -> None:
+        self.held.append((node, gpus))
 
     def end(self, actor: FakeHost) -> None:
         self.ended.append(actor)
@@ -242,6 +250,18 @@ def test_a_node_that_is_lost_is_waited_for(three: Three) -> None:
     again = Node("9", "grace", "127.0.0.1", 2)
     cluster.there.append(again)
     assert there.ready(1).node is again
+
+
+def test_a_node_that_is_back_gives_its_gpus_again(three: Three) -> None:
+    there, cluster = three
+    there._plan = replace(there._plan, held=(1, 2, 0))
+    again = Node("9", "grace", "127.0.0.1", 2, 2.0, 2)
+    cluster.there[1] = again
+    there.ready(1)
+    assert cluster.held == [(again, 2)]
+    cluster.begun[1].fails = HostGone("it has ended")
+    there.ready(2)
+    assert len(cluster.held) == 1, "there are no engines on GPUs there"
 
 
 def test_a_beginning_that_fails_half_way_is_begun_again(

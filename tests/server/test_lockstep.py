@@ -1,6 +1,6 @@
 """The plane's rules, engine against engine: threads stand in for processes, memory and protocol are real.
 
-All of it runs over both transports. A mapped file stands in for device memory: CUDA does not map memory into
+All of it runs over all transports. A mapped file stands in for device memory: CUDA does not map memory into
 the process that owns it. CUDA's own mapping has test_cuda_memory.py.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from decar.kernels import Rule, mix_rows
 from decar.kernels.reference import gumbel
 from decar.router.errors import StartError
 from decar.server.gateway.weights import WeightsReader
@@ -23,7 +24,12 @@ from decar.server.protocol.lockstep import HELD, RULES, Lockstep, Observer, Turn
 from decar.server.protocol.member import Draw, Member
 from decar.server.protocol.plane import Plane, stamp_of
 from decar.server.protocol.runtime import DIRECTORY, remove_stale
-from decar.server.protocol.transport import DeviceTransport, HostTransport
+from decar.server.protocol.transport import (
+    DeviceTransport,
+    HostTransport,
+    StagedTransport,
+    transport_of,
+)
 
 VOCABULARY = 12
 
@@ -49,14 +55,17 @@ class FileMemory:
     def settle(self) -> None:
         """Files are visible at once."""
 
-    def upload(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values.copy())
+    def staging(self, count: int) -> torch.Tensor:
+        return torch.full((count,), torch.nan)
+
+    def upload(self, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
 
     def download(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
         return [values.clone().numpy() for values in tensors]
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["host", "device", "staged"])
 def plane(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plane]:
     dtype = "float32" if request.param == "device" else None
     made = Plane.create(experts=2, slots=4, vocab_size=VOCABULARY, positions=16, device_dtype=dtype)
@@ -68,14 +77,13 @@ def plane(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Plane]:
 
 
 @pytest.fixture
-def engines(plane: Plane, tmp_path: Path) -> tuple[Lockstep, Lockstep]:
+def engines(request: pytest.FixtureRequest, plane: Plane, tmp_path: Path) -> tuple[Lockstep, Lockstep]:
     """Two engines attached to ``plane``, over the transport it was made for."""
+    memory = None if request.node.callspec.params["plane"] == "host" else FileMemory(tmp_path)
 
     def engine(expert: int) -> Lockstep:
         attached = Plane.attach(plane.spec)
-        if not plane.spec.on_device:
-            return Lockstep(attached, expert, HostTransport(attached, expert))
-        return Lockstep(attached, expert, DeviceTransport(attached, expert, FileMemory(tmp_path)))
+        return Lockstep(attached, expert, transport_of(attached, expert, memory))
 
     return engine(0), engine(1)
 
@@ -638,10 +646,10 @@ def test_weights_that_are_fixed_do_not_move_with_decided_tokens(engines: tuple[L
     np.testing.assert_allclose(np.exp(leader.log_weights[0]), [0.25, 0.75])
 
 
-@pytest.mark.parametrize("plane", ["device"], indirect=True)
+@pytest.mark.parametrize("plane", ["device", "staged"], indirect=True)
 def test_what_goes_to_the_device_comes_as_it_was_and_aligned(plane: Plane, tmp_path: Path) -> None:
     """However many there are of each, none included."""
-    transport = DeviceTransport(plane, 0, FileMemory(tmp_path))
+    transport = transport_of(plane, 0, FileMemory(tmp_path))
     for count in range(4):
         given = [
             np.arange(count, dtype=np.int64) - 1,
@@ -654,3 +662,65 @@ def test_what_goes_to_the_device_comes_as_it_was_and_aligned(plane: Plane, tmp_p
             assert (tensor.data_ptr() - came[0].data_ptr()) % 16 == 0
         for values, back in zip(given, transport.to_host(*came), strict=True):
             np.testing.assert_array_equal(back, values)
+
+
+@pytest.fixture
+def host_plane(tmp_path: Path) -> Iterator[Plane]:
+    """Rows of three experts, each of which posts [4, V] of its own."""
+    made = Plane.create(experts=3, slots=4, vocab_size=VOCABULARY, positions=16, hosts=(0, 1, 1))
+    generator = torch.Generator().manual_seed(2)
+    for expert in range(3):
+        rows = torch.randn(4, VOCABULARY, generator=generator)
+        HostTransport(made, expert).post(np.array([1, 2, 5, 6]), rows)
+    yield made
+    made.unlink()
+
+
+def test_rows_in_host_memory_are_brought_to_the_device_that_mixes_them(
+    host_plane: Plane, tmp_path: Path
+) -> None:
+    """Those of the step's entries, of experts that have a weight; and what is written later does not change them."""
+    transport, entries = StagedTransport(host_plane, 1, FileMemory(tmp_path)), np.array([6, 1])
+    log_weights = np.log(
+        [[0.5, 0.0, 0.5], [1.0, 0.0, 0.0]],
+        where=[[True, False, True], [True, False, False]],
+        out=np.full((2, 3), -np.inf),
+    )
+    rows, places = transport.rows_of(entries, log_weights)
+    assert places.tolist() == [0, 1]
+    for k in (0, 2):
+        assert torch.equal(rows.logits[k], transport.rows.logits[k][entries])
+        assert torch.equal(rows.log_normalisers[k], transport.rows.log_normalisers[k][entries])
+    before = rows.logits[0].clone()
+    host_plane.fields["rows"][:] = 0.0
+    assert torch.equal(rows.logits[0], before)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_that_are_brought_mix_as_rows_in_place(host_plane: Plane, tmp_path: Path, rule: Rule) -> None:
+    """Bit for bit; an expert without a weight included, and one row that is no distribution."""
+    entries = np.array([6, 1, 2])
+    log_weights = np.log([[0.2, 0.3, 0.5], [0.6, 0.4, 1e-300], [0.1, 0.8, 0.1]])
+    log_weights[1, 2] = -np.inf
+    host_plane.fields["rows"][0, 2] = host_plane.fields["log_normaliser"][0, 2] = np.nan
+    found = []
+    for transport in (HostTransport(host_plane, 0), StagedTransport(host_plane, 0, FileMemory(tmp_path))):
+        rows, places = transport.rows_of(entries, log_weights)
+        given = transport.to_device(places, log_weights)
+        found.append(mix_rows(rows, *given, rule))
+    assert torch.equal(*found)
+    assert bool(found[0].isfinite().all())
+
+
+def test_what_an_engine_on_a_device_posts_is_what_one_on_the_host_would(
+    host_plane: Plane, tmp_path: Path
+) -> None:
+    logits = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(3)).bfloat16()
+    HostTransport(host_plane, 0).post(np.array([7, 0]), logits)
+    StagedTransport(host_plane, 1, FileMemory(tmp_path)).post(np.array([7, 0]), logits)
+    for name in ("rows", "log_normaliser"):
+        field = host_plane.fields[name]
+        np.testing.assert_array_equal(field[0][[7, 0]], field[1][[7, 0]])
+    tokens = np.array([5, 7])
+    found = StagedTransport(host_plane, 2, FileMemory(tmp_path)).log_likelihoods(np.array([7, 0]), tokens)
+    np.testing.assert_array_equal(found[:, 0], found[:, 1])

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from decar.router.errors import StartError
 from decar.router.manifest import EngineOptions
-from decar.server.placement import Gpu, _visible, device_order, exchanged, place
+from decar.server.inspection import inspect
+from decar.server.placement import Gpu, _visible, device_order, exchanged, place, place_on, refuse_nodes
 
 GIB = 1 << 30
 
@@ -30,7 +32,7 @@ def ensemble(*sizes_gib: float, ranks: Sequence[int | None] = ()) -> Any:
 
 
 def gpus(count: int, gib: int = 80) -> list[Gpu]:
-    return [Gpu(i, "H200", gib * GIB) for i in range(count)]
+    return [Gpu(i, "H200", gib * GIB, str(i)) for i in range(count)]
 
 
 def test_with_enough_gpus_each_engine_has_one_and_takes_what_is_left_of_it() -> None:
@@ -153,7 +155,7 @@ def test_room_for_more_is_kept() -> None:
         exchanged([on_cpu], ensemble(10_000))
 
 
-def test_only_visible_gpus_count_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_visible_gpus_count_in_their_order() -> None:
     rows = [["0", "GPU-aa", "A", "10"], ["1", "GPU-bb", "B", "20"]]
     assert [gpu.name for gpu in _visible(rows, None)] == ["A", "B"]
     assert [(gpu.index, gpu.name) for gpu in _visible(rows, "1,0")] == [(0, "B"), (1, "A")]
@@ -161,8 +163,34 @@ def test_only_visible_gpus_count_in_their_order(monkeypatch: pytest.MonkeyPatch)
     assert _visible(rows, "") == []
     with pytest.raises(StartError, match="'2'"):
         _visible(rows, "2")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    assert device_order([1], 3) == "5,4,6"
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert device_order([2], 3) == "2,0,1"
-    assert device_order([1, 2], 3) == "1,2,0"
+    many = [[str(i), f"GPU-{i}{i}", "A", "10"] for i in range(7)]
+    assert device_order([1], _visible(many, "4,5,6")) == "5,4,6"
+    assert device_order([1], _visible(many, "GPU-44,6")) == "6,GPU-44"
+    assert device_order([2], _visible(many[:3], None)) == "2,0,1"
+    assert device_order([1, 2], _visible(many[:3], None)) == "1,2,0"
+
+
+def test_who_has_not_chosen_gets_first_what_nobody_has_chosen() -> None:
+    sizes, counts = [(f"e{i}", GIB) for i in range(4)], [1, 1, 2, 1]
+    places = place_on(gpus(4), sizes, counts, {1: (0,)})
+    assert [placed.gpus for placed in places] == [(1,), (0,), (2, 3), (0,)]
+    assert [placed.kv_bytes is None for placed in places] == [True, False, True, False]
+    some = [Gpu(5, "A", 80 * GIB, "7"), Gpu(2, "B", 40 * GIB, "3")]
+    [placed] = place_on(some, sizes[:1], [2], {})
+    assert (placed.gpus, placed.devices, placed.gpu_bytes) == ((5, 2), "7,3", 40 * GIB)
+    with pytest.raises(StartError, match=r"GPU 2 \(B, 40.0 GiB\) is too small for e0"):
+        place_on(some, [("e0", 50 * GIB)], [1], {0: (1,)})
+
+
+@pytest.mark.parametrize("wish", ["e0=gpu:0@ada", "e0=0,e1=node:ada", "e0=0+1@ada"])
+def test_nodes_are_a_clusters(wish: str) -> None:
+    refuse_nodes("e0=0, e1=1+2")
+    with pytest.raises(StartError, match=r"names a node, which a Ray cluster has: add --ray"):
+        refuse_nodes(wish)
+
+
+def test_a_node_without_a_cluster_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(
+        StartError, match="--placement says where engines are to be in a Ray cluster: add --ray"
+    ):
+        inspect(tmp_path, Console(), placement="e0=gpu:0@ada")

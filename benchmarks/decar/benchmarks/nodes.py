@@ -108,8 +108,12 @@ class RayCluster:
         direct = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         return {**direct, **_SETTINGS, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
-    def start(self, machine: Machine, cpus: int = 4) -> RayNode:
-        """Add a node, and wait until the cluster knows it. Each has a core of its own, if there are enough."""
+    def start(self, machine: Machine, cpus: int = 4, gpus: int = 0) -> RayNode:
+        """Add a node, and wait until the cluster knows it. Each has a core of its own, if there are enough.
+
+        Args:
+            cpus, gpus: that Ray takes it to have.
+        """
         cores, name = sorted(os.sched_getaffinity(0)), machine.name
         core = cores[NAMES.index(name) % len(cores)]
         joins = ["--head", f"--port={self.port}", "--include-dashboard=false"]
@@ -119,7 +123,8 @@ class RayCluster:
             *machine.inside,
             *("taskset", "--cpu-list", str(core)),
             *(sys.executable, "-m", "ray.scripts.scripts", "start", *joins, f"--node-name={name}"),
-            *(f"--node-ip-address={machine.address}", f"--num-cpus={cpus}", "--num-gpus=0", "--block"),
+            *(f"--node-ip-address={machine.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"),
+            "--block",
             *("--object-store-memory=200000000", "--disable-usage-stats", f"--temp-dir={self.folder}/{name}"),
         ]
         (self.folder / f"{name}.log").unlink(missing_ok=True)  # of an earlier one that had this name

@@ -45,7 +45,7 @@ def serve(
         str | None,
         typer.Option(
             help="Which GPU each expert runs on: code=0,prose=1; on several: code=0+1,prose=2. With --ray, which node: "
-            "code=node:ada,prose=node:grace."
+            "code=node:ada,prose=node:grace; and which of its GPUs: code=gpu:0@ada,prose=gpu:0+1@grace."
         ),
     ] = None,
     allow_untested_vllm: Annotated[
@@ -219,7 +219,7 @@ def inspect(
         ),
     ] = None,
     placement: Annotated[
-        str | None, typer.Option(help="With --ray: on which node, as for `decar serve`.")
+        str | None, typer.Option(help="With --ray: on which node and GPU, as for `decar serve`.")
     ] = None,
 ) -> None:
     """Show an ensemble's experts, sizes, priors, router and tokenizer, and every problem found."""

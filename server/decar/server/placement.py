@@ -10,7 +10,7 @@ import csv
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -28,11 +28,17 @@ NOBODY = ""
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device, by the index that CUDA gives it in this process."""
+    """One device.
+
+    Attributes:
+        index: that CUDA gives it, in a process that may use what this one may.
+        device: what CUDA_VISIBLE_DEVICES calls it.
+    """
 
     index: int
     name: str
     total_bytes: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Place:
         kv_bytes: a rank's part of its KV cache; None where it has its GPUs to itself, and takes what is left.
         overhead_bytes: everything else, estimated, of each rank.
         devices: CUDA_VISIBLE_DEVICES of its processes, its own GPUs first; empty on CPU.
+        gpu_bytes: memory of the smallest of its GPUs; 0 on CPU.
     """
 
     expert: str
@@ -56,6 +63,7 @@ class Place:
     kv_bytes: int | None
     overhead_bytes: int
     devices: str = ""
+    gpu_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
@@ -82,15 +90,27 @@ def visible_gpus() -> list[Gpu]:
 
 def _visible(rows: Sequence[Sequence[str]], wanted: str | None) -> list[Gpu]:
     """``rows`` of index, uuid, name, MiB in the order of ``wanted`` (CUDA_VISIBLE_DEVICES), numbered from 0."""
-    chosen = list(rows)
+    chosen = [(row[0], row) for row in rows]
     if wanted is not None:
         chosen = []
         for device in filter(None, (part.strip() for part in wanted.split(","))):
             match = [row for row in rows if device == row[0] or row[1].startswith(device)]
             if not match:
                 raise StartError(f"CUDA_VISIBLE_DEVICES names {device!r}, which nvidia-smi does not list")
-            chosen.append(match[0])
-    return [Gpu(i, name, int(mib) << 20) for i, (_, _, name, mib) in enumerate(chosen)]
+            chosen.append((device, match[0]))
+    return [Gpu(i, name, int(mib) << 20, device) for i, (device, (_, _, name, mib)) in enumerate(chosen)]
+
+
+def refuse_nodes(wish: str) -> None:
+    """
+    Raises:
+        StartError: a --placement without --ray names nodes.
+    """
+    for part in wish.split(","):
+        if "@" in part or "node:" in part:
+            raise StartError(
+                f"--placement: {part.strip()!r} names a node, which a Ray cluster has: add --ray, or write EXPERT=GPU"
+            )
 
 
 def place(
@@ -131,9 +151,33 @@ def place(
             for (name, size), count in zip(sizes, counts, strict=True)
         ]
     sizes += [(NOBODY, max(size for _, size in sizes)) for _ in room]
-    where = _dealt(sizes, counts, len(gpus))
-    if wish:
-        where[: len(names)] = _wished(names, counts, len(gpus), wish)
+    chosen = _wished(names, counts, len(gpus), wish) if wish else {}
+    return place_on(gpus, sizes, counts, chosen, kv_bytes, rows_bytes, utilisation)
+
+
+def place_on(
+    gpus: Sequence[Gpu],
+    sizes: Sequence[tuple[str, int]],
+    counts: Sequence[int],
+    chosen: Mapping[int, tuple[int, ...]],
+    kv_bytes: int | None = None,
+    rows_bytes: int = 0,
+    utilisation: float = 0.9,
+) -> list[Place]:
+    """Plan which of one host's GPUs each of n engines has.
+
+    Args:
+        gpus: at least one.
+        sizes: [n], names, `NOBODY` for one that may come, and bytes of their weights.
+        counts: [n], their ranks.
+        chosen: of some of them, by number, places in ``gpus``; the others are dealt out in turn, first over those that
+            nobody has chosen.
+        kv_bytes: as for `place`, and what follows.
+
+    Raises:
+        StartError: a GPU is too small for what it would hold, or there are fewer than an engine has ranks.
+    """
+    where = _dealt(sizes, counts, len(gpus), chosen)
     overhead = GPU_OVERHEAD_BYTES + rows_bytes
     shares, sharing = {}, {}
     for gpu in {gpu for theirs in where for gpu in theirs}:
@@ -147,7 +191,7 @@ def place(
         shares[gpu], sharing[gpu] = left // len(there), len(there)
         if (kv_bytes or max(shares[gpu], SMALLEST_KV_BYTES)) > shares[gpu]:
             raise StartError(
-                f"GPU {gpu} ({gpus[gpu].name}, {gib(gpus[gpu].total_bytes)}) is too small for "
+                f"GPU {gpus[gpu].index} ({gpus[gpu].name}, {gib(gpus[gpu].total_bytes)}) is too small for "
                 f"{', '.join(name or 'another expert' for name, _ in there)}: weights {gib(weights)}, "
                 f"about {gib(overhead)} besides for each engine, and {gib(shares[gpu] * len(there))} left for "
                 "KV caches; use another --placement, more GPUs, --tensor-parallel-size, or lower "
@@ -157,25 +201,34 @@ def place(
     for (expert, weight_bytes), count, theirs in zip(sizes, counts, where, strict=True):
         alone = all(sharing[gpu] == 1 for gpu in theirs)
         own = kv_bytes or (None if alone else min(shares[gpu] for gpu in theirs))
-        devices = device_order(theirs, len(gpus))
-        places.append(Place(expert, theirs, count, weight_bytes, own, overhead, devices))
+        indices = tuple(gpus[gpu].index for gpu in theirs)
+        smallest = min(gpus[gpu].total_bytes for gpu in theirs)
+        devices = device_order(theirs, gpus)
+        places.append(Place(expert, indices, count, weight_bytes, own, overhead, devices, smallest))
     return places
 
 
-def _dealt(sizes: Sequence[tuple[str, int]], counts: Sequence[int], gpus: int) -> list[tuple[int, ...]]:
-    """GPUs for each engine, as many as it has ranks, in turn.
+def _dealt(
+    sizes: Sequence[tuple[str, int]], counts: Sequence[int], gpus: int, chosen: Mapping[int, tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """GPUs for each engine, as many as it has ranks: those that are ``chosen`` for it, else in turn.
 
     Raises:
         StartError: one has more ranks than there are GPUs.
     """
+    taken = {gpu for theirs in chosen.values() for gpu in theirs}
+    order = sorted(range(gpus), key=lambda gpu: gpu in taken)
     where, begin = [], 0
-    for (name, _), count in zip(sizes, counts, strict=True):
+    for i, ((name, _), count) in enumerate(zip(sizes, counts, strict=True)):
+        if i in chosen:
+            where.append(chosen[i])
+            continue
         if count > gpus:
             raise StartError(
                 f"expert {name or 'that may come'!r} is to be on {count} GPUs (tensor_parallel_size), and {gpus} can "
                 "be seen here"
             )
-        where.append(tuple((begin + i) % gpus for i in range(count)))
+        where.append(tuple(order[(begin + rank) % gpus] for rank in range(count)))
         begin += count
     return where
 
@@ -233,14 +286,13 @@ def check_memory(places: Sequence[Place]) -> None:
         )
 
 
-def device_order(own: Sequence[int], gpus: int) -> str:
-    """CUDA_VISIBLE_DEVICES of an engine on ``own`` GPUs: those first, and the others, whose rows it maps."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = [part.strip() for part in given.split(",")] if given else [str(i) for i in range(gpus)]
-    return ",".join([*(ids[gpu] for gpu in own), *(ids[gpu] for gpu in range(len(ids)) if gpu not in own)])
+def device_order(own: Sequence[int], gpus: Sequence[Gpu]) -> str:
+    """CUDA_VISIBLE_DEVICES of an engine on ``own`` of the ``gpus``: those first, and the others, whose rows it maps."""
+    others = [gpu for gpu in range(len(gpus)) if gpu not in own]
+    return ",".join(gpus[gpu].device for gpu in (*own, *others))
 
 
-def _wished(names: Sequence[str], counts: Sequence[int], gpus: int, wish: str) -> list[tuple[int, ...]]:
+def _wished(names: Sequence[str], counts: Sequence[int], gpus: int, wish: str) -> dict[int, tuple[int, ...]]:
     ranks = dict(zip(names, counts, strict=False))
     chosen: dict[str, tuple[int, ...]] = {}
     for part in wish.split(","):
@@ -261,7 +313,7 @@ def _wished(names: Sequence[str], counts: Sequence[int], gpus: int, wish: str) -
         raise StartError(
             f"--placement says nothing of {', '.join(missing)}: write EXPERT=GPU for each expert"
         )
-    return [chosen[name] for name in names]
+    return {expert: chosen[name] for expert, name in enumerate(names)}
 
 
 def gib(size_bytes: int, digits: int = 1) -> str:

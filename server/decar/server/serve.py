@@ -30,15 +30,23 @@ from decar.router import Ensemble, Reading
 from decar.router.errors import StartError
 from decar.router.manifest import MAX_EXPERTS
 from decar.server.mps import mps
-from decar.server.placement import CPU_KV_BYTES, Place, check_memory, exchanged, place, visible_gpus
+from decar.server.placement import (
+    CPU_KV_BYTES,
+    Place,
+    check_memory,
+    exchanged,
+    place,
+    refuse_nodes,
+    visible_gpus,
+)
 from decar.server.port import base_url, bound_socket
 from decar.server.protocol.machine import check_memory_order
 from decar.server.protocol.runtime import DIRECTORY, Record, make_folder, remove_all_of, remove_stale
 from decar.server.terminal import Start, Terminal, default_log, terminal_of
-from decar.server.vllm_adapter.versions import check_version, installed_version
+from decar.server.vllm_adapter.versions import check_version, installed_version, is_cpu_build
 
 if TYPE_CHECKING:
-    from decar.server.cluster.nodes import Cluster, Plan
+    from decar.server.cluster.nodes import Cluster, Held, Plan
     from decar.server.gateway.ensemble import EnsembleClient
     from decar.server.gateway.seats import Seats
     from decar.server.gateway.supervisor import Supervisor
@@ -81,8 +89,8 @@ def serve(
 
     Args:
         flags: vLLM's own server and engine flags, given to every engine.
-        placement: "EXPERT=GPU,...", "EXPERT=GPU+GPU" for one on several; with ``ray``, "EXPERT=node:NAME,..."; None
-            leaves it to decar.
+        placement: "EXPERT=GPU,...", "EXPERT=GPU+GPU" for one on several; with ``ray``, "EXPERT=node:NAME,..." or
+            "EXPERT=gpu:N@NAME,..."; None leaves it to decar.
         allow_untested_vllm: go on with a vLLM of any version.
         min_experts: how many have to live for /health to say that the ensemble is served.
         engine_timeout_s: an engine that does not finish a step for so long is ended, and started again.
@@ -130,6 +138,8 @@ def serve(
         )
     if ship_weights and ray is None:
         raise StartError("--ship-weights is for the nodes of a Ray cluster: add --ray, or leave it out")
+    if placement is not None and ray is None:
+        refuse_nodes(placement)
 
     given = _checked(flags, own_flags)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
@@ -164,14 +174,20 @@ def serve(
         record.write(folder)
         start = stack.enter_context(terminal.starting(ensemble.expert_names))
         cluster, plan = None, None
+        held: list[Held] = []
         if ray is not None:
+            from decar.server.cluster.gpus import check_gateway, hold
             from decar.server.cluster.nodes import Cluster, plan_on
 
             start.phase("joining the Ray cluster")
+            on_gpus = not is_cpu_build()
+            if on_gpus:
+                check_gateway()
             cluster = Cluster(ray)
             stack.callback(cluster.close)
             ranks = int(getattr(given, "tensor_parallel_size", 1))
-            plan = plan_on(cluster.nodes(), ensemble, placement, ranks, max_experts)
+            plan = plan_on(cluster.nodes(), ensemble, placement, ranks, max_experts, on_gpus)
+            held = hold(cluster, plan) if on_gpus else []
             for name, host in zip(ensemble.expert_names, plan.of, strict=False):
                 logger.info("expert %s: node %s", name, plan.nodes[host].name)
         start.phase("importing vLLM")
@@ -203,7 +219,7 @@ def serve(
             min_experts,
             engine_timeout_s,
             max_queued,
-            Spread(dealt(max_experts, simulated_hosts), wire_rows, cluster, plan, ship_weights, before),
+            Spread(dealt(max_experts, simulated_hosts), wire_rows, cluster, plan, held, ship_weights, before),
             folder,
             fork_server,
             terminal,
@@ -230,6 +246,7 @@ class Spread:
         simulated: parts of this machine, where there is no cluster.
         wire_rows: how many logits of a row go to another host; 0: all.
         cluster, plan: Ray's, and what is to be where; None: it is served on this machine alone.
+        held: the GPUs of each host of the plan; []: its engines compute on CPUs.
         ship_weights: nodes that lack weights are brought them.
         before: the environment as the user has set it.
     """
@@ -238,8 +255,15 @@ class Spread:
     wire_rows: int
     cluster: Cluster | None
     plan: Plan | None
+    held: Sequence[Held]
     ship_weights: bool
     before: Mapping[str, str]
+
+    @property
+    def shares_devices(self) -> bool:
+        """Whether engines can map each other's GPU memory; else rows lie in host memory. Ray's engines are shown their
+        own GPUs alone."""
+        return self.cluster is None and len(self.simulated.all) == 1
 
 
 def _checked(flags: Sequence[str], own_flags: Iterable[str]) -> Namespace:
@@ -351,11 +375,7 @@ async def _running_ensemble(
     configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
     cluster = spread.cluster
     hosts = Hosts(spread.plan.of) if spread.plan else spread.simulated
-    places = _placed(ensemble, configs, None if cluster else placement, len(hosts.of), args, cluster is None)
-    if places[0].gpus and (cluster or len(hosts.all) > 1):
-        raise StartError(
-            "--ray and --simulated-hosts are for CPUs: rows that lie on a GPU stay on its host yet"
-        )
+    places = _placed(ensemble, configs, placement, len(hosts.of), args, spread)
     failures, progress = Failures(), Progress()
     if on_cpu() and cluster is None:
         fork_server.use()
@@ -371,7 +391,7 @@ async def _running_ensemble(
         "prompt_unit": prompt_unit(
             configs[0].model_config.max_model_len, [config.cache_config.block_size for config in configs]
         ),
-        "device_dtype": row_dtype(configs) if places[0].gpus else None,
+        "device_dtype": row_dtype(configs) if places[0].gpus and spread.shares_devices else None,
         "wire_rows": spread.wire_rows,
         "hosts": hosts.of if len(hosts.all) > 1 else (),
     }
@@ -575,7 +595,7 @@ def _placed(
     placement: str | None,
     max_experts: int,
     args: Namespace,
-    all_here: bool,
+    spread: Spread,
 ) -> list[Place]:
     """Decide where each engine runs, and where later ones may; tell those that there are the KV size that goes with it.
 
@@ -586,24 +606,37 @@ def _placed(
     from decar.server.vllm_adapter.arguments import on_cpu, row_dtype, shares_default_kv
 
     cache = configs[0].cache_config
-    gpus = [] if on_cpu() else visible_gpus()
-    slots = configs[0].scheduler_config.max_num_seqs
-    places = place(
-        ensemble,
-        gpus,
-        placement,
-        None if shares_default_kv(args) else cache.kv_cache_memory_bytes,
-        rows_bytes=buffer_bytes(slots, ensemble.vocab_size, row_dtype(configs)),
-        utilisation=cache.gpu_memory_utilization,
-        seats=max_experts,
-        ranks=args.tensor_parallel_size,
-    )
+    kv_bytes = None if shares_default_kv(args) else cache.kv_cache_memory_bytes
+    if spread.plan is not None and spread.held:
+        from decar.server.cluster.gpus import places_on, shared
+
+        utilisation, ranks = cache.gpu_memory_utilization, args.tensor_parallel_size
+        places = places_on(spread.plan, spread.held, ensemble, kv_bytes, utilisation, ranks)
+        for shared_gpu, names in shared(spread.plan, places).items():
+            logger.warning(
+                "%s share %s, and take turns on it: decar starts no MPS daemon for engines of Ray's",
+                ", ".join(names),
+                shared_gpu,
+            )
+    else:
+        slots = configs[0].scheduler_config.max_num_seqs
+        rows_bytes = buffer_bytes(slots, ensemble.vocab_size, row_dtype(configs))
+        places = place(
+            ensemble,
+            [] if on_cpu() else visible_gpus(),
+            placement if spread.cluster is None else None,
+            kv_bytes,
+            rows_bytes=rows_bytes if spread.shares_devices else 0,
+            utilisation=cache.gpu_memory_utilization,
+            seats=max_experts,
+            ranks=args.tensor_parallel_size,
+        )
     taken = places[: len(configs)]
     _give_memory(configs, taken)
     for placed in taken:
         for gpu in placed.gpus:
-            logger.info("expert %s: GPU %d (%s)", placed.expert, gpu, gpus[gpu].name)
-    if all_here and not gpus and cache.kv_cache_memory_bytes is not None:
+            logger.info("expert %s: GPU %d", placed.expert, gpu)
+    if spread.cluster is None and not taken[0].gpus and cache.kv_cache_memory_bytes is not None:
         check_memory(taken)
     return places
 
@@ -613,8 +646,7 @@ def _give_memory(configs: Sequence[Any], places: Sequence[Place]) -> None:
 
     for config, placed in zip(configs, places, strict=True):
         if placed.gpus:
-            total_bytes = min(visible_gpus()[gpu].total_bytes for gpu in placed.gpus)
-            give_memory(config, placed.kv_bytes, placed.needed_bytes / total_bytes)
+            give_memory(config, placed.kv_bytes, placed.needed_bytes / placed.gpu_bytes)
 
 
 def _client(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from decar.server.cluster.hosts import ClusterHosts
+from decar.server.cluster.nodes import options_of
 from decar.server.protocol.channels import GONE_S
 from decar.server.vllm_adapter.actor import ActorManager, ActorProcess, begin
 from decar.server.vllm_adapter.engine import Site, dealt_cores
@@ -48,11 +49,7 @@ class Actors:
         self._hosts.check(expert, host, Path(config.model_config.model), self._ranks[expert])
         (hears_here, speaks_here), (hears, speaks) = self._hosts.open(expert, next(self._starts), host)
         environment = {**_environment_for_actors(self._before), "VLLM_RPC_BASE_PATH": host.facts.folder}
-        options = {
-            "num_cpus": self._ranks[expert],
-            "scheduling_strategy": host.node.strategy(),
-            "runtime_env": {"env_vars": environment},
-        }
+        options = options_of(host.node, self._ranks[expert], environment)
         actor, pid, run = begin(config, hears, speaks, log_stats, options)
         process = ActorProcess(
             config.additional_config.name,

@@ -31,7 +31,7 @@ from decar.server.protocol.links import SILENT_S, Address, Mirror, introduce, ke
 from decar.server.protocol.mirror import GATEWAY, Hosts
 from decar.server.protocol.plane import Plane, PlaneSpec, create_segment, unlink
 from decar.server.protocol.runtime import DIRECTORY, PREFIX, make_folder, new_name, remove_stale
-from decar.server.vllm_adapter.versions import installed_version
+from decar.server.vllm_adapter.versions import installed_version, is_cpu_build
 
 logger = logging.getLogger("decar")
 
@@ -85,6 +85,7 @@ class Host:
         versions = {
             "decar": decar.__version__,
             "vLLM": str(installed_version()),
+            "vLLM for": "CPUs" if is_cpu_build() else "GPUs",
             "Python": ".".join(platform.python_version_tuple()[:2]),
         }
         cores = tuple(sorted(os.sched_getaffinity(0)))

@@ -187,6 +187,8 @@ class ClusterHosts:
                 nodes = tuple(node if i == number else other for i, other in enumerate(self._plan.nodes))
                 self._plan = replace(self._plan, nodes=nodes)
                 self._at.pop(number, None)
+                if self._plan.held and self._plan.held[number]:
+                    self._cluster.hold(node, self._plan.held[number])
                 at = self._begun(number)
                 self._connect(number, at)
                 self._untold = {told for told in self._untold if number not in told}

@@ -328,8 +328,9 @@ class Lockstep:
 
         K identical experts give exactly that expert's logits: softmax would not need it, a repetition penalty does.
         """
-        rows, log_weights = self.transport.rows, self.log_weights[turns.slots]
-        given = self.transport.to_device(turns.entries, log_weights)
+        log_weights = self.log_weights[turns.slots]
+        rows, entries = self.transport.rows_of(turns.entries, log_weights)
+        given = self.transport.to_device(entries, log_weights)
         (result,) = self._by_rule(
             turns, given, lambda rule, entries, weights: (mix_rows(rows, entries, weights, rule),)
         )
@@ -342,9 +343,10 @@ class Lockstep:
         Returns:
             them, on the transport's device.
         """
-        rows, slots, log_weights = self.transport.rows, turns.slots, self.log_weights[turns.slots]
+        slots, log_weights = turns.slots, self.log_weights[turns.slots]
         draws = self._temperatures[slots], self._seeds[slots], turns.positions
-        given = self.transport.to_device(turns.entries, log_weights, *draws)
+        rows, entries = self.transport.rows_of(turns.entries, log_weights)
+        given = self.transport.to_device(entries, log_weights, *draws)
         tokens, moved = self._by_rule(
             turns,
             given,

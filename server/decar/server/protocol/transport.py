@@ -1,7 +1,8 @@
-"""Where rows lie and how peers read them in place: in the plane's shared memory, or in GPU memory mapped by CUDA IPC.
+"""Where rows lie and how peers read them: in the plane's shared memory, or in GPU memory mapped by CUDA IPC. Engines on
+GPUs whose peers are on other hosts have them in the plane, and bring to their own GPU what a step mixes.
 
-Both keep one promise: when `post` returns, every engine that sees a stamp set afterwards sees the row. Stamps
-and tokens are words of host memory in either case, so the protocol is the same.
+All keep one promise: when `post` returns, every engine that sees a stamp set afterwards sees the row. Stamps
+and tokens are words of host memory in any case, so the protocol is the same.
 
 Shapes: K experts, S slots, V vocabulary, n rows of one call.
 """
@@ -27,7 +28,14 @@ class Transport(Protocol):
 
     @property
     def rows(self) -> Rows:
-        """Every expert's rows [2S, V], entry 2 * slot + parity."""
+        """Every expert's rows [2S, V], where they lie; entry 2 * slot + parity."""
+
+    def rows_of(self, entries: np.ndarray, log_weights: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """What to mix ``entries`` [n] of `rows` from, on ``device``, and which entries [n] of that they are.
+
+        Args:
+            log_weights: [n, K]; a row whose weight is -inf may be any.
+        """
 
     def post(self, entries: np.ndarray, logits: torch.Tensor) -> None:
         """Write ``logits`` [n, V] and their log-normalisers as this engine's rows in ``entries`` [n]."""
@@ -43,11 +51,15 @@ class Transport(Protocol):
 
 
 def transport_of(plane: Plane, expert: int, memory: DeviceMemory | None) -> Transport:
-    """The transport that ``plane`` was made for; where rows lie on a device, ``memory`` is that device's."""
+    """The transport that ``plane`` was made for.
+
+    Args:
+        memory: of the device that the engine computes on; None: that is the host.
+    """
     if plane.spec.on_device:
         assert memory is not None, "rows on a device need its memory"
         return DeviceTransport(plane, expert, memory)
-    return HostTransport(plane, expert)
+    return HostTransport(plane, expert) if memory is None else StagedTransport(plane, expert, memory)
 
 
 class HostTransport:
@@ -62,6 +74,9 @@ class HostTransport:
             [torch.from_numpy(log_normalisers) for log_normalisers in self._log_normalisers],
         )
         self._own = self.rows.logits[expert], self.rows.log_normalisers[expert]
+
+    def rows_of(self, entries: np.ndarray, log_weights: np.ndarray) -> tuple[Rows, np.ndarray]:
+        return self.rows, entries
 
     def post(self, entries: np.ndarray, logits: torch.Tensor) -> None:
         places, values = torch.from_numpy(entries), logits.float().cpu()
@@ -103,8 +118,11 @@ class DeviceMemory(Protocol):
     def settle(self) -> None:
         """Return when all that was written is visible to whoever has mapped it."""
 
-    def upload(self, values: np.ndarray) -> torch.Tensor:
-        """A copy of ``values`` on the device, which the host does not wait for."""
+    def staging(self, count: int) -> torch.Tensor:
+        """Host memory [count] float32, still to be written, which `upload` copies from at once."""
+
+    def upload(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy on the device of ``values`` on the host, which does not wait for it."""
 
     def download(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
         """Copies of ``tensors``, all after one wait."""
@@ -133,6 +151,9 @@ class DeviceTransport:
         self._buffers = [self._buffer] * len(self._offers)  # in place of one that is gone: nobody reads it
         self._rows: Rows | None = None
         plane.blocks[expert].offer(handle)
+
+    def rows_of(self, entries: np.ndarray, log_weights: np.ndarray) -> tuple[Rows, np.ndarray]:
+        return self.rows, entries
 
     @property
     def rows(self) -> Rows:
@@ -170,19 +191,7 @@ class DeviceTransport:
         return found
 
     def to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
-        # Each begins at a multiple of 16 bytes: for one that does not, Triton would compile another kernel.
-        starts = np.cumsum([0, *(values.size + values.size % 2 for values in arrays)])
-        packed = np.zeros(starts[-1], np.int64)
-        for start, values in zip(starts, arrays, strict=False):
-            packed[start : start + values.size] = values.ravel().view(np.int64)
-        moved = self._memory.upload(packed)
-        found = []
-        for start, values in zip(starts.tolist(), arrays, strict=False):
-            part = moved[start : start + values.size]
-            found.append(
-                (part.view(torch.float64) if values.dtype == np.float64 else part).view(values.shape)
-            )
-        return found
+        return _uploaded(self._memory, arrays)
 
     def to_host(self, *tensors: torch.Tensor) -> list[np.ndarray]:
         return self._memory.download(tensors)
@@ -192,3 +201,64 @@ class DeviceTransport:
         end = self._entries * self._stride * self._dtype.itemsize
         rows = buffer[:end].view(self._dtype).view(self._entries, self._stride)
         return rows[:, : self._vocab_size], buffer[end:].view(torch.float32)
+
+
+class StagedTransport(HostTransport):
+    """Rows in the plane, float32, of an engine that computes on a device: there it mixes copies of those that a step
+    needs. For engines whose peers are on other hosts, which tell each other what is in their planes. Not run on a GPU.
+    """
+
+    def __init__(self, plane: Plane, expert: int, memory: DeviceMemory):
+        super().__init__(plane, expert)
+        self.device = memory.device
+        self._memory, self._expert = memory, expert
+        self._stride = _stride(plane.spec.vocab_size)
+
+    def rows_of(self, entries: np.ndarray, log_weights: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """Copies, brought in one transfer, of the rows of all experts that have a weight in one of the entries."""
+        n, stride, vocab_size = len(entries), self._stride, self.rows.vocab_size
+        part = np.flatnonzero((log_weights > -np.inf).any(axis=0)).tolist() or [self._expert]
+        places = torch.from_numpy(entries)
+        staged = self._memory.staging(len(part) * n * (stride + 1))
+        rows, log_normalisers = _staged_views(staged, len(part), n, stride)
+        for i, k in enumerate(part):
+            rows[i, :, :vocab_size] = self.rows.logits[k].index_select(0, places)
+            log_normalisers[i] = self.rows.log_normalisers[k][places]
+        rows, log_normalisers = _staged_views(self._memory.upload(staged), len(part), n, stride)
+        found = {k: (rows[i, :, :vocab_size], log_normalisers[i]) for i, k in enumerate(part)}
+        anyone = found[part[0]]  # in place of who has no weight, and is not read
+        views = [found.get(k, anyone) for k in range(self.rows.experts)]
+        return Rows([logits for logits, _ in views], [values for _, values in views]), np.arange(n)
+
+    def post(self, entries: np.ndarray, logits: torch.Tensor) -> None:
+        values = logits.float()
+        rows, log_normalisers = self._memory.download([values, values.logsumexp(dim=-1)])
+        self._logits[self._expert, entries] = rows
+        self._log_normalisers[self._expert, entries] = log_normalisers
+
+    def to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        return _uploaded(self._memory, arrays)
+
+    def to_host(self, *tensors: torch.Tensor) -> list[np.ndarray]:
+        return self._memory.download(tensors)
+
+
+def _staged_views(staged: torch.Tensor, part: int, n: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [part, n, stride] and log-normalisers [part, n], which lie one behind the other in ``staged``."""
+    end = part * n * stride
+    return staged[:end].view(part, n, stride), staged[end:].view(part, n)
+
+
+def _uploaded(memory: DeviceMemory, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """``arrays`` of int64 and float64 on a device, in one transfer."""
+    # Each begins at a multiple of 16 bytes: for one that does not, Triton would compile another kernel.
+    starts = np.cumsum([0, *(values.size + values.size % 2 for values in arrays)])
+    packed = np.zeros(starts[-1], np.int64)
+    for start, values in zip(starts, arrays, strict=False):
+        packed[start : start + values.size] = values.ravel().view(np.int64)
+    moved = memory.upload(torch.from_numpy(packed))
+    found = []
+    for start, values in zip(starts.tolist(), arrays, strict=False):
+        part = moved[start : start + values.size]
+        found.append((part.view(torch.float64) if values.dtype == np.float64 else part).view(values.shape))
+    return found

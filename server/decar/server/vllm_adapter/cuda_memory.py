@@ -36,9 +36,12 @@ class CudaMemory:
         self._written.record(torch.cuda.current_stream(self.device))
         self._written.synchronize()
 
-    def upload(self, values: np.ndarray) -> torch.Tensor:
+    def staging(self, count: int) -> torch.Tensor:
+        return torch.empty(count, pin_memory=True)
+
+    def upload(self, values: torch.Tensor) -> torch.Tensor:
         # Only from pinned memory does a copy leave the host alone; torch keeps that until the copy is done.
-        return torch.from_numpy(values).pin_memory().to(self.device, non_blocking=True)
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def download(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
         copies = [torch.empty(values.shape, dtype=values.dtype, pin_memory=True) for values in tensors]

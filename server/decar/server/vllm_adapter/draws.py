@@ -20,8 +20,8 @@ from decar.kernels import Rows, decide
 from decar.server.protocol.member import REQUEST_KEY, ROWS_KEY, SPOKEN_KEY, Draw
 
 VARIABLE = "DECAR_SAMPLER"
-"""Of the environment: who chooses the tokens of plain requests. auto: `decide` where rows lie on a GPU, since there it
-is a launch instead of a dozen. decar: `decide`. vllm: vLLM's sampler, whose noise costs less on a CPU."""
+"""Of the environment: who chooses the tokens of plain requests. auto: `decide` where rows are mixed on a GPU, since
+there it is a launch instead of a dozen. decar: `decide`. vllm: vLLM's sampler, whose noise costs less on a CPU."""
 
 _OF_NO_MATTER = {
     *(
@@ -47,7 +47,7 @@ class Draws:
     """What `decide` is to draw for whom.
 
     Args:
-        on_device: rows lie on a GPU.
+        on_device: rows are mixed on a GPU.
         logits_processors: the user's own, which may change any request's logits.
 
     Raises:

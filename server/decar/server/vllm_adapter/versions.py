@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 import re
 from typing import Any
 
@@ -64,6 +65,12 @@ def installed_version() -> str | None:
         for found in importlib.metadata.distributions(name=name):
             return found.version
     return None
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM computes on CPUs: told as vLLM tells it, which need not be imported for that."""
+    found = [distribution.version for distribution in importlib.metadata.distributions(name="vllm")]
+    return not found or "cpu" in found[0] or os.environ.get("VLLM_TARGET_DEVICE") == "cpu"
 
 
 @functools.cache

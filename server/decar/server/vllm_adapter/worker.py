@@ -61,9 +61,10 @@ class LockstepWorker(_Worker):
         self._ranks = Ranks()
         # Only one process writes a word of the plane: the other ranks of an engine have one of their own to write to.
         plane = Plane.attach(config.plane) if self._ranks.first else Plane.of_nobody(config.plane)
-        memory = CudaMemory(self.device) if plane.spec.on_device else None
+        on_gpu = self._ranks.first and not current_platform.is_cpu()
+        memory = CudaMemory(self.device) if on_gpu else None
         self.lockstep = Lockstep(plane, config.expert, transport_of(plane, config.expert, memory))
-        self._draws = Draws(plane.spec.on_device, self.vllm_config.model_config.logits_processors)
+        self._draws = Draws(on_gpu, self.vllm_config.model_config.logits_processors)
         self._members: dict[str, Member] = {}  # of shared requests
         self._prompt_tokens = np.zeros(plane.spec.slots, np.int64)
         self._due: list[str] = []  # shared requests of whose next position this step gives the row
