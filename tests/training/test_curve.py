@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from decar.router.errors import TrainingError
-from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config, load_seeds
 from decar.training.data.shards import read_texts
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
@@ -32,19 +31,18 @@ from decar.training.evaluate.systems import DENSE
 from decar.training.expert.report import read_expert_report
 from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig, config_writer
+from tests.training.test_run import command
+from tests.training.test_scores import LONGEST, PROMPT, log_likelihoods
 
-PROMPT, LONGEST = 6, 40
 STEPS, SHARES, EXPERTS = 12, [0, 0.5], [2, 3]
 CURVE = {"steps": STEPS, "shares": SHARES, "experts": EXPERTS}
 SETTINGS = {"prompt_tokens": PROMPT, "max_tokens": LONGEST, "batch_size": 2, "seeds": [0, 1]}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, path: Path, *overrides: str) -> int:
-    arguments = [word for override in overrides for word in ("--set", override)]
-    monkeypatch.setattr("sys.argv", ["decar-train", "curve", str(path), *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return int(caught.value.code or 0)
+    return command(
+        monkeypatch, "curve", path, *(word for override in overrides for word in ("--set", override))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +57,6 @@ def curve(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CurveReport]:
 def read(path: Path) -> CurveReport:
     report = load_config(path).run.curve / "report.json"
     return CurveReport.model_validate_json(report.read_text())
-
-
-@torch.inference_mode()
-def log_likelihoods(directory: Path, texts: list[list[int]]) -> np.ndarray:
-    """[N, 2]: log p of each prompt and of each whole text, by a forward pass for each text alone."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64)
-    sums = []
-    for ids in texts:
-        rows = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        own = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        sums.append((float(own[: PROMPT - 1].sum()), float(own.sum())))
-    return np.array(sums)
 
 
 @pytest.mark.parametrize("count", EXPERTS)
