@@ -19,7 +19,7 @@ from decar.router.errors import StartError
 from decar.server.cluster import actors, hosts
 from decar.server.cluster.host import Host, listen_at
 from decar.server.cluster.hosts import ClusterHosts, HostGone, wrong_with
-from decar.server.cluster.nodes import Node, Plan
+from decar.server.cluster.nodes import Held, Node, Plan
 from decar.server.protocol.plane import Plane
 from decar.server.protocol.runtime import DIRECTORY
 from decar.server.vllm_adapter.actor import ActorManager, ActorProcess
@@ -177,6 +177,7 @@ class FakeCluster:
         self.begun: list[FakeHost] = []
         self.ended: list[FakeHost] = []
         self.held: list[tuple[Node, int]] = []
+        self.gives: tuple[str, ...] = ("0", "1")
 
     def nodes(self) -> list[Node]:
         return self.there
@@ -188,8 +189,9 @@ class FakeCluster:
         self.begun.append(FakeHost())
         return self.begun[-1]
 
-    def hold(self, node: Node, gpus: int) -> None:
+    def hold(self, node: Node, gpus: int) -> Held:
         self.held.append((node, gpus))
+        return Held((), self.gives)
 
     def end(self, actor: FakeHost) -> None:
         self.ended.append(actor)
@@ -254,14 +256,30 @@ def test_a_node_that_is_lost_is_waited_for(three: Three) -> None:
 
 def test_a_node_that_is_back_gives_its_gpus_again(three: Three) -> None:
     there, cluster = three
-    there._plan = replace(there._plan, held=(1, 2, 0))
+    there._given = [("0",), ("1", "0"), ()]
     again = Node("9", "grace", "127.0.0.1", 2, 2.0, 2)
     cluster.there[1] = again
     there.ready(1)
     assert cluster.held == [(again, 2)]
+    cluster.begun[-1].fails = HostGone("it has ended")
+    there.ready(1)
+    assert len(cluster.held) == 1, "its node never went, nor did they"
     cluster.begun[1].fails = HostGone("it has ended")
     there.ready(2)
     assert len(cluster.held) == 1, "there are no engines on GPUs there"
+
+
+def test_other_gpus_than_its_engines_use_are_refused_but_where_those_are_named(three: Three) -> None:
+    there, cluster = three
+    there._given = [("0",), ("1", "0"), ()]
+    cluster.gives = ("1", "3")
+    cluster.there[1] = Node("9", "grace", "127.0.0.1", 2, 2.0, 2)
+    with pytest.raises(
+        StartError, match="Ray has given GPU 1, 3 there, and its engines are to use 1, 0: end"
+    ):
+        there.ready(1)
+    there._plan = replace(there._plan, wished={1: (0, 1)})
+    there.ready(1)
 
 
 def test_a_beginning_that_fails_half_way_is_begun_again(

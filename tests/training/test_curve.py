@@ -205,6 +205,8 @@ def test_divergence_and_gain_are_the_papers() -> None:
     [
         ({"curve": None}, "no section curve"),
         ({"curve": CURVE, "partition": {"method": "by-field", "name_by": {}}}, "by-field"),
+        ({"curve": CURVE, "experts": [{"name": "code", "model": {"hidden_size": 64}}, "prose"]}, "one model"),
+        ({"curve": CURVE, "model": {"model_type": "llava", "vision_config": {}}}, "images"),
         ({"curve": CURVE | {"steps": 13}}, "13 steps cannot be parted into a share of 0"),
         ({"curve": CURVE | {"shares": [0.3]}}, "cannot be parted into a share of 0.3"),
         ({"curve": CURVE | {"shares": [0.5, 0.5]}}, "shares lists a value twice"),

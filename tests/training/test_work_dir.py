@@ -132,6 +132,10 @@ def test_the_random_split_is_a_run_of_its_own(config: TrainConfig) -> None:
         (RUN.scores, "evaluate"),
         (RUN.evaluate, "evaluate"),
         (Run(RUN.random).partition, "evaluate"),
+        (RUN.curve, "curve"),
+        (Run(RUN.split(2)).partition, "curve"),
+        (Run(RUN.split(2)).branched(0.25, "base"), "curve"),
+        (Run(RUN.split(2)).branched(0.25, "scores"), "curve"),
         (Run(RUN.random).expert("code"), "evaluate"),
     ],
 )

@@ -416,7 +416,8 @@ async def _running_ensemble(
             start.phase("beginning on other hosts")
             key = secrets.token_bytes(32)
             ship = progress.tell if spread.ship_weights else None
-            there = ClusterHosts(spread.cluster, spread.plan, shape, key, ship)
+            given = [held.given for held in spread.held]
+            there = ClusterHosts(spread.cluster, spread.plan, shape, key, given, ship)
             planes = stack.enter_context(planes_in(there, key, make_plane, folder))
             ranks = [placed.ranks for placed in places]
             launcher = Actors(there, ranks, spread.before, planes.gateways.mirrored)

@@ -144,6 +144,8 @@ def _show_left_out(console: Console, report: PartitionReport | None, estimates: 
     if report is not None:
         for reason, count in report.dropped.items():
             table.add_row(f"texts {reason}", "the data", f"{count:,} of {report.texts:,}")
+        for what, count in report.left_out.items():
+            table.add_row(what, "folders", f"{count:,}")
         for file, count in report.skipped_lines.items():
             table.add_row("bad lines", file, f"{count:,}")
         if report.held_out_duplicates and report.duplicates_removed:

@@ -1,7 +1,7 @@
 """The layout of a run's work directory, and the refusal where a part of it is missing. Knows names, no contents.
 
 A directory has the name of the command that writes it, or of the module where that is a part of a command; a command's
-module is `COMMAND/stage.py`:
+module is `COMMAND/stage.py`, but `evaluate/centralized.py` and `evaluate/curve.py`:
 
     partition/                  report.json, map.png, nearest.png (where there are images)
     partition/EXPERT/           train.parquet, held_out.parquet
@@ -43,7 +43,7 @@ Plot = Literal["map", "nearest", "calibration", "systems", "comparisons", "gaps"
 Report = TypeVar("Report", bound=BaseModel)
 
 SPLITS = ("train", "held_out")
-_EXPERTS, _RANDOM = "experts", "random"
+_EXPERTS, _RANDOM, _SPLIT = "experts", "random", "split-"
 _MARKER, _REPORT, _ADAPTER = "DONE", "report.json", "adapter"
 # Of a stage's directory, patterns of what no ensemble holds.
 NOT_EXPORTED = (_MARKER, _REPORT, "*.png", _ADAPTER)
@@ -137,7 +137,7 @@ class Run:
 
     def split(self, num_experts: int) -> Path:
         """The work directory of the curve's runs with ``num_experts`` experts."""
-        return self.work_dir / f"split-{num_experts}"
+        return self.work_dir / f"{_SPLIT}{num_experts}"
 
     def branched(self, share: float, name: str) -> Path:
         """Of the curve, model ``name`` where a base has ``share`` of all training, or that base, or their scores."""
@@ -226,6 +226,8 @@ def complete_file(checkpoint: Path) -> Path:
 def command_of(directory: Path) -> str:
     """The `decar-train` command that writes a stage's ``directory``, with the expert's name where it takes one."""
     work_dir, command = directory.parent, _PARTS_OF_COMMANDS.get(directory.name, directory.name)
+    if any(part.startswith(_SPLIT) for part in work_dir.parts[-2:]):
+        return "curve"
     if work_dir.name == _EXPERTS:
         work_dir, command = work_dir.parent, f"expert {directory.name}"
     # The random split has no configuration file, and hence no command of its own.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -124,6 +124,7 @@ class ClusterHosts:
         plan: who is where.
         shape: of the planes, for `Plane.create`.
         key: that hosts prove to each other to have.
+        given: the GPUs of each host that Ray has given, see `Held`; (): engines compute on CPUs.
         ship: hosts are brought the weights that they lack; None: they have to have them. It is told how far it is,
             see `ship`, of which expert.
     """
@@ -134,9 +135,10 @@ class ClusterHosts:
         plan: Plan,
         shape: Mapping[str, Any],
         key: bytes,
+        given: Sequence[tuple[str, ...]] = (),
         ship: Callable[[int, str], None] | None = None,
     ):
-        self._ship = ship
+        self._given, self._ship = given, ship
         self._cluster, self._plan, self._shape, self._key = cluster, plan, shape, key
         self.hosts = Hosts(plan.of)
         self.own = Host()
@@ -184,11 +186,11 @@ class ClusterHosts:
                 node = self._cluster.node(name)
                 if node is None:
                     raise StartError(f"its node {name!r} is not in the cluster")
+                if node.id != self._plan.nodes[number].id:
+                    self._hold_again(number, node)
                 nodes = tuple(node if i == number else other for i, other in enumerate(self._plan.nodes))
                 self._plan = replace(self._plan, nodes=nodes)
                 self._at.pop(number, None)
-                if self._plan.held and self._plan.held[number]:
-                    self._cluster.hold(node, self._plan.held[number])
                 at = self._begun(number)
                 self._connect(number, at)
                 self._untold = {told for told in self._untold if number not in told}
@@ -196,6 +198,24 @@ class ClusterHosts:
                 logger.info("node %r is back", name)
             self._tell_who_moved()
             return self._at[number]
+
+    def _hold_again(self, number: int, node: Node) -> None:
+        """Have the GPUs of a node that is back. Its engines have been told which they are: those that were given
+        before, but where they are named.
+
+        Raises:
+            StartError: others have them.
+        """
+        if not self._given or not self._given[number]:
+            return
+        before = self._given[number]
+        now = self._cluster.hold(node, len(before)).given
+        are_named = all(expert in self._plan.wished for expert in self.hosts.experts_on(number))
+        if set(now) != set(before) and not are_named:
+            raise StartError(
+                f"node {node.name!r}: Ray has given GPU {', '.join(now)} there, and its engines are to use "
+                f"{', '.join(before)}: end what has those (`ray status`), or start the server anew"
+            )
 
     def _tell_who_moved(self) -> None:
         for other, number in list(self._untold):

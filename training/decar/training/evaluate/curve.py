@@ -97,7 +97,6 @@ class CurveReport(BaseModel):
     margin: float
     places: list[Place]
     as_good_from: dict[int, float | None]
-    rule_error: float
     verdict: list[str]
     points: list[Point]
     config: dict[str, Any]
@@ -138,7 +137,8 @@ def settings(config: TrainConfig) -> CurveConfig:
     """The section ``curve``.
 
     Raises:
-        TrainingError: there is none, or the data cannot be dealt out to different numbers of experts.
+        TrainingError: there is none, or its experts would not be alike, or read images, or the data cannot be dealt
+            out to different numbers of experts.
     """
     if config.curve is None:
         raise TrainingError("the configuration has no section curve, e.g. `curve: {steps: 1200}`")
@@ -146,6 +146,14 @@ def settings(config: TrainConfig) -> CurveConfig:
         raise TrainingError(
             "curve: partition.method by-field deals out by domains that are named, so not to other numbers of experts; "
             "set partition.method to kmeans or two-stage"
+        )
+    if any(expert.model for expert in config.experts):
+        raise TrainingError(
+            "curve: all its experts have one model; describe it under model, and none under experts"
+        )
+    if "vision_config" in config.model:
+        raise TrainingError(
+            "curve: models that read images are not measured by it; describe one of text alone"
         )
     return config.curve
 
@@ -191,9 +199,10 @@ def models(config: TrainConfig, share: float, num_experts: int) -> Iterator[Mode
 
 
 def _taking(recipe: Recipe, steps: int, start: Path | None = None) -> Recipe:
-    """``recipe`` with so many steps, from the checkpoint ``start`` if there is one."""
+    """``recipe`` with so many steps, none fewer, from the checkpoint ``start`` if there is one."""
     model = recipe.model if start is None else {"checkpoint": str(start)}
-    return replace(recipe, model=model, training=recipe.training.model_copy(update={"max_steps": steps}))
+    own = {"max_steps": steps, "patience": None}
+    return replace(recipe, model=model, training=recipe.training.model_copy(update=own))
 
 
 def point_stage(config: TrainConfig, share: float, num_experts: int) -> Stage:
@@ -371,14 +380,12 @@ def make_curve(config: TrainConfig, configs: Sequence[TrainConfig], stage: Stage
         for share in curve.shares
     ]
     as_good_from = {count: _as_good_from(places, count) for count in curve.experts}
-    errors = [abs(place.gain.mean - place.expected_gain) for place in places]
     report = CurveReport(
         name=config.name,
         seeds=[one.seed for one in configs],
         margin=margin,
         places=places,
         as_good_from=as_good_from,
-        rule_error=float(np.mean(errors)),
         verdict=_in_words(places, as_good_from, curve, margin, len(configs)),
         points=points,
         config=config.model_dump(mode="json"),
