@@ -353,6 +353,43 @@ def test_what_cannot_be_used_is_named_with_the_way_out(tmp_path: Path, name: str
     assert "\n" not in str(caught.value)
 
 
+AS_PYTHON = str(CHAT)
+CUT_OFF = json.dumps(CHAT)[:-9]
+
+
+@pytest.mark.parametrize("broken", [AS_PYTHON, CUT_OFF, f" {CUT_OFF}", "{'role': 'user'}"])
+@pytest.mark.parametrize("name", ["messages", "conversations", "prompt", "completion", "history", "tools"])
+def test_broken_json_is_no_text(tmp_path: Path, name: str, broken: str) -> None:
+    if name in ("prompt", "completion") and broken.startswith("{"):
+        return  # a text may begin so
+    row = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}
+    row = {name: broken} if name in ("messages", "conversations") else {**row, name: broken}
+    if name == "history":
+        row |= {"prompt": Q, "completion": A}
+    with pytest.raises(TrainingError, match=f"x.jsonl, line 1: field {name!r} is not valid JSON"):
+        read_row(tmp_path, row)
+    if len(row) == 1:
+        assert read_row(tmp_path, row, text_field=name).text == broken
+
+
+def test_lists_of_messages_in_json(tmp_path: Path) -> None:
+    row = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER], indent=1)}
+    assert read_row(tmp_path, row).messages == CHAT
+    with pytest.raises(TrainingError, match="'completion' have to be strings, or both lists of messages"):
+        read_row(tmp_path, {**row, "completion": A})
+    with pytest.raises(TrainingError, match="field 'messages' is not a string, nor a list of messages"):
+        read_row(tmp_path, {"messages": json.dumps({"messages": CHAT})})
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[x] Done", "{", "[{'a': 1}]", '["role"]', AS_PYTHON, CUT_OFF])
+def test_answers_may_begin_with_brackets(tmp_path: Path, text: str) -> None:
+    document = read_row(tmp_path, {"instruction": "[Verse 1] Go on.", "output": text})
+    assert document.messages == [
+        {"role": "user", "content": "[Verse 1] Go on."},
+        {"role": "assistant", "content": text},
+    ]
+
+
 def test_empty_answers_are_dropped_and_counted(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"instruction": Q, "output": A}, {"instruction": Q, "output": " "}]
     rows += [{"messages": [USER, {**ANSWER, "content": ""}]}, {"messages": CALLED[:2]}]

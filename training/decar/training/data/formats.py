@@ -65,6 +65,8 @@ _ROLES = {
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image_url", "image", "input_image")
+_AS_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+"""How a list of messages begins, in JSON, and in Python, which is refused."""
 _OF_PATH = re.compile(r"path\[(?P<index>-\d+)\]|path\.(?P<what>suffix|name|stem)")
 
 
@@ -210,7 +212,7 @@ class RowReader:
             name = fields[0]
         value = row[name]
         if isinstance(value, str) and name != self.data.text_field:
-            value = _parsed_list(value)
+            value = _parsed(value, name)
         if isinstance(value, str):
             if row.get(self.data.image_field) and name != self.data.image_field:
                 raise BadRow(
@@ -219,7 +221,8 @@ class RowReader:
                 )
             return value, TEXT, name
         if not isinstance(value, list):
-            raise BadRow(f"field {name!r} is not a string")
+            also = "" if name == self.data.text_field else ", nor a list of messages"
+            raise BadRow(f"field {name!r} is not a string{also}")
         pictures: list[Any] = []
         messages = _messages(value, name, pictures)
         chat = self._chat(messages, row, pictures, folder, check_marks=name == _CONVERSATIONS_FIELD)
@@ -229,6 +232,11 @@ class RowReader:
 
     def _from_pair(self, row: dict[str, Any], asked: str, answered: str, folder: Path | None) -> Chat:
         question, answer = row[asked], row[answered]
+        # Tables keep lists of messages as JSON; any other text may begin with a bracket, and answers with a chat.
+        if isinstance(question, str) and _AS_MESSAGES.match(question):
+            question = _parsed(question, asked)
+            if isinstance(answer, str):
+                answer = _parsed(answer, answered) if _AS_MESSAGES.match(answer) else answer
         pictures: list[Any] = []
         if isinstance(question, list) and isinstance(answer, list):
             before = [
@@ -369,14 +377,13 @@ def _is_nothing(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
-def _parsed_list(value: str) -> Any:
-    """A list that a table keeps as JSON; any other text as it is."""
-    if not value.lstrip().startswith("["):
-        return value
-    try:
-        return parse_json(value)
-    except BadRow:
-        return value
+def _parsed(value: str, name: str) -> Any:
+    """What a table keeps as JSON in field ``name``; any other text as it is.
+
+    Raises:
+        BadRow: it begins as JSON, and is none: cut off, or as Python writes it.
+    """
+    return parse_json(value, f"field {name!r} is ") if value.lstrip().startswith(("[", "{")) else value
 
 
 # ------------------------------------------------------------------------------------- a question and its answer
@@ -410,7 +417,7 @@ def _pair_format(asked: str, answered: str) -> str:
 
 def _history(value: Any) -> Messages:
     """Alpaca's earlier questions and answers."""
-    value = _parsed_list(value) if isinstance(value, str) else value
+    value = _parsed(value, "history") if isinstance(value, str) else value
     if _is_nothing(value):
         return []
     messages: Messages = []
