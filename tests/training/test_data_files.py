@@ -222,6 +222,24 @@ def test_bad_lines_of_a_csv_are_skipped_one_by_one(tmp_path: Path) -> None:
         read(file)
 
 
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize(
+    "row",
+    [b'2,"a\n\xff b\n3,c"', b'2,"\xff\n3,c\n"', b'2,"a\n3,c\xc3"', b'"\xed\xa0\x80\n3,c",d', b"\xff"],
+)
+def test_a_bad_byte_costs_its_row_alone(tmp_path: Path, row: bytes, compression: str) -> None:
+    file = tmp_path / f"x.csv{compression}"
+    file.write_bytes(COMPRESSIONS[compression](b"a,text\n1,one\n" + row + "\n4,語\n5\n".encode()))
+    bad = BadLines(skip=True)
+    config = DataConfig(files=[str(file)], on_bad_line="skip")
+    found = [d.text for d in read_documents(config, DocumentConfig(min_chars=1), 0, bad=bad)]
+    assert found == ["one", "語"]
+    assert bad.counts == {file.name: 2}
+    assert str(bad.first).startswith(f"{file}, line 3: not valid CSV ('utf-8' codec")
+    file.write_bytes(COMPRESSIONS[compression]('a,text\n1,語\n2,"a\nb"\n5\n'.encode()))
+    assert error(file).startswith(f"{file}, line 5: 1 cells")
+
+
 def test_empty_tables_are_said(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.json", "c.csv", "d.txt"):
         (tmp_path / name).touch()

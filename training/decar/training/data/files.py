@@ -334,19 +334,17 @@ def _csv_rows(
     file: Path, stream: BinaryIO, delimiter: str, columns: Columns, place: _Place
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     csv.field_size_limit(sys.maxsize)  # of all readers; else a text of 131,072 characters is refused
-    number = 0  # the reader's own does not count lines that are not UTF-8
-
-    def decoded(line: bytes) -> str:
-        nonlocal number
-        number += 1
-        return line.decode()
-
-    reader = csv.reader(map(decoded, stream), delimiter=delimiter, strict=True)
+    # What is not UTF-8 is found in the cells: were it an error here, the rest of its row would be read as rows.
+    lines = (line.decode(errors="surrogateescape") for line in stream)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
-        where = f"line {number + 1}"
+        where = f"line {reader.line_num + 1}"
         try:
             cells = next(reader)
+            for cell in cells:
+                if not cell.isascii():
+                    cell.encode(errors="surrogateescape").decode()
         except StopIteration:
             break
         except (csv.Error, UnicodeDecodeError) as error:
