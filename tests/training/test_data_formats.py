@@ -229,6 +229,26 @@ def test_parts_may_leave_their_images_to_the_field(tmp_path: Path) -> None:
         read_row(tmp_path, row)
 
 
+@pytest.mark.parametrize("empty", ["", " ", None, [], {}, {"bytes": None, "path": None}])
+def test_an_empty_image_is_none(tmp_path: Path, empty: Any) -> None:
+    for row in (
+        {"messages": CHAT},
+        {"conversations": turns(("human", Q), ("gpt", A))},
+        {"prompt": Q, "completion": A},
+    ):
+        document = read_row(tmp_path, {**row, "image": empty})
+        assert (document.messages, document.images) == (CHAT, ())
+    assert read_row(tmp_path, {"text": "a text", "image": empty}).text == "a text"
+
+
+def test_an_empty_image_of_a_table_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"prompt,completion,image\n{Q},{A},\n")
+    images = [b"", None]
+    table = pyarrow.table({"prompt": [Q] * 2, "completion": [A] * 2, "image": images})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert [d.messages for d in read(tmp_path / "x.*")] == [CHAT] * 3
+
+
 # ------------------------------------------------------------------------------------------------ columns
 
 

@@ -214,7 +214,7 @@ class RowReader:
         if isinstance(value, str) and name != self.data.text_field:
             value = _parsed(value, name)
         if isinstance(value, str):
-            if row.get(self.data.image_field) and name != self.data.image_field:
+            if not _is_no_image(row.get(self.data.image_field)) and name != self.data.image_field:
                 raise BadRow(
                     f"field {self.data.image_field!r} (data.image_field): an image needs a chat to stand in, but "
                     f"{name!r} is a text; give it messages, or name another field in data.image_field"
@@ -285,7 +285,7 @@ class RowReader:
             pictures: those that the messages' own parts name, None for each part that names none.
         """
         value = row.get(self.data.image_field)
-        beside = value if isinstance(value, list) else [] if value is None else [value]
+        beside = [] if _is_no_image(value) else value if isinstance(value, list) else [value]
         own = [picture for picture in pictures if picture is not None]
         if own and (beside or len(own) < len(pictures)):
             raise BadRow(
@@ -375,6 +375,11 @@ def domain_of_path(domain_field: str, source: Path | str) -> str:
 
 def _is_nothing(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _is_no_image(value: Any) -> bool:
+    """Whether an image's field is empty; in parquet an image is a struct of bytes and path."""
+    return _is_nothing(value) or value == b"" or (isinstance(value, dict) and not any(value.values()))
 
 
 def _parsed(value: str, name: str) -> Any:
