@@ -114,6 +114,14 @@ ROWS: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]] | None]] = {
         "prompt/completion",
         CHAT,
     ),
+    "an empty question beside": ({"question": Q, "prompt": "", "answer": A}, "question/answer", CHAT),
+    "an empty answer beside": (
+        {"prompt": Q, "response": " ", "output": [], "answer": A},
+        "prompt/answer",
+        CHAT,
+    ),
+    "no preference": ({"prompt": Q, "completion": A, "chosen": None, "rejected": None}, PAIR, CHAT),
+    "half a preference": ({"prompt": Q, "completion": A, "chosen": [], "rejected": "6"}, PAIR, CHAT),
     "content parts": (
         {
             "messages": [
@@ -329,6 +337,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": Q, "chosen": CHAT, "rejected": CHAT},
         r"preference data .*set data.columns to \{messages: chosen\}",
     ),
+    "preferences beside an answer": (
+        {"prompt": Q, "completion": A, "chosen": A, "rejected": "6"},
+        "preference data",
+    ),
+    "empty preferences": ({"prompt": Q, "chosen": "", "rejected": None}, "no field 'text'"),
+    "two empty questions": ({"prompt": "", "question": " ", "answer": A}, "field 'prompt' is empty"),
+    "two answers of null": ({"prompt": Q, "completion": None, "answer": None}, "'completion' is not a string"),
     "labels": ({"prompt": Q, "completion": A, "label": False}, "preference data .*'label'"),
     "two answers": (
         {"question": Q, "answer": A, "response": A},
@@ -412,18 +427,23 @@ def test_answers_may_begin_with_brackets(tmp_path: Path, text: str) -> None:
 
 def test_empty_answers_are_dropped_and_counted(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"instruction": Q, "output": A}, {"instruction": Q, "output": " "}]
+    rows += [
+        {"instruction": Q, "response": None, "output": ""},
+        {"instruction": Q, "output": None, "answer": ""},
+    ]
     rows += [{"messages": [USER, {**ANSWER, "content": ""}]}, {"messages": CALLED[:2]}]
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tally = Tally()
     assert len(read(file, tally)) == 2
-    assert tally.dropped == {UNANSWERED: 2}
-    assert tally.formats == {"Alpaca": 2, "messages": 2}
+    assert tally.dropped == {UNANSWERED: 4}
+    assert tally.formats == {"Alpaca": 3, "instruction/answer": 1, "messages": 2}
 
 
 def test_parquet_without_any_format_is_refused_once(tmp_path: Path) -> None:
     for name, columns, message in (
         ("a", {"chosen": ["a"], "rejected": ["b"]}, "preference data .*messages: chosen"),
+        ("c", {"prompt": ["a"], "chosen": ["a"], "rejected": ["b"]}, "preference data .*completion: chosen"),
         ("b", {"bodies": ["a"]}, "no field 'text' .*it has bodies"),
     ):
         file = tmp_path / f"{name}.parquet"

@@ -107,7 +107,7 @@ class RowReader:
             BadRow: they make no text and no chat, or the domain is not among them.
         """
         self._saw(names)
-        mapped = self._mapped(dict.fromkeys(names, ""))
+        mapped = self._mapped(dict.fromkeys(names, "not known yet"))  # nor whether it is empty
         is_pair = all(any(name in mapped for name in names_) for names_ in (_QUESTIONS, _ANSWERS))
         if not self._fields(mapped) and not is_pair:
             _refuse_preferences(mapped)
@@ -398,20 +398,21 @@ def _pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """(the field of the question, that of the answer), or None where one is missing.
 
     Raises:
-        BadRow: there are two of a kind, or one is null.
+        BadRow: two of a kind say something.
     """
     found: list[str] = []
     for names in (_QUESTIONS, _ANSWERS):
         mine = [name for name in names if name in row]
         if not mine:
             return None
-        said = [name for name in mine if row[name] is not None] or mine
+        said = [name for name in mine if not _is_nothing(row[name])]
         if len(said) > 1:
             raise BadRow(
                 f"fields {said[0]!r} and {said[1]!r} could both be the {'question' if not found else 'answer'}; "
                 "say which in data.columns (prompt, completion)"
             )
-        found.append(said[0])
+        # Where all are empty, one that is a text: an empty answer is counted, and null is an error.
+        found.append(said[0] if said else max(mine, key=lambda name: row[name] is not None))
     asked, answered = found
     return asked, answered
 
@@ -436,7 +437,7 @@ def _history(value: Any) -> Messages:
 
 
 def _refuse_preferences(row: Mapping[str, Any]) -> None:
-    if not all(name in row for name in _PREFERENCE):
+    if any(_is_nothing(row.get(name)) for name in _PREFERENCE):
         return
     chosen = row["chosen"]
     is_whole = isinstance(chosen, list) and any(
