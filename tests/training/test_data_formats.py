@@ -27,7 +27,7 @@ TOOL = {"type": "function", "function": FUNCTION}
 CALL = {"name": "add", "arguments": {"a": 2}}
 CALLED = [
     USER,
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
     {"role": "tool", "content": "5"},
     ANSWER,
 ]
@@ -202,6 +202,22 @@ def test_names_of_what_tools_say(tmp_path: Path, name: str) -> None:
     assert read_row(tmp_path, row).messages == CALLED
 
 
+@pytest.mark.parametrize(
+    "call", [CALL, {"function": CALL}, {"id": "1", "type": "function", "function": CALL}]
+)
+@pytest.mark.parametrize("arguments", [{"a": 2}, '{"a": 2}'])
+def test_calls_that_a_row_has_keep_their_form(tmp_path: Path, call: dict[str, Any], arguments: Any) -> None:
+    given = json.loads(json.dumps(call).replace('{"a": 2}', json.dumps(arguments)))
+    asked = {"role": "assistant", "content": "", "tool_calls": [given]}
+    row = {"messages": [USER, asked, {"role": "tool", "content": "5"}, ANSWER]}
+    assert read_row(tmp_path, row).messages == [USER, {**asked, "tool_calls": [call]}, *row["messages"][2:]]
+    shared = turns(("human", Q), ("function_call", json.dumps([given])), ("observation", "5"), ("gpt", A))
+    wanted = {"type": "function", "function": CALL} if call == CALL else call
+    messages = read_row(tmp_path, {"conversations": shared}).messages
+    assert messages is not None
+    assert messages[1]["tool_calls"] == [wanted]
+
+
 # ------------------------------------------------------------------------------------------------ images
 
 
@@ -235,6 +251,25 @@ def test_parts_may_leave_their_images_to_the_field(tmp_path: Path) -> None:
     assert read_row(tmp_path, row, columns={"image": "images"}).images == (png(),)
     with pytest.raises(TrainingError, match="1 <image> marks in the messages, but 0 images"):
         read_row(tmp_path, row)
+
+
+@pytest.mark.parametrize("said", [("What is <image>?", A), (Q, "<image>"), ("<image> <image>", "<image>")])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_chats_without_images_may_speak_of_the_mark(tmp_path: Path, said: tuple[str, str], kind: str) -> None:
+    row = {"conversations": turns(("human", said[0]), ("gpt", said[1]))}
+    file = tmp_path / f"x.{kind}"
+    if kind == "jsonl":
+        file.write_text(json.dumps(row))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist([row]), file)
+    (document,) = read(file)
+    assert (document.format, document.images, document.text) == ("ShareGPT", (), "\n\n".join(said))
+    for name in ("image", "images"):
+        parquet.write_table(
+            pyarrow.Table.from_pylist([{**row, name: ["red.png"]}]), tmp_path / f"{name}.parquet"
+        )
+        with pytest.raises(TrainingError, match=f"{name}.parquet"):
+            read(tmp_path / f"{name}.parquet")
 
 
 @pytest.mark.parametrize("empty", ["", " ", None, [], {}, {"bytes": None, "path": None}])

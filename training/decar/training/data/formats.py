@@ -126,6 +126,8 @@ class RowReader:
             self.data.image_field,
             *self.data.columns.of.values(),
         }
+        if _CONVERSATIONS_FIELD in names:
+            wanted.update(self._image_fields())
         if self.domain_field is not None and not is_of_path(self.domain_field):
             first = self.domain_field if self.domain_field in names else self.domain_field.partition(".")[0]
             if first not in names:
@@ -188,6 +190,10 @@ class RowReader:
         wanted = dict.fromkeys((self.data.text_field, MESSAGES_FIELD, _CONVERSATIONS_FIELD))
         return [name for name in wanted if name in names]
 
+    def _image_fields(self) -> tuple[str, ...]:
+        """Where LLaVA's images are, and where they are usually, so that a mark says that the setting is missing."""
+        return self.data.image_field, "image", "images"
+
     def _no_format(self, names: Iterable[str]) -> str:
         for name, column in self.data.columns.of.items():
             if name in _MAIN and column not in names:
@@ -225,7 +231,8 @@ class RowReader:
             raise BadRow(f"field {name!r} is not a string{also}")
         pictures: list[Any] = []
         messages = _messages(value, name, pictures)
-        chat = self._chat(messages, row, pictures, folder, check_marks=name == _CONVERSATIONS_FIELD)
+        may_have_images = name == _CONVERSATIONS_FIELD and any(key in row for key in self._image_fields())
+        chat = self._chat(messages, row, pictures, folder, check_marks=may_have_images)
         if name != _CONVERSATIONS_FIELD and not any("from" in message for message in value):
             return chat, MESSAGES_FIELD, name
         return chat, "LLaVA" if chat.images else "ShareGPT", name
@@ -502,7 +509,7 @@ def _message(given: Any, where: str, pictures: list[Any], only_known: bool = Fal
     if isinstance(message.get("content"), list):
         message["content"] = _joined(message["content"], where, pictures)
     if _CALL in message:
-        message.setdefault("tool_calls", [message.pop(_CALL)])
+        message.setdefault("tool_calls", [_as_tool_call(message.pop(_CALL))])
     if message.get("tool_calls") == []:
         del message["tool_calls"]
     if "tool_calls" in message:
@@ -536,7 +543,7 @@ def _set_role(message: dict[str, Any], where: str, only_known: bool) -> None:
         calls = message.pop("content", None)
         if isinstance(calls, str):
             calls = parse_json(calls, f"{where} calls a function, but is ")
-        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+        message["tool_calls"] = [_as_tool_call(c) for c in (calls if isinstance(calls, list) else [calls])]
         known = "assistant"
     message["role"] = known or role
 
@@ -604,6 +611,12 @@ def _check_marks(messages: Messages, images: tuple[bytes, ...]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- tools
+
+
+def _as_tool_call(call: Any) -> Any:
+    """A call of a function as OpenAI writes it among ``tool_calls``, which is how a server gives it to a template."""
+    is_bare = isinstance(call, dict) and "function" not in call
+    return {"type": "function", "function": call} if is_bare else call
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
