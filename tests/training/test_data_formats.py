@@ -341,6 +341,31 @@ def test_rows_without_the_mapped_columns_are_read_as_ever(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("mapped", "other"),
+    [
+        ("prompt", "completion"),
+        ("instruction", "output"),
+        ("completion", "prompt"),
+        ("output", "instruction"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_half_a_pair_is_mapped(tmp_path: Path, mapped: str, other: str, kind: str) -> None:
+    file = tmp_path / f"x.{kind}"
+    row = {"ask": Q, other: A}
+    if kind == "jsonl":
+        file.write_text(json.dumps(row))
+    elif kind == "csv":
+        file.write_text(f"ask,{other}\n{Q},{A}\n")
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist([row]), file)
+    with pytest.raises(TrainingError, match=f"data.columns maps {mapped} but no {other}; map it too"):
+        read(file, columns={mapped: "ask"})
+    columns = {mapped: "ask", other: other}
+    assert len(read(file, columns=columns)) == 1
+
+
+@pytest.mark.parametrize(
     ("data", "message"),
     [
         ({"columns": {"promt": "q"}}, "data.columns.promt: unknown field; did you mean 'prompt'"),

@@ -46,6 +46,12 @@ _CONVERSATIONS_FIELD = "conversations"
 _FUNCTIONS_FIELD = "functions"  # OpenAI's name for tools before there were others
 _QUESTIONS = ("instruction", "prompt", "question", "query")
 _ANSWERS = ("output", "completion", "response", "answer")
+_OTHER_HALF = {
+    "instruction": "output",
+    "output": "instruction",
+    "prompt": "completion",
+    "completion": "prompt",
+}
 # What else of a task its question needs: Alpaca's name, and Dolly's.
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
@@ -198,6 +204,11 @@ class RowReader:
         for name, column in self.data.columns.of.items():
             if name in _MAIN and column not in names:
                 return _no_field(column, f"data.columns.{name}", names)
+        mapped = self.data.columns.of.keys()
+        for ours, theirs in ((_QUESTIONS, _ANSWERS), (_ANSWERS, _QUESTIONS)):
+            name = next((name for name in ours if name in mapped), None)
+            if name is not None and not mapped & {*theirs}:
+                return f"data.columns maps {name} but no {_OTHER_HALF[name]}; map it too"
         return _no_field(self.data.text_field, "data.text_field, data.columns", names)
 
     def _text_or_chat(
