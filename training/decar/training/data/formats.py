@@ -206,9 +206,9 @@ class RowReader:
                 return _no_field(column, f"data.columns.{name}", names)
         mapped = self.data.columns.of.keys()
         for ours, theirs in ((_QUESTIONS, _ANSWERS), (_ANSWERS, _QUESTIONS)):
-            name = next((name for name in ours if name in mapped), None)
-            if name is not None and not mapped & {*theirs}:
-                return f"data.columns maps {name} but no {_OTHER_HALF[name]}; map it too"
+            half = next((name for name in ours if name in mapped), None)
+            if half is not None and not mapped & {*theirs}:
+                return f"data.columns maps {half} but no {_OTHER_HALF[half]}; map it too"
         return _no_field(self.data.text_field, "data.text_field, data.columns", names)
 
     def _text_or_chat(
