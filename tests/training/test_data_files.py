@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import random
 import re
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from pyarrow import parquet
 
 from decar.router.errors import TrainingError
 from decar.training.config import DataConfig, DocumentConfig, TrainConfig, load_config
+from decar.training.data.files import find_files, source_names
 from decar.training.data.shards import read_texts
 from decar.training.data.sources import BadLines, Document, Tally, input_files, read_documents
 from decar.training.partition.stage import make_partition, partition_stage, read_partition_report
@@ -222,6 +224,24 @@ def test_bad_lines_of_a_csv_are_skipped_one_by_one(tmp_path: Path) -> None:
         read(file)
 
 
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize(
+    "row",
+    [b'2,"a\n\xff b\n3,c"', b'2,"\xff\n3,c\n"', b'2,"a\n3,c\xc3"', b'"\xed\xa0\x80\n3,c",d', b"\xff"],
+)
+def test_a_bad_byte_costs_its_row_alone(tmp_path: Path, row: bytes, compression: str) -> None:
+    file = tmp_path / f"x.csv{compression}"
+    file.write_bytes(COMPRESSIONS[compression](b"a,text\n1,one\n" + row + "\n4,語\n5\n".encode()))
+    bad = BadLines(skip=True)
+    config = DataConfig(files=[str(file)], on_bad_line="skip")
+    found = [d.text for d in read_documents(config, DocumentConfig(min_chars=1), 0, bad=bad)]
+    assert found == ["one", "語"]
+    assert bad.counts == {file.name: 2}
+    assert str(bad.first).startswith(f"{file}, line 3: not valid CSV ('utf-8' codec")
+    file.write_bytes(COMPRESSIONS[compression]('a,text\n1,語\n2,"a\nb"\n5\n'.encode()))
+    assert error(file).startswith(f"{file}, line 5: 1 cells")
+
+
 def test_empty_tables_are_said(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.json", "c.csv", "d.txt"):
         (tmp_path / name).touch()
@@ -286,6 +306,16 @@ def test_a_glob_takes_files_of_any_ending(tree: Path) -> None:
     assert "picture.png: unknown kind of file" in error(tree / "c/*.png")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("*", 2), ("[ab]*", 1), ("c/[dLp]*", 1), ("*.py", 0), ("c", 0), ("a/**", 0), ("c/deep/*", 0)],
+)
+def test_folders_that_a_glob_matches_beside_files_are_counted(tree: Path, pattern: str, count: int) -> None:
+    (tree / "c/back").unlink()
+    left_out = find_files([str(tree / pattern)], "data.files").left_out
+    assert left_out["folders that a glob matches beside files"] == count
+
+
 def test_a_folder_without_data_says_what_is_in_it(tree: Path) -> None:
     (tree / "c/deep/read.md").unlink()
     (tree / "c/back").unlink()
@@ -312,6 +342,22 @@ def test_files_of_equal_names_are_told_apart_by_their_folders(tmp_path: Path) ->
     wanted = [*names[:3], "other.jsonl", names[3]]
     assert [document.source for document in documents] == wanted
     assert bad.counts == Counter(wanted)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_names_of_sources_are_the_shortest_ends_that_differ(seed: int) -> None:
+    rng = random.Random(seed)
+    files = {Path("/", *rng.choices("ab", k=rng.randint(0, 4)), rng.choice("xy")) for _ in range(40)}
+    ends = {file: ["/".join(file.parts[-d:]) for d in range(1, len(file.parts) + 1)] for file in files}
+    count = Counter(end for of_file in ends.values() for end in of_file)
+    assert source_names([*files]) == {
+        file: next(end for end in of_file if count[end] == 1) for file, of_file in ends.items()
+    }
+
+
+def test_many_files_may_have_one_name() -> None:
+    files = [Path(f"/many/{number}/deep/x.py") for number in range(20_000)]
+    assert source_names(files) == {file: f"{number}/deep/x.py" for number, file in enumerate(files)}
 
 
 # ---------------------------------------------------------------------------------------------------- the partition

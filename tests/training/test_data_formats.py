@@ -27,7 +27,7 @@ TOOL = {"type": "function", "function": FUNCTION}
 CALL = {"name": "add", "arguments": {"a": 2}}
 CALLED = [
     USER,
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
     {"role": "tool", "content": "5"},
     ANSWER,
 ]
@@ -114,6 +114,14 @@ ROWS: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]] | None]] = {
         "prompt/completion",
         CHAT,
     ),
+    "an empty question beside": ({"question": Q, "prompt": "", "answer": A}, "question/answer", CHAT),
+    "an empty answer beside": (
+        {"prompt": Q, "response": " ", "output": [], "answer": A},
+        "prompt/answer",
+        CHAT,
+    ),
+    "no preference": ({"prompt": Q, "completion": A, "chosen": None, "rejected": None}, PAIR, CHAT),
+    "half a preference": ({"prompt": Q, "completion": A, "chosen": [], "rejected": "6"}, PAIR, CHAT),
     "content parts": (
         {
             "messages": [
@@ -194,6 +202,22 @@ def test_names_of_what_tools_say(tmp_path: Path, name: str) -> None:
     assert read_row(tmp_path, row).messages == CALLED
 
 
+@pytest.mark.parametrize(
+    "call", [CALL, {"function": CALL}, {"id": "1", "type": "function", "function": CALL}]
+)
+@pytest.mark.parametrize("arguments", [{"a": 2}, '{"a": 2}'])
+def test_calls_that_a_row_has_keep_their_form(tmp_path: Path, call: dict[str, Any], arguments: Any) -> None:
+    given = json.loads(json.dumps(call).replace('{"a": 2}', json.dumps(arguments)))
+    asked = {"role": "assistant", "content": "", "tool_calls": [given]}
+    row = {"messages": [USER, asked, {"role": "tool", "content": "5"}, ANSWER]}
+    assert read_row(tmp_path, row).messages == [USER, {**asked, "tool_calls": [call]}, *row["messages"][2:]]
+    shared = turns(("human", Q), ("function_call", json.dumps([given])), ("observation", "5"), ("gpt", A))
+    wanted = {"type": "function", "function": CALL} if call == CALL else call
+    messages = read_row(tmp_path, {"conversations": shared}).messages
+    assert messages is not None
+    assert messages[1]["tool_calls"] == [wanted]
+
+
 # ------------------------------------------------------------------------------------------------ images
 
 
@@ -227,6 +251,45 @@ def test_parts_may_leave_their_images_to_the_field(tmp_path: Path) -> None:
     assert read_row(tmp_path, row, columns={"image": "images"}).images == (png(),)
     with pytest.raises(TrainingError, match="1 <image> marks in the messages, but 0 images"):
         read_row(tmp_path, row)
+
+
+@pytest.mark.parametrize("said", [("What is <image>?", A), (Q, "<image>"), ("<image> <image>", "<image>")])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_chats_without_images_may_speak_of_the_mark(tmp_path: Path, said: tuple[str, str], kind: str) -> None:
+    row = {"conversations": turns(("human", said[0]), ("gpt", said[1]))}
+    file = tmp_path / f"x.{kind}"
+    if kind == "jsonl":
+        file.write_text(json.dumps(row))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist([row]), file)
+    (document,) = read(file)
+    assert (document.format, document.images, document.text) == ("ShareGPT", (), "\n\n".join(said))
+    for name in ("image", "images"):
+        parquet.write_table(
+            pyarrow.Table.from_pylist([{**row, name: ["red.png"]}]), tmp_path / f"{name}.parquet"
+        )
+        with pytest.raises(TrainingError, match=f"{name}.parquet"):
+            read(tmp_path / f"{name}.parquet")
+
+
+@pytest.mark.parametrize("empty", ["", " ", None, [], {}, {"bytes": None, "path": None}])
+def test_an_empty_image_is_none(tmp_path: Path, empty: Any) -> None:
+    for row in (
+        {"messages": CHAT},
+        {"conversations": turns(("human", Q), ("gpt", A))},
+        {"prompt": Q, "completion": A},
+    ):
+        document = read_row(tmp_path, {**row, "image": empty})
+        assert (document.messages, document.images) == (CHAT, ())
+    assert read_row(tmp_path, {"text": "a text", "image": empty}).text == "a text"
+
+
+def test_an_empty_image_of_a_table_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"prompt,completion,image\n{Q},{A},\n")
+    images = [b"", None]
+    table = pyarrow.table({"prompt": [Q] * 2, "completion": [A] * 2, "image": images})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert [d.messages for d in read(tmp_path / "x.*")] == [CHAT] * 3
 
 
 # ------------------------------------------------------------------------------------------------ columns
@@ -278,6 +341,31 @@ def test_rows_without_the_mapped_columns_are_read_as_ever(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("mapped", "other"),
+    [
+        ("prompt", "completion"),
+        ("instruction", "output"),
+        ("completion", "prompt"),
+        ("output", "instruction"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_half_a_pair_is_mapped(tmp_path: Path, mapped: str, other: str, kind: str) -> None:
+    file = tmp_path / f"x.{kind}"
+    row = {"ask": Q, other: A}
+    if kind == "jsonl":
+        file.write_text(json.dumps(row))
+    elif kind == "csv":
+        file.write_text(f"ask,{other}\n{Q},{A}\n")
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist([row]), file)
+    with pytest.raises(TrainingError, match=f"data.columns maps {mapped} but no {other}; map it too"):
+        read(file, columns={mapped: "ask"})
+    columns = {mapped: "ask", other: other}
+    assert len(read(file, columns=columns)) == 1
+
+
+@pytest.mark.parametrize(
     ("data", "message"),
     [
         ({"columns": {"promt": "q"}}, "data.columns.promt: unknown field; did you mean 'prompt'"),
@@ -309,6 +397,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": Q, "chosen": CHAT, "rejected": CHAT},
         r"preference data .*set data.columns to \{messages: chosen\}",
     ),
+    "preferences beside an answer": (
+        {"prompt": Q, "completion": A, "chosen": A, "rejected": "6"},
+        "preference data",
+    ),
+    "empty preferences": ({"prompt": Q, "chosen": "", "rejected": None}, "no field 'text'"),
+    "two empty questions": ({"prompt": "", "question": " ", "answer": A}, "field 'prompt' is empty"),
+    "two answers of null": ({"prompt": Q, "completion": None, "answer": None}, "'completion' is not a string"),
     "labels": ({"prompt": Q, "completion": A, "label": False}, "preference data .*'label'"),
     "two answers": (
         {"question": Q, "answer": A, "response": A},
@@ -353,20 +448,62 @@ def test_what_cannot_be_used_is_named_with_the_way_out(tmp_path: Path, name: str
     assert "\n" not in str(caught.value)
 
 
+AS_PYTHON = str(CHAT)
+CUT_OFF = json.dumps(CHAT)[:-9]
+
+
+@pytest.mark.parametrize("broken", [AS_PYTHON, CUT_OFF, f" {CUT_OFF}", "{'role': 'user'}"])
+@pytest.mark.parametrize("name", ["messages", "conversations", "prompt", "completion", "history", "tools"])
+def test_broken_json_is_no_text(tmp_path: Path, name: str, broken: str) -> None:
+    if name in ("prompt", "completion") and broken.startswith("{"):
+        return  # a text may begin so
+    row = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}
+    row = {name: broken} if name in ("messages", "conversations") else {**row, name: broken}
+    if name == "history":
+        row |= {"prompt": Q, "completion": A}
+    with pytest.raises(TrainingError, match=f"x.jsonl, line 1: field {name!r} is not valid JSON"):
+        read_row(tmp_path, row)
+    if len(row) == 1:
+        assert read_row(tmp_path, row, text_field=name).text == broken
+
+
+def test_lists_of_messages_in_json(tmp_path: Path) -> None:
+    row = {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER], indent=1)}
+    assert read_row(tmp_path, row).messages == CHAT
+    with pytest.raises(TrainingError, match="'completion' have to be strings, or both lists of messages"):
+        read_row(tmp_path, {**row, "completion": A})
+    with pytest.raises(TrainingError, match="field 'messages' is not a string, nor a list of messages"):
+        read_row(tmp_path, {"messages": json.dumps({"messages": CHAT})})
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[x] Done", "{", "[{'a': 1}]", '["role"]', AS_PYTHON, CUT_OFF])
+def test_answers_may_begin_with_brackets(tmp_path: Path, text: str) -> None:
+    document = read_row(tmp_path, {"instruction": "[Verse 1] Go on.", "output": text})
+    assert document.messages == [
+        {"role": "user", "content": "[Verse 1] Go on."},
+        {"role": "assistant", "content": text},
+    ]
+
+
 def test_empty_answers_are_dropped_and_counted(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"instruction": Q, "output": A}, {"instruction": Q, "output": " "}]
+    rows += [
+        {"instruction": Q, "response": None, "output": ""},
+        {"instruction": Q, "output": None, "answer": ""},
+    ]
     rows += [{"messages": [USER, {**ANSWER, "content": ""}]}, {"messages": CALLED[:2]}]
     file = tmp_path / "x.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tally = Tally()
     assert len(read(file, tally)) == 2
-    assert tally.dropped == {UNANSWERED: 2}
-    assert tally.formats == {"Alpaca": 2, "messages": 2}
+    assert tally.dropped == {UNANSWERED: 4}
+    assert tally.formats == {"Alpaca": 3, "instruction/answer": 1, "messages": 2}
 
 
 def test_parquet_without_any_format_is_refused_once(tmp_path: Path) -> None:
     for name, columns, message in (
         ("a", {"chosen": ["a"], "rejected": ["b"]}, "preference data .*messages: chosen"),
+        ("c", {"prompt": ["a"], "chosen": ["a"], "rejected": ["b"]}, "preference data .*completion: chosen"),
         ("b", {"bodies": ["a"]}, "no field 'text' .*it has bodies"),
     ):
         file = tmp_path / f"{name}.parquet"

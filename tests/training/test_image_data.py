@@ -121,7 +121,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"image": ["in/red.png"], "conversations": said("<image><image>", "a")},
         r"2 <image> marks in the messages, but 1 images",
     ),
-    "a mark without image": ({"conversations": said("<image>", "a")}, r"1 <image> marks .* but 0 images"),
+    "a mark without image": (
+        {"image": None, "conversations": said("<image>", "a")},
+        r"1 <image> marks .* but 0 images",
+    ),
+    "images of another name": (
+        {"images": ["in/red.png"], "conversations": said("<image>", "a")},
+        r"1 <image> marks .* but 0 images",
+    ),
     "a mark in an answer": (
         {"image": "in/red.png", "conversations": said("What?", "<image>")},
         r"an <image> mark in an answer",

@@ -8,12 +8,16 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
 from decar.router import Ensemble, load_router
+from decar.router.errors import EnsembleError
+from decar.training.data.files import KINDS
+from decar.training.new.cli import new
 from decar.training.new.priors import MAX_TEXTS, PIECE_CHARS, likeliest_shares
 from decar.training.new.texts import sample_texts
 from tests.reference import Reference, load_model, log_likelihood, make_expert, make_tokenizer
@@ -153,6 +157,42 @@ def test_samples_that_cannot_be_used(here: Path, name: str, content: str, words:
     error = only_error(run_new("demo", "code=a", "prose=b", "--sample", name), *words)
     assert "data." not in error  # a field of decar-train's configuration, which nobody has here
     assert not (here / "demo").exists()
+
+
+CHAT = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "b"}]
+ADVICE: dict[str, tuple[dict[str, object], str]] = {
+    "two questions": (
+        {"prompt": "a", "question": "b", "answer": "c"},
+        "fields 'prompt' and 'question' could both be the question; mend it",
+    ),
+    "preferences": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "preference data (fields 'chosen' and 'rejected') is not what experts learn from; mend it",
+    ),
+    "a text with an image": (
+        {"text": "a", "image": "a.png"},
+        "field 'image': an image needs a chat to stand in, but 'text' is a text; give it messages; mend it",
+    ),
+    "an image that is not there": (
+        {"messages": CHAT, "image": "a.png"},
+        "cannot be read (No such file or directory); paths are relative to the file's folder; mend it",
+    ),
+    "no field": ({"a": 1, "b; data.x": 2}, "no field 'text'; it has a, b; data.x; mend it"),
+}
+
+
+@pytest.mark.parametrize("name", list(ADVICE))
+def test_what_is_said_of_a_row_names_no_settings(tmp_path: Path, name: str) -> None:
+    row, message = ADVICE[name]
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    with pytest.raises(EnsembleError) as caught:
+        sample_texts("--sample", tmp_path / "x.jsonl", 10, PIECE_CHARS, cut_rows=False)
+    assert str(caught.value).endswith(message)
+
+
+def test_the_help_names_all_kinds_of_files() -> None:
+    (sample,) = get_type_hints(new, include_extras=True)["sample"].__metadata__
+    assert KINDS in sample.help
 
 
 # ---------------------------------------------------------------------------------------------- routers

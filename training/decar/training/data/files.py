@@ -48,8 +48,8 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """The ``files`` that patterns name, and how many files and folders were ``left_out`` of named folders, by what they
-    are."""
+    """The ``files`` that patterns name, and how many files and folders were ``left_out`` of named folders and globs, by
+    what they are."""
 
     files: list[Path]
     left_out: Counter[str]
@@ -59,7 +59,8 @@ def find_files(patterns: Iterable[str], setting: str) -> Found:
     """The files that ``patterns`` name, each once, sorted within each pattern.
 
     What of a path exists is taken literally, brackets included; the rest of it is a glob. A folder stands for the texts
-    and tables in it and below it; what a glob matches are files, or folders where it matches no file.
+    and tables in it and below it; what a glob matches are files, or folders where it matches no file; else its folders
+    are left out.
 
     Raises:
         TrainingError: a pattern matches nothing that can be read.
@@ -69,10 +70,16 @@ def find_files(patterns: Iterable[str], setting: str) -> Found:
     for pattern in patterns:
         matches = sorted(Path(match) for match in glob.glob(_escaped(pattern), recursive=True))
         files = [match for match in matches if match.is_file()]
-        folders = [] if files else [match for match in matches if match.is_dir()]
+        folders = [match for match in matches if match.is_dir()]
         not_read: Counter[str] = Counter()
-        for folder in folders:
-            files += _files_below(folder, not_read)
+        if files:
+            # A ** matches folders and what is in them.
+            read_from = {folder for file in files for folder in file.parents}
+            beside = sum(folder not in read_from for folder in folders)
+            not_read += Counter({"folders that a glob matches beside files": beside})
+        else:
+            for folder in folders:
+                files += _files_below(folder, not_read)
         if not files:
             what = f"; of its folder were left out {describe(not_read)}" if not_read else ""
             raise TrainingError(f"{setting}: {pattern!r} matches no file{what}")
@@ -125,14 +132,16 @@ def source_names(files: Sequence[Path]) -> dict[Path, str]:
     same: dict[str, list[Path]] = {}
     for file in files:
         same.setdefault(file.name, []).append(file)
-    names = {}
+    names: dict[Path, str] = {}
     for group in same.values():
         parts = {file: PurePath(os.path.abspath(file)).parts for file in group}
-        for file in group:
-            depth = 1
-            while any(parts[other][-depth:] == parts[file][-depth:] for other in group if other != file):
-                depth += 1
-            names[file] = "/".join(parts[file][-depth:])
+        left, depth = list(parts), 1
+        while left:
+            ends = {file: parts[file][-depth:] for file in left}
+            counts = Counter(ends.values())
+            names |= {file: "/".join(end) for file, end in ends.items() if counts[end] == 1}
+            left = [file for file in left if counts[ends[file]] > 1]
+            depth += 1
     return names
 
 
@@ -334,19 +343,17 @@ def _csv_rows(
     file: Path, stream: BinaryIO, delimiter: str, columns: Columns, place: _Place
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
     csv.field_size_limit(sys.maxsize)  # of all readers; else a text of 131,072 characters is refused
-    number = 0  # the reader's own does not count lines that are not UTF-8
-
-    def decoded(line: bytes) -> str:
-        nonlocal number
-        number += 1
-        return line.decode()
-
-    reader = csv.reader(map(decoded, stream), delimiter=delimiter, strict=True)
+    # What is not UTF-8 is found in the cells: were it an error here, the rest of its row would be read as rows.
+    lines = (line.decode(errors="surrogateescape") for line in stream)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
-        where = f"line {number + 1}"
+        where = f"line {reader.line_num + 1}"
         try:
             cells = next(reader)
+            for cell in cells:
+                if not cell.isascii():
+                    cell.encode(errors="surrogateescape").decode()
         except StopIteration:
             break
         except (csv.Error, UnicodeDecodeError) as error:

@@ -46,6 +46,12 @@ _CONVERSATIONS_FIELD = "conversations"
 _FUNCTIONS_FIELD = "functions"  # OpenAI's name for tools before there were others
 _QUESTIONS = ("instruction", "prompt", "question", "query")
 _ANSWERS = ("output", "completion", "response", "answer")
+_OTHER_HALF = {
+    "instruction": "output",
+    "output": "instruction",
+    "prompt": "completion",
+    "completion": "prompt",
+}
 # What else of a task its question needs: Alpaca's name, and Dolly's.
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
@@ -65,6 +71,8 @@ _ROLES = {
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image_url", "image", "input_image")
+_AS_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+"""How a list of messages begins, in JSON, and in Python, which is refused."""
 _OF_PATH = re.compile(r"path\[(?P<index>-\d+)\]|path\.(?P<what>suffix|name|stem)")
 
 
@@ -105,7 +113,7 @@ class RowReader:
             BadRow: they make no text and no chat, or the domain is not among them.
         """
         self._saw(names)
-        mapped = self._mapped(dict.fromkeys(names, ""))
+        mapped = self._mapped(dict.fromkeys(names, "not known yet"))  # nor whether it is empty
         is_pair = all(any(name in mapped for name in names_) for names_ in (_QUESTIONS, _ANSWERS))
         if not self._fields(mapped) and not is_pair:
             _refuse_preferences(mapped)
@@ -124,6 +132,8 @@ class RowReader:
             self.data.image_field,
             *self.data.columns.of.values(),
         }
+        if _CONVERSATIONS_FIELD in names:
+            wanted.update(self._image_fields())
         if self.domain_field is not None and not is_of_path(self.domain_field):
             first = self.domain_field if self.domain_field in names else self.domain_field.partition(".")[0]
             if first not in names:
@@ -186,10 +196,19 @@ class RowReader:
         wanted = dict.fromkeys((self.data.text_field, MESSAGES_FIELD, _CONVERSATIONS_FIELD))
         return [name for name in wanted if name in names]
 
+    def _image_fields(self) -> tuple[str, ...]:
+        """Where LLaVA's images are, and where they are usually, so that a mark says that the setting is missing."""
+        return self.data.image_field, "image", "images"
+
     def _no_format(self, names: Iterable[str]) -> str:
         for name, column in self.data.columns.of.items():
             if name in _MAIN and column not in names:
                 return _no_field(column, f"data.columns.{name}", names)
+        mapped = self.data.columns.of.keys()
+        for ours, theirs in ((_QUESTIONS, _ANSWERS), (_ANSWERS, _QUESTIONS)):
+            half = next((name for name in ours if name in mapped), None)
+            if half is not None and not mapped & {*theirs}:
+                return f"data.columns maps {half} but no {_OTHER_HALF[half]}; map it too"
         return _no_field(self.data.text_field, "data.text_field, data.columns", names)
 
     def _text_or_chat(
@@ -210,25 +229,32 @@ class RowReader:
             name = fields[0]
         value = row[name]
         if isinstance(value, str) and name != self.data.text_field:
-            value = _parsed_list(value)
+            value = _parsed(value, name)
         if isinstance(value, str):
-            if row.get(self.data.image_field) and name != self.data.image_field:
+            if not _is_no_image(row.get(self.data.image_field)) and name != self.data.image_field:
                 raise BadRow(
                     f"field {self.data.image_field!r} (data.image_field): an image needs a chat to stand in, but "
                     f"{name!r} is a text; give it messages, or name another field in data.image_field"
                 )
             return value, TEXT, name
         if not isinstance(value, list):
-            raise BadRow(f"field {name!r} is not a string")
+            also = "" if name == self.data.text_field else ", nor a list of messages"
+            raise BadRow(f"field {name!r} is not a string{also}")
         pictures: list[Any] = []
         messages = _messages(value, name, pictures)
-        chat = self._chat(messages, row, pictures, folder, check_marks=name == _CONVERSATIONS_FIELD)
+        may_have_images = name == _CONVERSATIONS_FIELD and any(key in row for key in self._image_fields())
+        chat = self._chat(messages, row, pictures, folder, check_marks=may_have_images)
         if name != _CONVERSATIONS_FIELD and not any("from" in message for message in value):
             return chat, MESSAGES_FIELD, name
         return chat, "LLaVA" if chat.images else "ShareGPT", name
 
     def _from_pair(self, row: dict[str, Any], asked: str, answered: str, folder: Path | None) -> Chat:
         question, answer = row[asked], row[answered]
+        # Tables keep lists of messages as JSON; any other text may begin with a bracket, and answers with a chat.
+        if isinstance(question, str) and _AS_MESSAGES.match(question):
+            question = _parsed(question, asked)
+            if isinstance(answer, str):
+                answer = _parsed(answer, answered) if _AS_MESSAGES.match(answer) else answer
         pictures: list[Any] = []
         if isinstance(question, list) and isinstance(answer, list):
             before = [
@@ -277,7 +303,7 @@ class RowReader:
             pictures: those that the messages' own parts name, None for each part that names none.
         """
         value = row.get(self.data.image_field)
-        beside = value if isinstance(value, list) else [] if value is None else [value]
+        beside = [] if _is_no_image(value) else value if isinstance(value, list) else [value]
         own = [picture for picture in pictures if picture is not None]
         if own and (beside or len(own) < len(pictures)):
             raise BadRow(
@@ -369,14 +395,18 @@ def _is_nothing(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
-def _parsed_list(value: str) -> Any:
-    """A list that a table keeps as JSON; any other text as it is."""
-    if not value.lstrip().startswith("["):
-        return value
-    try:
-        return parse_json(value)
-    except BadRow:
-        return value
+def _is_no_image(value: Any) -> bool:
+    """Whether an image's field is empty; in parquet an image is a struct of bytes and path."""
+    return _is_nothing(value) or value == b"" or (isinstance(value, dict) and not any(value.values()))
+
+
+def _parsed(value: str, name: str) -> Any:
+    """What a table keeps as JSON in field ``name``; any other text as it is.
+
+    Raises:
+        BadRow: it begins as JSON, and is none: cut off, or as Python writes it.
+    """
+    return parse_json(value, f"field {name!r} is ") if value.lstrip().startswith(("[", "{")) else value
 
 
 # ------------------------------------------------------------------------------------- a question and its answer
@@ -386,20 +416,21 @@ def _pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """(the field of the question, that of the answer), or None where one is missing.
 
     Raises:
-        BadRow: there are two of a kind, or one is null.
+        BadRow: two of a kind say something.
     """
     found: list[str] = []
     for names in (_QUESTIONS, _ANSWERS):
         mine = [name for name in names if name in row]
         if not mine:
             return None
-        said = [name for name in mine if row[name] is not None] or mine
+        said = [name for name in mine if not _is_nothing(row[name])]
         if len(said) > 1:
             raise BadRow(
                 f"fields {said[0]!r} and {said[1]!r} could both be the {'question' if not found else 'answer'}; "
                 "say which in data.columns (prompt, completion)"
             )
-        found.append(said[0])
+        # Where all are empty, one that is a text: an empty answer is counted, and null is an error.
+        found.append(said[0] if said else max(mine, key=lambda name: row[name] is not None))
     asked, answered = found
     return asked, answered
 
@@ -410,7 +441,7 @@ def _pair_format(asked: str, answered: str) -> str:
 
 def _history(value: Any) -> Messages:
     """Alpaca's earlier questions and answers."""
-    value = _parsed_list(value) if isinstance(value, str) else value
+    value = _parsed(value, "history") if isinstance(value, str) else value
     if _is_nothing(value):
         return []
     messages: Messages = []
@@ -424,7 +455,7 @@ def _history(value: Any) -> Messages:
 
 
 def _refuse_preferences(row: Mapping[str, Any]) -> None:
-    if not all(name in row for name in _PREFERENCE):
+    if any(_is_nothing(row.get(name)) for name in _PREFERENCE):
         return
     chosen = row["chosen"]
     is_whole = isinstance(chosen, list) and any(
@@ -489,7 +520,7 @@ def _message(given: Any, where: str, pictures: list[Any], only_known: bool = Fal
     if isinstance(message.get("content"), list):
         message["content"] = _joined(message["content"], where, pictures)
     if _CALL in message:
-        message.setdefault("tool_calls", [message.pop(_CALL)])
+        message.setdefault("tool_calls", [_as_tool_call(message.pop(_CALL))])
     if message.get("tool_calls") == []:
         del message["tool_calls"]
     if "tool_calls" in message:
@@ -523,7 +554,7 @@ def _set_role(message: dict[str, Any], where: str, only_known: bool) -> None:
         calls = message.pop("content", None)
         if isinstance(calls, str):
             calls = parse_json(calls, f"{where} calls a function, but is ")
-        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+        message["tool_calls"] = [_as_tool_call(c) for c in (calls if isinstance(calls, list) else [calls])]
         known = "assistant"
     message["role"] = known or role
 
@@ -591,6 +622,12 @@ def _check_marks(messages: Messages, images: tuple[bytes, ...]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- tools
+
+
+def _as_tool_call(call: Any) -> Any:
+    """A call of a function as OpenAI writes it among ``tool_calls``, which is how a server gives it to a template."""
+    is_bare = isinstance(call, dict) and "function" not in call
+    return {"type": "function", "function": call} if is_bare else call
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:

@@ -50,11 +50,12 @@ class NoDocuments(TrainingError):
 @dataclass(frozen=True)
 class Document:
     """``text``, the data ``source`` it comes from, the number of the input text it is a piece of, and that input's
-    ``domain``: the value of the field that was asked for. ``format`` is what it was kept in (data/formats.py).
+    ``domain``: the value of the field that was asked for.
 
     A chat is one document with its ``messages`` and ``tools``; its text is what they say. Its ``images``, encoded,
     belong in order where its messages have an `IMAGE_MARK`. Of an input text that was cut, ``piece`` counts the pieces
-    from 0. ``format`` is how the data hold it; ``is_given_held_out`` says that it comes from ``data.held_out_files``.
+    from 0. ``format`` is how the data hold it (data/formats.py); ``is_given_held_out`` says that it comes from
+    ``data.held_out_files``.
     """
 
     text: str

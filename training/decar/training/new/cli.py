@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from decar.router.errors import DecarError, EnsembleError, did_you_mean
+from decar.training.data.files import KINDS as FILE_KINDS
 
 if TYPE_CHECKING:
     from decar.router.files import TrainedRouter
@@ -46,7 +47,7 @@ def new(
     ] = None,
     sample: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Estimate the shares from texts: .txt, .md, .jsonl or .parquet."),
+        typer.Option(metavar="FILE", help=f"Estimate the shares from texts: {FILE_KINDS}."),
     ] = None,
     router: Annotated[
         str,

@@ -13,9 +13,11 @@ from decar.training.config import DataConfig, DocumentConfig
 from decar.training.data.files import KINDS, is_text, one_line
 from decar.training.data.sources import BadLines, NoDocuments, read_documents
 
+# Of decar-train's configuration, which nobody has here: in brackets, as another way out, or as the way out.
 _SETTING = re.compile(
     r" \((?:data|partition)\.[^)]*\)"
-)  # of decar-train's configuration, which nobody has here
+    r"|(?:, or|;) (?:(?!, or )[^;])*\bdata\.(?:columns|text_field|image_field|image_dir)\b[^;]*"
+)
 
 
 class _BadLines(BadLines):
@@ -28,8 +30,8 @@ def sample_texts(option: str, file: Path, size: int, piece_chars: int, cut_rows:
 
     Args:
         option: that names the file, for errors.
-        piece_chars: what .txt and .md are cut to, at line ends where possible.
-        cut_rows: whether rows of .jsonl and .parquet are cut as well.
+        piece_chars: what files that are one text are cut to, at line ends where possible.
+        cut_rows: whether rows of tables that are texts are cut as well.
 
     Raises:
         EnsembleError: the file is missing, cannot be read, or holds no text; naming the line where there is one.
