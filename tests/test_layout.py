@@ -65,10 +65,11 @@ ROOMS = {
 """Which room or file of the server may import which: `serve` alone puts together what knows nothing of each other."""
 
 TRAINING = ROOT / "training/decar/training"
-ALL_KNOW = {"checkpoint_files", "config", "fingerprints", "run", "stages"}
+ALL_KNOW = {"checkpoint_files", "config", "fingerprints", "plots", "run", "stages"}
 FOLDERS = {
     "checkpoint_files": set(),
     "config": {"run"},
+    "plots": set(),
     "run": {"stages"},
     "stages": {"run"},
     "fingerprints": {"config", "stages"},

@@ -123,15 +123,8 @@ def test_a_killed_expert_ends_with_the_same_weights(write_config: WriteConfig, t
     assert_equal(weights(config.work_dir, "code"), resumed)
 
 
-def test_two_processes_train_what_one_trains(write_config: WriteConfig) -> None:
-    # Eight steps are less than an epoch, whose last batch several processes fill up.
-    path = write_config(training={"max_steps": 8, "batch_size": 4, "save_steps": 4, "tensorboard": True})
-    config = made(path)
-    stage = expert_stage(config, "code")
-    train_expert(config, "code", stage)
-    alone = weights(config.work_dir, "code")
-    shutil.rmtree(stage.directory)
-
+def in_two_processes(path: Path) -> str:
+    """What they print who train expert ``code`` of the configuration at ``path`` together."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     run = subprocess.run(
         [*torchrun, "-m", "decar.training", "expert", "code", path],
@@ -141,7 +134,19 @@ def test_two_processes_train_what_one_trains(write_config: WriteConfig) -> None:
         timeout=DEADLINE_S,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("expert code: done in") == 1
+    return run.stdout
+
+
+def test_two_processes_train_what_one_trains(write_config: WriteConfig) -> None:
+    # Eight steps are less than an epoch, whose last batch several processes fill up.
+    path = write_config(training={"max_steps": 8, "batch_size": 4, "save_steps": 4, "tensorboard": True})
+    config = made(path)
+    stage = expert_stage(config, "code")
+    train_expert(config, "code", stage)
+    alone = weights(config.work_dir, "code")
+    shutil.rmtree(stage.directory)
+
+    assert in_two_processes(path).count("expert code: done in") == 1
     assert stage.is_done
     together = weights(config.work_dir, "code")
     moved = 8 * config.training.learning_rate

@@ -23,11 +23,11 @@ from decar.training.evaluate.curve import (
     divergence,
     gain,
     models,
-    rule_of_thumb,
     settings,
     split_config,
 )
 from decar.training.evaluate.systems import DENSE
+from decar.training.evaluate.verdict import rule_of_thumb
 from decar.training.expert.report import read_expert_report
 from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig, config_writer

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ from decar.training.export.stage import export, export_average, export_stage
 from decar.training.partition.stage import make_partition, partition_stage
 from decar.training.router.stage import router_stage, train_router
 from tests.training.conftest import PROSE, config_writer
-from tests.training.test_apart import COMMAND, DEADLINE_S, assert_equal, weights
+from tests.training.test_apart import COMMAND, DEADLINE_S, assert_equal, in_two_processes, weights
 from tests.training.test_run import command
 
 VISION = {
@@ -408,15 +407,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     shutil.rmtree(stage.directory)
     # Another process sees the shard and the tokenizer alone.
     shutil.rmtree(tmp_path / "digits")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    run = subprocess.run(
-        [*torchrun, "-m", "decar.training", "expert", "code", tmp_path / "config.yaml"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
-    assert run.returncode == 0, run.stderr
+    in_two_processes(tmp_path / "config.yaml")
     together = weights(config.work_dir, "code")
     moved = 4 * config.training.learning_rate
     for name, value in alone.items():

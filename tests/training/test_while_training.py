@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +39,10 @@ from decar.training.expert.watch import CurvePoint, curve
 from decar.training.fingerprints import expert_fingerprint
 from decar.training.partition.stage import make_partition, partition_stage
 from tests.training.conftest import WriteConfig, tiny_config
+from tests.training.test_apart import in_two_processes
 from tests.training.test_expert import StopAt, weights
 from tests.training.test_run import command
 
-DEADLINE_S = 120
 # Ever larger steps: the held-out loss falls, rises and falls, and the last one is not the lowest.
 WANDERS = {"learning_rate": 0.3, "max_steps": 20, "warmup": 0.98, "eval_steps": 2, "save_steps": 5}
 Weights = dict[str, torch.Tensor]
@@ -111,15 +109,7 @@ def test_two_processes_measure_what_one_measures(write_config: WriteConfig) -> N
     settings = {"keep": "best", "max_steps": 8, "sequence_length": 30, "sample_prompts": ["def"]}
     path = write_config(training=WANDERS | settings | {"sample_tokens": 5})
     config = made(path)
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    run = subprocess.run(
-        [*torchrun, "-m", "decar.training", "expert", "code", path],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
-    assert run.returncode == 0, run.stderr
+    printed = in_two_processes(path)
     report = read_expert_report(config.run.expert("code"))
     losses = {point.step: point.held_out_loss for point in report.curve if point.held_out_loss is not None}
     assert list(losses) == [2, 4, 6, 8]
@@ -129,8 +119,8 @@ def test_two_processes_measure_what_one_measures(write_config: WriteConfig) -> N
     assert len(held_out) % 2
     model = AutoModelForCausalLM.from_pretrained(config.run.expert("code"))
     assert losses[report.kept_step] == pytest.approx(mean_loss(model, held_out, 1), abs=1e-6)
-    assert run.stdout.count("step 2/8, held-out loss ") == 1
-    assert run.stdout.count("'def' goes on ") == 5
+    assert printed.count("step 2/8, held-out loss ") == 1
+    assert printed.count("'def' goes on ") == 5
 
 
 def test_measuring_and_sampling_leave_the_weights_as_they_are(write_config: WriteConfig) -> None:

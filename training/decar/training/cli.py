@@ -150,37 +150,18 @@ def centralized(config: ConfigPath, set_: Overrides = None) -> None:
 @app.command()
 def evaluate(config: ConfigPath, set_: Overrides = None) -> None:
     """Hold the ensemble against a centralized model, a random split and more, over seeds; makes what is missing."""
-    settings = _load(config, set_)
-    configs = load_seeds(config, set_)
-    for one in configs:
-        _check_models(one)
-    with ExitStack() as stack:
-        for one in {one.work_dir: one for one in (settings, *configs)}.values():
-            stack.enter_context(_alone(one))
-        for one in configs:
-            if len(configs) > 1:
-                console.rule(f"seed {one.seed}")
-            _run(one)
-            _centralized(one)
-            _mixture(one)
-            _random_split(one)
-            _scores(one)
-        _evaluate(settings, configs)
+
+    def one_seed(one: TrainConfig) -> None:
+        for step in (_run, _centralized, _mixture, _random_split, _scores):
+            step(one)
+
+    _over_seeds(config, set_, one_seed, _evaluate)
 
 
 @app.command()
 def curve(config: ConfigPath, set_: Overrides = None) -> None:
     """How far experts are behind one model, by how much of all training went into a common base; over seeds."""
-    settings = _load(config, set_)
-    configs = load_seeds(config, set_)
-    with ExitStack() as stack:
-        for one in {one.work_dir: one for one in (settings, *configs)}.values():
-            stack.enter_context(_alone(one))
-        for one in configs:
-            if len(configs) > 1:
-                console.rule(f"seed {one.seed}")
-            _points(one)
-        _curve(settings, configs)
+    _over_seeds(config, set_, _points, _curve)
 
 
 def main() -> None:
@@ -192,6 +173,27 @@ def main() -> None:
             f"error: {error}", style="red", highlight=False
         )
         sys.exit(1)
+
+
+def _over_seeds(
+    path: Path,
+    overrides: list[str] | None,
+    one_seed: Callable[[TrainConfig], None],
+    all_seeds: Callable[[TrainConfig, list[TrainConfig]], None],
+) -> None:
+    """Do ``one_seed`` for the run of each of ``evaluate.seeds``, then sum up; nobody else works on any meanwhile."""
+    settings = _load(path, overrides)
+    configs = load_seeds(path, overrides)
+    for one in configs:
+        _check_models(one)
+    with ExitStack() as stack:
+        for one in {one.work_dir: one for one in (settings, *configs)}.values():
+            stack.enter_context(_alone(one))
+        for one in configs:
+            if len(configs) > 1:
+                console.rule(f"seed {one.seed}")
+            one_seed(one)
+        all_seeds(settings, configs)
 
 
 def _load(

@@ -7,7 +7,7 @@ Shapes: K experts, N texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,19 @@ from decar.training.evaluate.environment import environment
 from decar.training.evaluate.held_out import Text, read_texts, scored, scores_of
 from decar.training.evaluate.measures import Pool, Totals, summed
 from decar.training.evaluate.plot import plot_curve
+from decar.training.evaluate.scores import Progress
 from decar.training.evaluate.systems import DENSE, Outcome, System
-from decar.training.evaluate.verdict import Estimate, Verdict, estimate, verdict
+from decar.training.evaluate.verdict import (
+    RULE,
+    RULE_RANGE,
+    Estimate,
+    Verdict,
+    estimate,
+    rule_of_thumb,
+    verdict,
+)
 from decar.training.expert.model import build_model, load_model
-from decar.training.expert.report import ExpertReport, read_expert_report
+from decar.training.expert.report import ExpertReport, priors_of, read_expert_report
 from decar.training.expert.stage import expert_stage, train_model
 from decar.training.fingerprints import expert_fingerprint
 from decar.training.run import plot_file, read_report, report_file
@@ -35,12 +44,6 @@ from decar.training.stages import Stage, fingerprint, read_marker
 
 TOGETHER, BASE, ONE_GO = "together", "base", "one go"
 _AS_GOOD: tuple[Verdict, ...] = ("equivalent within noise", "better")
-Progress = Callable[[int, int], None]
-
-
-def rule_of_thumb(divergence: float) -> float:
-    """What arXiv 2603.22755 expects experts to gain by their fusion, both in percent (its fit to six points)."""
-    return 0.82 * divergence - 2.72
 
 
 class Point(BaseModel):
@@ -249,9 +252,8 @@ def make_point(
         one_go = next(model for model in models(config, 0, num_experts) if model.name == TOGETHER)
         places[ONE_GO] = load_model(one_go.directory)
     experts = split.expert_names
-    reports = {name: read_expert_report(mine[name].directory) for name in experts}
-    num_tokens = sum(report.train_tokens for report in reports.values())
-    priors = {name: report.train_tokens / num_tokens for name, report in reports.items()}
+    reports = {name: read_expert_report(model.directory) for name, model in mine.items()}
+    priors = priors_of({name: reports[name] for name in experts})
     texts = read_texts(split.run, split.evaluate, split.seed, tokenizer, split.evaluate.max_tokens).texts
     order = [*experts, *(name for name in places if name not in experts)]
     totals = _totals(
@@ -276,7 +278,7 @@ def make_point(
         seed=config.seed,
         share=share,
         num_experts=num_experts,
-        steps={name: read_expert_report(model.directory).steps for name, model in mine.items()},
+        steps={name: report.steps for name, report in reports.items()},
         texts=len(texts),
         tokens=int(totals[DENSE].tokens.sum()),
         nll={name: row.nll for name, row in rows.items()},
@@ -446,17 +448,18 @@ def _in_words(
             sentences.append(
                 f"{count} experts: as good as one model within ±{margin:g} nats from a share of {share:.0%} on."
             )
-    within = [place for place in places if 3 <= place.divergence.mean <= 26]
+    least, most = RULE_RANGE
+    within = [place for place in places if least <= place.divergence.mean <= most]
     if within:
         off = [place.gain.mean - place.expected_gain for place in within]
         sentences.append(
-            f"The rule 0.82 · divergence - 2.72 (arXiv 2603.22755, for divergences of 3 to 26%): of "
+            f"The rule {RULE} (arXiv 2603.22755, for divergences of {least} to {most}%): of "
             f"{len(within)} places in its range the gain differs from it by {min(off):+.1f} to "
             f"{max(off):+.1f} percentage points."
         )
     else:
         sentences.append(
-            "The rule 0.82 · divergence - 2.72 (arXiv 2603.22755) is for divergences of 3 to 26%; no place has one."
+            f"The rule {RULE} (arXiv 2603.22755) is for divergences of {least} to {most}%; no place has one."
         )
     if num_seeds == 1:
         sentences.append(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decar.training.evaluate.systems import DENSE
-from decar.training.evaluate.verdict import CONFIDENCE, Comparison, Gap
+from decar.training.evaluate.verdict import CONFIDENCE, RULE, RULE_RANGE, Comparison, Gap, rule_of_thumb
+from decar.training.plots import pyplot
 
 if TYPE_CHECKING:
     from decar.training.evaluate.curve import CurveReport
@@ -25,7 +26,7 @@ _COLOURS = {
 
 def plot_systems(points: list[tuple[str, float, float, float]], title: str, path: Path) -> None:
     """Perplexity against cost. ``points``: (system, experts per token, perplexity, experts that read the prompt)."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(14, 9), layout="constrained")
     most = max(passes for *_, passes in points)
     for _, active, perplexity, passes in points:
@@ -90,7 +91,7 @@ def plot_pruning(
         curves: of each system, (ε, active experts, most mass dropped from a text).
         measured: (ε, total variation on text that the ensemble wrote, its standard error).
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, (active, changed) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     for name, points in curves.items():
         budgets, experts, mass = zip(*sorted(points), strict=True)
@@ -120,7 +121,7 @@ def plot_pruning(
 
 def plot_comparisons(comparisons: Sequence[Comparison], margin: float, title: str, path: Path) -> None:
     """Each comparison's difference: its interval, its mean, and every seed."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(10, 1.6 + 0.5 * len(comparisons)), layout="constrained")
     axis.axvspan(-margin, margin, color="#55a868", alpha=0.15, label=f"the margin, ±{margin:g}")
     axis.axvline(0, color="grey", lw=0.8)
@@ -156,7 +157,7 @@ def plot_comparisons(comparisons: Sequence[Comparison], margin: float, title: st
 
 def plot_gaps(gaps: Sequence[Gap], title: str, path: Path) -> None:
     """Each system's gap to the centralized model: what estimation loses, and what routing adds or takes."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(10, 1.8 + 0.3 * len(gaps)), layout="constrained")
     places = range(len(gaps))
     estimation, routing = ([gap.estimation.mean for gap in gaps], [gap.routing.mean for gap in gaps])
@@ -193,7 +194,7 @@ def plot_gaps(gaps: Sequence[Gap], title: str, path: Path) -> None:
 
 def plot_curve(report: CurveReport, path: Path) -> None:
     """How far experts are behind one model, and what they gain over the best of them, by the base's share."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (behind, rule) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     behind.axhspan(-report.margin, report.margin, color="#55a868", alpha=0.15)
     behind.axhline(0, color="grey", lw=0.8)
@@ -237,15 +238,10 @@ def plot_curve(report: CurveReport, path: Path) -> None:
         xlabel="share of all training in the common base, %",
         ylabel=f"nats per token ({CONFIDENCE:.0%} intervals)",
     )
-    most = max(p.divergence.mean for p in report.places)
-    rule.plot(
-        [3, most],
-        [0.82 * 3 - 2.72, 0.82 * most - 2.72],
-        color="grey",
-        ls="--",
-        label="0.82 · divergence − 2.72",
-    )
-    rule.axvspan(3, 26, color="grey", alpha=0.1, label="where that was fitted")
+    low, high = RULE_RANGE
+    ends = [low, max(p.divergence.mean for p in report.places)]
+    rule.plot(ends, [rule_of_thumb(end) for end in ends], color="grey", ls="--", label=RULE)
+    rule.axvspan(low, high, color="grey", alpha=0.1, label="where that was fitted")
     rule.set(
         title="gain over the best expert, by the base's share",
         xlabel="divergence from the base, %",
@@ -257,12 +253,3 @@ def plot_curve(report: CurveReport, path: Path) -> None:
     figure.suptitle(report.name)
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -28,6 +28,15 @@ _WORDS = {
 }
 
 
+RULE, RULE_RANGE = "0.82 · divergence − 2.72", (3, 26)
+"""A rule of thumb of arXiv 2603.22755, its fit to six points, and which divergences these have; in percent."""
+
+
+def rule_of_thumb(divergence: float) -> float:
+    """What that rule expects experts to gain by their fusion over the best of them, in percent."""
+    return 0.82 * divergence - 2.72
+
+
 class Estimate(BaseModel):
     """A mean over seeds, its standard deviation ``sd`` over them (None for one), and its 95% interval.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def read_expert_report(directory: Path) -> ExpertReport:
         TrainingError: it is missing or damaged.
     """
     return read_report(directory, ExpertReport)
+
+
+def priors_of(reports: Mapping[str, ExpertReport]) -> dict[str, float]:
+    """Each expert's prior: its share of the training tokens."""
+    num_tokens = sum(report.train_tokens for report in reports.values())
+    return {name: report.train_tokens / num_tokens for name, report in reports.items()}
 
 
 def versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ from decar.router.errors import TrainingError
 from decar.training.config import TrainingConfig
 from decar.training.data.formats import MESSAGES_FIELD
 from decar.training.data.shards import has_column
+from decar.training.plots import pyplot
 
 Log = Sequence[Mapping[str, Any]]
 """``trainer.state.log_history``."""
@@ -53,10 +54,7 @@ def curve(log: Log) -> list[CurvePoint]:
 
 def plot_curve(points: Sequence[CurvePoint], title: str, path: Path, kept_step: int | None = None) -> None:
     """Training and held-out loss by step; a line marks the step whose weights are kept."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axis = plt.subplots(figsize=(8, 4.8), layout="constrained")
     for name, label in (("train_loss", "training"), ("held_out_loss", "held out")):

@@ -23,7 +23,7 @@ from decar.router.manifest import (
     write_manifest,
 )
 from decar.training.config import Recipe, TrainConfig
-from decar.training.expert.report import ExpertReport, read_expert_report
+from decar.training.expert.report import ExpertReport, priors_of, read_expert_report
 from decar.training.export.average import average
 from decar.training.export.card import CARD_NAME, Origin, average_card, ensemble_card
 from decar.training.fingerprints import expert_fingerprint, export_fingerprint, router_fingerprint
@@ -91,10 +91,9 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
     target = config.run.ensemble
     check_target(target, MANIFEST_NAME, "an ensemble")
     reports = {name: read_expert_report(config.run.expert(name)) for name in config.expert_names}
-    num_tokens = sum(report.train_tokens for report in reports.values())
     entries = tuple(
-        ExpertEntry(name=name, path=expert_path(name), prior=report.train_tokens / num_tokens)
-        for name, report in reports.items()
+        ExpertEntry(name=name, path=expert_path(name), prior=prior)
+        for name, prior in priors_of(reports).items()
     )
     experts = _read_fitting(config.work_dir, entries)
     with replaced_directory(target) as directory:

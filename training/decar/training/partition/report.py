@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from decar.router.errors import TrainingError
 from decar.router.images import decode_image
 from decar.training.data.features import fit_tfidf
+from decar.training.plots import pyplot
 
 Labels = NDArray[np.int64]
 Rows = NDArray[np.float32]
@@ -155,10 +156,7 @@ def nearest_members(features: Rows, labels: Labels, expert: int, centroid: Rows,
 
 def draw_sheet(images: Mapping[str, Sequence[bytes]], title: str, file: Path) -> None:
     """A contact sheet: a row of small ``images``, encoded, for each expert."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     size = (SHEET_COLUMNS + 2, len(images) + 0.8)
     figure, axes = plt.subplots(len(images), SHEET_COLUMNS, figsize=size, squeeze=False, layout="constrained")
@@ -177,12 +175,9 @@ def draw_sheet(images: Mapping[str, Sequence[bytes]], title: str, file: Path) ->
 
 def draw_map(features: Rows, labels: Labels, names: Sequence[str], title: str, seed: int, file: Path) -> None:
     """A picture of at most 5,000 documents and the centroids, on the features' two principal components."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from sklearn.decomposition import PCA
 
+    plt = pyplot()
     some = _some(len(labels), _LOOKED_AT, seed)
     middles = centroids(features, labels, len(names))
     # A missing second component (one document, one feature) is drawn as zero.

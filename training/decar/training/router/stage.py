@@ -37,6 +37,7 @@ from decar.training.data.corpus import IMAGES_FIELD
 from decar.training.data.features import embedding_files, fit_features, fit_pixels
 from decar.training.data.shards import check_marker, has_column, read_images, read_texts
 from decar.training.fingerprints import partition_fingerprint, router_fingerprint
+from decar.training.plots import pyplot
 from decar.training.run import SPLITS, Run, plot_file, read_report, report_file, require
 from decar.training.stages import Stage, digest
 
@@ -429,10 +430,7 @@ def _reliability(log_weights: Float64s, labels: Labels) -> list[tuple[float, flo
 
 def _plot(report: RouterReport, path: Path) -> None:
     """Accuracy and NLL against the length of the prefix, and accuracy against confidence."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, (accuracy, nll, calibration) = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     for name, router in report.routers.items():
