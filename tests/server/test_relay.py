@@ -238,6 +238,7 @@ def test_an_answer_that_nobody_went_on_with_can_be_gone_on_with_by_another(ensem
     speech = ensemble.relay.break_off(ensemble.relayed)
     relayed = ensemble.relay.begin(NEW, None, None, speech)
     assert ensemble.relay.break_off(relayed) is None, "its engine died before it had it"
+    ensemble.relay.forget(relayed)
     assert not ensemble.relay._broken_off
     assert ensemble.relay.begin(OLD, None, None, speech).heard == 1
 
@@ -265,7 +266,7 @@ def test_it_does_so_too_before_the_leader_has_the_request(prune: float) -> None:
     assert output.outputs[0].finish_reason == "error"
 
 
-def test_a_follower_that_ends_as_its_leader_does_adds_no_token(ensemble: Ensemble) -> None:
+def test_a_follower_that_ends_as_its_leader_does_is_not_heard(ensemble: Ensemble) -> None:
     heard: list[int] = []
 
     def note(count: int) -> int:
@@ -277,6 +278,18 @@ def test_a_follower_that_ends_as_its_leader_does_adds_no_token(ensemble: Ensembl
     for expert in (OLD, NEW):
         ensemble.relay.follow(ensemble.relayed, expert, f"r-{expert}")
     ensemble.says(NEW, [10], FinishReason.LENGTH)
+    assert "r-1" in ensemble.processors[NEW].request_states, "vLLM would count it, and trace it, as a request's end"
     ensemble.says(OLD, [10], FinishReason.LENGTH)
     assert ensemble.heard() == [10]
     assert heard == [1]
+
+
+def test_nor_is_one_that_ends_after_its_leader_was_lost(ensemble: Ensemble) -> None:
+    ensemble.relay.forget(ensemble.relayed)
+    ensemble.relayed = ensemble.relay.begin(OLD, replace(ensemble.new_member(), prune=0.0))
+    for expert in (OLD, NEW):
+        ensemble.relay.follow(ensemble.relayed, expert, f"r-{expert}")
+    ensemble.says(OLD, [10])
+    assert ensemble.relay.break_off(ensemble.relayed) is not None
+    ensemble.says(NEW, [10, 11], FinishReason.LENGTH)
+    assert "r-1" in ensemble.processors[NEW].request_states

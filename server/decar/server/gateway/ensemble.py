@@ -608,7 +608,6 @@ class EnsembleClient(AllEngines):
             self.leaders.end(member)
             self.thread.hurry(slot, False)
             self._core_policy.share_cores()
-            self._relay.forget(relayed)
             # Before what may be cancelled: a request's last choice often is.
             weights = reader.between(start, read)
             entropy_nats = self._metrics.observe(weights)
@@ -619,7 +618,7 @@ class EnsembleClient(AllEngines):
                 asked.trace.mixed(names, weights, leaders, entropy_nats)
             # Its own engine has ended it, unless another has led before, which may not know yet.
             ended = leader if finished and not member.led_before else None
-            await asyncio.shield(self._cancel(k for k in queues.items() if k[0] != ended))
+            await asyncio.shield(self._leave(relayed, [k for k in queues.items() if k[0] != ended]))
 
     def _needs(self, member: Member, relayed: Any, expert: int) -> bool:
         """Whether a request is lost without ``expert``: it takes part, or has not said yet what it decided."""
@@ -662,6 +661,13 @@ class EnsembleClient(AllEngines):
         """Arrival times are unique and the same for every engine: the order of age that holds yield by."""
         self._last_arrival = max(time.time(), self._last_arrival + 1e-6)
         return self._last_arrival
+
+    async def _leave(self, relayed: Any, queues: Iterable[tuple[int, OutputQueue]]) -> None:
+        """Nobody listens to these any more; what they still say until they know is nobody's."""
+        try:
+            await self._cancel(queues)
+        finally:
+            self._relay.forget(relayed)
 
     async def _cancel(self, queues: Iterable[tuple[int, OutputQueue]]) -> None:
         for k, queue in queues:

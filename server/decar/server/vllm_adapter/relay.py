@@ -116,8 +116,8 @@ class Relay:
         return relayed.speaker == expert
 
     def break_off(self, relayed: RelayedRequest) -> BrokenOff | None:
-        """Forget a request, and take its user's state out of its speaker's processor; None if nothing was said yet."""
-        self.forget(relayed)
+        """Take a request's user's state out of its speaker's processor; None if nothing was said yet."""
+        relayed.on_tokens = None
         request_id = relayed.ids.get(relayed.speaker, "")
         states = self._processors[relayed.speaker].request_states
         if request_id not in states or not states[request_id].detokenizer.num_output_tokens():
@@ -126,6 +126,7 @@ class Relay:
         return BrokenOff(list(state.detokenizer.output_token_ids), state)
 
     def forget(self, relayed: RelayedRequest) -> None:
+        """Its engines have no part of the request any more."""
         for expert_and_id in relayed.ids.items():
             self._relayed.pop(expert_and_id, None)
         if relayed.going_on is not None:
@@ -156,15 +157,17 @@ class Relay:
         return self._in_order(expert, outputs, sent_s, *args, **kwargs)
 
     def _in_order(self, expert: int, outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """What followers say is nobody's: the end that they reach as their leader does is no end of a request, in
+        vLLM's statistics or its spans. They are cancelled."""
         if not self._relayed:
             return self._process[expert](outputs, *args, **kwargs)
         now, touched, failed = [], [], []
         for output in outputs:
             relayed = self._relayed.get((expert, output.request_id))
             moves = relayed is not None and relayed.member is not None and relayed.member.may_release
-            if relayed is None or relayed.speaker == expert or not moves:
+            if relayed is None or relayed.speaker == expert:
                 now.append(output)
-            else:
+            elif moves:
                 relayed.early.setdefault(expert, []).append(output)
             if relayed is None:
                 continue

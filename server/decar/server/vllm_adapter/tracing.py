@@ -20,8 +20,8 @@ def keep_tracing(processor: Any) -> None:
     """Have an output processor leave out the span of a request of which there are no statistics.
 
     It would end with an AssertionError, and the engine's answers with it: under --disable-log-stats, and where the
-    relay ends a request with an error. A follower's engine says nothing before the end, which may come before it is
-    told to stop: when it was scheduled is not known, and its durations would be those since the machine's start.
+    relay ends a request with an error. Without the time of its scheduling, durations would be those since the machine's
+    start.
     """
     trace = processor.do_tracing
 
