@@ -1,4 +1,4 @@
-"""The tables of docs/evaluation.md and docs/routing.md, in Markdown, from reports of `decar-train evaluate`.
+"""The tables of docs/evaluation.md and docs/routing.md, in Markdown, from reports of decar-train evaluate and curve.
 
 python tools/evaluation_tables.py docs/evaluation/text/report.json docs/evaluation/four/report.json
 """
@@ -70,9 +70,45 @@ def pruning(report: Report) -> str:
     return table(columns, rows)
 
 
+def places(report: Report) -> str:
+    """Every point of a curve, over its seeds."""
+    columns = [
+        "experts",
+        "in the base",
+        "nats behind one model",
+        "95% interval",
+        "each seed",
+        "the ensemble is",
+        "behind one that went straight",
+        "divergence",
+        "gain",
+        "by the rule",
+    ]
+    rows = [
+        [
+            str(place["num_experts"]),
+            f"{place['share']:.0%}",
+            f"{behind['mean']:+.3f}",
+            f"{behind['low']:+.3f} to {behind['high']:+.3f}",
+            ", ".join(f"{value:+.3f}" for value in behind["per_seed"]),
+            place["verdict"],
+            f"{place['behind_one_go']['mean']:+.3f}",
+            f"{place['divergence']['mean']:.1f}%",
+            f"{place['gain']['mean']:+.1f}%",
+            f"{place['expected_gain']:+.1f}%",
+        ]
+        for place in report["places"]
+        for behind in (place["behind_together"],)
+    ]
+    return table(columns, rows)
+
+
 def main() -> None:
     for path in sys.argv[1:]:
         report = json.loads(Path(path).read_text())
+        if "places" in report:
+            print(f"## {report['name']}: `decar-train curve`", places(report), *report["verdict"], sep="\n\n")
+            continue
         title = f"## {report['ensemble']}: `{report['environment']['command']}`"
         print(title, comparisons(report), systems(report), pruning(report), sep="\n\n", end="\n\n")
 
