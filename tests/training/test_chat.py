@@ -244,3 +244,30 @@ def test_a_shard_that_teaches_nothing_is_refused(
     monkeypatch.setattr(expert, "read_examples", lambda *_: [Chat([{"role": "user", "content": "a"}])])
     with pytest.raises(TrainingError, match="the held_out documents of code hold no token to predict"):
         read_blocks(config.recipe("code"), ["code"], "held_out", tokenizer)
+
+
+def test_chats_need_a_template_before_anything_is_trained(config_with_chats: Any, tmp_path: Path) -> None:
+    config = config_with_chats(CHATML)
+    tokenizer = load_tokenizer(config.run.tokenizer)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    bare = config.tokenizer.model_copy(update={"path": tmp_path / "base", "chat_template": None})
+    with pytest.raises(
+        TrainingError, match=r"chats, and .*base has no chat template .*; set tokenizer\.chat_template$"
+    ):
+        make_tokenizer(config.run, bare, tokenizer_stage(config.run, bare))
+    given = bare.model_copy(update={"chat_template": CHATML})
+    make_tokenizer(config.run, given, tokenizer_stage(config.run, given))
+    assert load_tokenizer(config.run.tokenizer).chat_template == CHATML
+
+
+def test_texts_need_no_template(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = load_config(write_config())
+    make_partition(config, partition_stage(config))
+    make_tokenizer(config.run, config.tokenizer, tokenizer_stage(config.run, config.tokenizer))
+    tokenizer = load_tokenizer(config.run.tokenizer)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    bare = config.tokenizer.model_copy(update={"path": tmp_path / "base"})
+    make_tokenizer(config.run, bare, tokenizer_stage(config.run, bare))
+    assert load_tokenizer(config.run.tokenizer).chat_template is None

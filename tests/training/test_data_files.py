@@ -323,6 +323,9 @@ def test_a_folder_without_data_says_what_is_in_it(tree: Path) -> None:
         "matches no file; of its folder were left out 1 files ending in .gz, 1 files ending in .png, "
         "1 files without an ending"
     )
+    (tree / "bare/below").mkdir(parents=True)
+    assert error(tree / "bare").endswith("bare' matches no file; the folder is empty")
+    assert error(tree / "none").endswith("none' matches no file")
 
 
 def test_a_file_is_read_once_by_whatever_name(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

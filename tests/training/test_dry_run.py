@@ -21,6 +21,7 @@ from decar.training.data.shards import read_examples, read_texts
 from decar.training.data.sources import Chat, Example
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.dry_run import estimate, shown
+from decar.training.dry_run_tables import shortened
 from decar.training.expert.model import build_model
 from decar.training.expert.stage import expert_stage, train_expert
 from decar.training.partition.stage import make_partition, partition_stage, read_partition_report
@@ -132,6 +133,20 @@ def test_what_is_learned_is_marked(write_config: WriteConfig) -> None:
     assert shown(question, question, tokenizer) == "def f"
     # A document by itself has no padding, whatever it ends with.
     assert shown(answer + question, [*answer, *none], tokenizer, padded=False) == "⟦return⟧def f"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("ask" * 100 + "⟦answer⟧", "ask" * 100 + "⟦answer⟧"),
+        ("⟦" + "a" * 700 + "⟧", "⟦" + "a" * 599 + " … (702 characters)"),
+        ("s" * 700, "s" * 600 + " … (700 characters)"),
+        ("tool " * 200 + "⟦answer⟧ more", "tool " * 60 + " … ⟦answer⟧ more … (1,013 characters)"),
+        ("u" * 500 + "⟦" + "a" * 400 + "⟧", "u" * 300 + " … ⟦" + "a" * 299 + " … (902 characters)"),
+    ],
+)
+def test_of_a_long_document_what_is_learned_is_shown(text: str, kept: str) -> None:
+    assert shortened(text) == kept
 
 
 def test_all_that_is_missing_is_named_beside_what_is_known(

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertModel
 from decar.router.errors import TrainingError
 from decar.training.cli import main
 from decar.training.config import TrainConfig, load_config
+from decar.training.data.features import fit_components, fit_features
 from decar.training.data.shards import read_texts
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.partition.stage import make_partition, partition_stage, read_partition_report
@@ -341,3 +342,10 @@ def test_memory_does_not_grow_with_the_texts(write_config: WriteConfig, tmp_path
         assert documents == 2_000
         peaks.append(peak_bytes)
     assert peaks[1] - peaks[0] < 20e6
+
+
+@pytest.mark.filterwarnings("error")
+def test_texts_that_are_all_alike_have_features() -> None:
+    features = fit_features(["the whale and the sea"] * 4, 100, 3, seed=0)
+    np.testing.assert_allclose(np.linalg.norm(features(["the whale and the sea"]), axis=1), 1.0)
+    assert np.isfinite(fit_components(np.ones((4, 5)), 3, seed=0)).all()

@@ -63,8 +63,13 @@ def show_data(
 
 
 def shortened(text: str) -> str:
-    """``text``, or the beginning of it and how long it is."""
-    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]} … ({len(text):,} characters)"
+    """``text``, or its beginning, the first that is learned of it (⟦) where that comes later, and how long it is."""
+    if len(text) <= _SHOWN_CHARS:
+        return text
+    half = _SHOWN_CHARS // 2
+    learned = text.find("⟦")
+    kept = text[:_SHOWN_CHARS] if learned <= half else f"{text[:half]} … {text[learned : learned + half]}"
+    return f"{kept} … ({len(text):,} characters)"
 
 
 def _section(console: Console, title: str, table: Table) -> None:

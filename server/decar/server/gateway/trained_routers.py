@@ -57,6 +57,7 @@ class TrainedRouters:
                 parameter="use_beam_search",
             )
         tokenizer = self._engine.client.renderer.get_tokenizer()
-        text = tokenizer.decode(np.asarray(tokens_of(prompt))[is_text(prompt)])
+        # Routers learn from documents, which have no special tokens.
+        text = tokenizer.decode(np.asarray(tokens_of(prompt))[is_text(prompt)], skip_special_tokens=True)
         [weights] = await asyncio.to_thread(self._of_texts[kind].log_weights, [text])
         return self._seats.seated(weights)

@@ -142,7 +142,8 @@ def fit_components(rows: Any, num_components: int, seed: int) -> NDArray[np.floa
     num_components = min(num_components, min(rows.shape) - 1)
     if num_components < 1:  # one text or one term: scikit-learn refuses
         return unit_rows(np.atleast_2d(np.asarray(rows.sum(axis=0))))
-    return TruncatedSVD(num_components, random_state=seed).fit(rows).components_
+    with np.errstate(invalid="ignore"):  # equal rows have no variance to explain: 0 / 0
+        return TruncatedSVD(num_components, random_state=seed).fit(rows).components_
 
 
 def fit_features(texts: list[str], num_features: int, num_components: int, seed: int) -> TfidfFeatures:

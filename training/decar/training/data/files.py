@@ -81,7 +81,9 @@ def find_files(patterns: Iterable[str], setting: str) -> Found:
             for folder in folders:
                 files += _files_below(folder, not_read)
         if not files:
-            what = f"; of its folder were left out {describe(not_read)}" if not_read else ""
+            what = "; the folder is empty" if folders else ""
+            if not_read:
+                what = f"; of its folder were left out {describe(not_read)}"
             raise TrainingError(f"{setting}: {pattern!r} matches no file{what}")
         left_out += not_read
         for file in files:

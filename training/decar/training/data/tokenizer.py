@@ -12,6 +12,7 @@ from decar.router.errors import TrainingError
 from decar.training.checkpoint_files import check_files
 from decar.training.config import CONTINUATION_TEMPLATE, IMAGE_TEMPLATE, TokenizerConfig
 from decar.training.data.corpus import IMAGES_FIELD
+from decar.training.data.formats import MESSAGES_FIELD
 from decar.training.data.processor import name_marks, processor_files
 from decar.training.data.shards import has_column, read_texts
 from decar.training.fingerprints import tokenizer_fingerprint
@@ -53,7 +54,8 @@ def make_tokenizer(run: Run, settings: TokenizerConfig, stage: Stage) -> None:
     """Train the tokenizer on all shards, or copy the given one with its processor; each has its chat template.
 
     Raises:
-        TrainingError: a given tokenizer cannot be read or has no end-of-text token.
+        TrainingError: a given tokenizer cannot be read, has no end-of-text token, or no chat template where there are
+            chats.
     """
     if settings.path is not None:
         tokenizer = load_tokenizer(settings.path)
@@ -69,6 +71,11 @@ def make_tokenizer(run: Run, settings: TokenizerConfig, stage: Stage) -> None:
         raise TrainingError(f"the tokenizer at {settings.path} has no eos_token, which has to end a document")
     if settings.chat_template is not None:
         tokenizer.chat_template = settings.chat_template
+    if tokenizer.chat_template is None and has_column(run.shards("train")[0], MESSAGES_FIELD):
+        raise TrainingError(
+            f"the data hold chats, and the tokenizer at {settings.path} has no chat template to render them with; "
+            "set tokenizer.chat_template"
+        )
     with stage.writing() as directory:
         # The template goes into tokenizer_config.json, where every server looks for it.
         tokenizer.save_pretrained(directory, save_jinja_files=False)

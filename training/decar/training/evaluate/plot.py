@@ -144,12 +144,15 @@ def plot_comparisons(comparisons: Sequence[Comparison], margin: float, title: st
     )
     axis.invert_yaxis()
     # The average of experts from scratch is nats away, the margin hundredths.
-    axis.set_xscale("symlog", linthresh=5 * margin)
+    linear = 5 * margin
+    axis.set_xscale("symlog", linthresh=linear, subs=[2, 5])
     ends = [end for c in comparisons for end in (c.difference.low, c.difference.high)]
     axis.set_xlim(min(*ends, -margin) * 1.3, max(*ends, margin) * 3)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(title=title, xlabel=f"nats per token, less is better for the first ({CONFIDENCE:.0%} intervals)")
-    axis.grid(alpha=0.3, axis="x")
+    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        ticks("{x:g}")
+    scale = f"{CONFIDENCE:.0%} intervals; logarithmic beyond ±{linear:g}"
+    axis.set(title=title, xlabel=f"nats per token, less is better for the first ({scale})")
+    axis.grid(alpha=0.3, axis="x", which="both")
     axis.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
