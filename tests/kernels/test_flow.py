@@ -105,7 +105,7 @@ def test_truncation_is_the_mixtures_at_its_temperature(implementation: Any, rule
     asked = [
         Asked((), temperature=temperature, seed=9, **limits)
         for limits in LIMITS
-        for temperature in (0.0, 0.7, 4.0)
+        for temperature in (0.0, 2.0, 8.0)
     ]
     logits, log_weights = case(3, len(asked), 40)
     probabilities = logits.double().softmax(-1).numpy()
@@ -134,7 +134,7 @@ def test_truncation_is_the_mixtures_at_its_temperature(implementation: Any, rule
         choice(mixed[row], noise[row], Asked((), temperature=one.temperature))
         for row, one in enumerate(asked)
     ]
-    assert sum(a != b for a, b in zip(unlimited, expected, strict=True)) > 5  # what limits change
+    assert sum(a != b for a, b in zip(unlimited, expected, strict=True)) > 8  # what limits change
 
 
 @pytest.mark.parametrize(
