@@ -86,6 +86,31 @@ def test_a_manifest_survives_writing_and_reading(directory: Path) -> None:
     ]  # no temporary file is left
 
 
+def test_a_flow_ensemble_says_how_it_reveals(directory: Path) -> None:
+    def edit(**fields: Any) -> None:
+        edit_json(directory / "ensemble.json", lambda manifest: manifest.update(fields))
+
+    edit(kind="flow")
+    assert "mask_token_id" in only_problem(directory)
+    edit(flow={"mask_token_id": 3, "steps": 8})
+    manifest = Ensemble.load(directory).manifest
+    assert manifest.flow is not None
+    assert (manifest.flow.order, manifest.flow.schedule, manifest.flow.block_length) == (
+        "random",
+        "linear",
+        None,
+    )
+    write_manifest(directory, manifest)
+    assert Ensemble.load(directory).manifest == manifest
+    edit(kind="autoregressive")
+    assert 'belongs to kind "flow" alone' in only_problem(directory)
+
+
+def test_an_autoregressive_ensembles_file_is_as_it_was(directory: Path) -> None:
+    write_manifest(directory, Ensemble.load(directory).manifest)
+    assert not json.loads((directory / "ensemble.json").read_text()).keys() & {"kind", "flow"}
+
+
 def test_sharded_weights(directory: Path) -> None:
     path = directory / "experts/code"
     (path / "model.safetensors").unlink()

@@ -29,6 +29,9 @@ RouterKind = Literal["posterior", "prior", "classifier", "centroid"]
 Scope = Literal["full", "output"]
 Start = Literal["prior", "classifier", "centroid"]
 Trained = Literal["classifier", "centroid"]
+Kind = Literal["autoregressive", "flow"]
+Schedule = Literal["linear", "cosine"]
+Order = Literal["random", "confident", "left-to-right"]
 
 
 # With these a directory holds a processor of images; models of before transformers 5 have the second.
@@ -106,14 +109,47 @@ class Mixing(_Strict):
     prune: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False)
 
 
+class Flow(_Strict):
+    """How the experts of a flow ensemble reveal an answer's tokens when a request does not say.
+
+    ``mask_token_id`` stands for a token that is not known yet. ``steps`` are those of a whole answer, None being one
+    for each token; ``block_length`` is how many tokens are revealed before any to their right, None being all.
+    ``prompt_chunks`` is in how many parts a prompt is revealed, from left to right, to find which expert it is like.
+    """
+
+    mask_token_id: int = Field(ge=0)
+    schedule: Schedule = "linear"
+    steps: int | None = Field(default=None, ge=1)
+    block_length: int | None = Field(default=None, ge=1)
+    order: Order = "random"
+    prompt_chunks: int = Field(default=4, ge=1, le=1024)
+
+
 class Manifest(_Strict):
-    """``ensemble.json``."""
+    """``ensemble.json``.
+
+    ``kind`` is how experts generate: a token after the others, or, ``flow``, masked tokens in any order.
+    """
 
     format_version: Literal[1] = 1
     name: Name
+    kind: Kind = "autoregressive"
+    flow: Flow | None = None
     experts: tuple[ExpertEntry, ...] = Field(min_length=1, max_length=MAX_EXPERTS)
     router: RouterEntry = RouterEntry()
     mixing: Mixing = Mixing()
+
+    @pydantic.model_validator(mode="after")
+    def _flow_says_how(self) -> Manifest:
+        if self.kind == "flow" and self.flow is None:
+            raise ValueError(
+                'kind "flow" needs a section "flow" with "mask_token_id", as `decar-train export` writes it'
+            )
+        if self.kind != "flow" and self.flow is not None:
+            raise ValueError(
+                'a section "flow" belongs to kind "flow" alone; remove it, or say "kind": "flow"'
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _names_are_unique(self) -> Manifest:
@@ -128,7 +164,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> Path:
     """Write ``manifest`` to ``directory`` so that a reader sees the old file or the new one, never half of it."""
     path = directory / MANIFEST_NAME
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
+    data = manifest.model_dump(mode="json")
+    if manifest.kind == "autoregressive":  # as it was before there were others
+        del data["kind"], data["flow"]
+    temporary.write_text(json.dumps(data, indent=2) + "\n")
     os.replace(temporary, path)
     return path
 
