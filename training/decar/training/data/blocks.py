@@ -85,6 +85,9 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         """A batch of ``rows`` of this dataset."""
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def row_losses(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return row_losses(model, batch)
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -94,7 +97,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class Rows(Protocol):
-    """What a model is trained on: `Blocks`, or `ImageBlocks`, which says what its members mean."""
+    """What a model is trained on: `Blocks`, `MaskedBlocks` or `ImageBlocks`, which say what their members mean."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -107,6 +110,7 @@ class Rows(Protocol):
     @property
     def documents(self) -> Sequence[PackedDocument]: ...
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]: ...
+    def row_losses(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
@@ -388,7 +392,7 @@ def mean_loss(model: Any, blocks: Rows, batch_size: int) -> float:
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
         batch = {name: value.to(model.device) for name, value in blocks.collate(rows).items()}
-        nats, targets = row_losses(model, batch)
+        nats, targets = blocks.row_losses(model, batch)
         total += nats.sum().item()
         count += int(targets.sum())
     return total / max(count, 1)
