@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from decar.router.errors import TrainingError, did_you_mean
 from decar.router.files import Metric
-from decar.router.manifest import Mixing, FlowDefaults, RouterEntry, Schedule, describe_validation_error
+from decar.router.manifest import FlowDefaults, Mixing, RouterEntry, Schedule, describe_validation_error
 from decar.training.run import Run
 
 Builtin = Literal["python-stdlib", "python-docstrings", "pydoc-topics"]

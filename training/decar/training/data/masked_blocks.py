@@ -1,13 +1,12 @@
 """Rows of which a bidirectional model learns masked tokens, and the loss on them. Knows tokens, nothing about experts.
 
-Source: MDLM (Sahoo et al. 2024, arXiv 2406.07524), whose time runs the other way: κ here is 1 - t there, or its cosine.
+Source: MDLM (Sahoo et al. 2024, arXiv 2406.07524), whose time runs the other way, and whose α is κ here.
 
 Shapes: N rows, B rows of a batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,23 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decar.router.flow import kappa, rate
 from decar.router.manifest import Schedule
 from decar.training.data.blocks import IGNORED, UNTAUGHT, Blocks
 
 HELD_OUT_LEVELS = 8
 """At how many times, one from each equal part of [0, 1), every held-out row is measured."""
-# The last times mask a token in a thousand, and would weight it by a thousand and more: MDLM leaves them out too.
-_SHORTEST_TIME = 1e-3
-
-
-def masked_share(schedule: Schedule, times: Tensor) -> Tensor:
-    """1 - κ(t) of ``times``, any shape: with which probability a token is masked."""
-    return 1 - times if schedule == "linear" else torch.cos(math.pi / 2 * times)
-
-
-def rate(schedule: Schedule, times: Tensor) -> Tensor:
-    """κ'(t) / (1 - κ(t)) of ``times``, any shape: what the loss of a masked token is weighted by."""
-    return 1 / (1 - times) if schedule == "linear" else math.pi / 2 * torch.tan(math.pi / 2 * times)
+# The last times mask less than a token in a thousand, and weight it by more than that: MDLM leaves them out too.
+_LEFT_OUT = 1e-3
 
 
 @dataclass
@@ -70,29 +60,37 @@ class MaskedBlocks(Blocks):
         )
 
     def noise(self, key: Sequence[int], rows: int) -> dict[str, Tensor]:
-        """``times`` [rows] and ``draws`` [rows, T], uniform in [0, 1): a function of the seed and ``key`` alone.
+        """What masks and weights the tokens of ``rows``: a function of the seed and ``key`` alone.
 
-        Row i has its time in the i-th of equal parts of [0, 1).
+        Row i has its time t in the i-th of equal parts of [0, 1). Its tokens are masked where ``draws`` [rows, T],
+        uniform in [0, 1), are below ``masked_share`` [rows], 1 - κ(t), and weighted by ``weight`` [rows],
+        κ'(t) / (1 - κ(t)).
         """
         rng = np.random.default_rng([self.seed, *key])
-        times = (rng.random() + np.arange(rows)) / rows * (1 - _SHORTEST_TIME)
-        draws = rng.random((rows, self.length), dtype=np.float32)
-        return {"times": torch.from_numpy(times).float(), "draws": torch.from_numpy(draws)}
+        times = (rng.random() + np.arange(rows)) / rows * (1 - _LEFT_OUT)
+        found = {
+            "masked_share": 1 - kappa(self.schedule, times),
+            "weight": rate(self.schedule, times),
+            "draws": rng.random((rows, self.length)),
+        }
+        return {name: torch.from_numpy(values).float() for name, values in found.items()}
 
     def row_losses(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(nats [B] float64, tokens to learn [B] int64) of the rows of a ``batch`` with its `noise`.
 
         The nats are an unbiased estimate of a bound on those of a row's tokens, given those without a label.
         """
-        labels, times = batch["labels"], batch["times"]
+        labels = batch["labels"]
         learned = labels != IGNORED
-        masked = learned & (batch["draws"] < masked_share(self.schedule, times)[:, None])
+        masked = learned & (batch["draws"] < batch["masked_share"][:, None])
         ids = batch["input_ids"].masked_fill(masked, self.mask_token_id)
         logits = denoised(model, ids, batch["position_ids"], self.mask_token_id)
-        losses = torch.nn.functional.cross_entropy(logits[masked], labels[masked], reduction="none")
-        nats = torch.zeros(masked.shape, device=losses.device, dtype=torch.float64)
-        nats[masked] = losses.double()
-        return rate(self.schedule, times) * nats.sum(dim=1), learned.sum(dim=1)
+        targets = labels.masked_fill(~masked, IGNORED)
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        nats = losses.view(targets.shape).sum(dim=1, dtype=torch.float64)
+        return batch["weight"] * nats, learned.sum(dim=1)
 
 
 class HeldOutBlocks(MaskedBlocks):

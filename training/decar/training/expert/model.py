@@ -30,6 +30,8 @@ _NAMED_IN_ERRORS = 3
 _TRIED_TOKENS = 8
 # Of the largest logit: rounding is a tenth of it, what a document sees of another many times as much.
 _TRIED_TOLERANCE = 1e-4
+# BERT was trained to tell whether two texts follow each other, too.
+_OTHER_HEADS = ("bert.pooler.", "cls.seq_relationship.")
 # What transformers raises at a configuration or checkpoint that makes no model.
 _REFUSED = (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError)
 
@@ -188,6 +190,10 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
                 ignore_mismatched_sizes=True,  # refused below, with their names
                 **options,
             )
+            if recipe.schedule is not None:
+                loading["unexpected_keys"] = [
+                    key for key in loading["unexpected_keys"] if not key.startswith(_OTHER_HEADS)
+                ]
             _check_names(loading, f"the checkpoint of {name!r}, {description['checkpoint']},")
         else:
             model = auto.from_config(wanted, dtype=torch.float32, trust_remote_code=False, **options)
