@@ -24,7 +24,7 @@ from decar.router.errors import TrainingError
 from decar.router.flow import rate
 from decar.router.manifest import Schedule
 from decar.training.config import TrainConfig, load_config
-from decar.training.data.blocks import IGNORED, Blocks, mean_loss, pack
+from decar.training.data.blocks import IGNORED, Blocks, encode, mean_loss, pack
 from decar.training.data.masked_blocks import HELD_OUT_LEVELS, HeldOutBlocks, MaskedBlocks, denoised
 from decar.training.data.sources import Chat
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
@@ -149,13 +149,13 @@ def test_the_loss_is_the_weighted_cross_entropy_of_masked_tokens(
     torch.manual_seed(1)
     model = build_model(config.recipe("code"), tokenizer).eval()
     texts = ["def f(x): return", "while self", "the captain of the whale"]
-    blocks = MaskedBlocks.of(pack(texts, tokenizer, 64), mask, schedule, seed=7)
+    blocks = MaskedBlocks.of(pack(texts, tokenizer, 64, causal=False), mask, schedule, seed=7)
     assert len(blocks) == 1
     noise = blocks.noise([5], 3)
     nats, targets = blocks.row_losses(model, batch_of(blocks, 3, **noise))
 
     documents = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
-    assert targets.tolist() == [sum(len(ids) - 1 for ids in documents)] * 3
+    assert targets.tolist() == [sum(len(ids) for ids in documents)] * 3
     for row in range(3):
         share, start, total = float(noise["masked_share"][row]), 0, 0.0
         # Both schedules by the share that they mask at t.
@@ -163,7 +163,7 @@ def test_the_loss_is_the_weighted_cross_entropy_of_masked_tokens(
         assert float(noise["weight"][row]) == pytest.approx(weight, rel=1e-3)  # a share near 1 loses digits
         for ids in documents:
             draws = noise["draws"][row, start : start + len(ids)].tolist()
-            hidden = [i for i in range(1, len(ids)) if draws[i] < share]
+            hidden = [i for i in range(len(ids)) if draws[i] < share]
             z = [mask if i in hidden else token for i, token in enumerate(ids)]
             with torch.inference_mode():
                 logits = model(input_ids=torch.tensor([z])).logits[0]
@@ -219,12 +219,13 @@ def test_the_trainers_loss_is_the_mean_over_a_steps_tokens(write_config: WriteCo
 # ------------------------------------------------------------------------------------------------- what is masked
 
 
-def test_what_is_given_is_never_masked() -> None:
-    """The first token of documents and rows, questions, padding; and a mask that the documents themselves name."""
+def test_texts_are_masked_as_a_whole_and_chats_in_their_answers() -> None:
+    """Not in padding, and not where the documents themselves name the mask, which has no part in the loss."""
     tokenizer = KINDS["qwen"]()
     question = {"role": "user", "content": "What is two plus three?"}
     chat = Chat([question, {"role": "assistant", "content": "Five."}])
-    packed = pack(["a text that is kind and long", chat], tokenizer, 32)
+    text = "a text that is kind and long, longer than a row, so that it goes on in the next one"
+    packed = pack([text, chat], tokenizer, 32, causal=False)
     mask = int(packed.input_ids[0, 3])
     blocks = MaskedBlocks.of(packed, mask, "linear", seed=0)
     seen: list[Tensor] = []
@@ -240,20 +241,30 @@ def test_what_is_given_is_never_masked() -> None:
         "masked_share": torch.ones(len(blocks)),
         "weight": torch.ones(len(blocks)),
     }
-    blocks.row_losses(model, batch | everything)
-    learned = packed.labels != IGNORED
-    learned[:, 0] = False
-    learned &= packed.input_ids != mask
-    assert torch.equal(seen[0] == mask, learned | (packed.input_ids == mask))
-    assert torch.equal(blocks.labels != IGNORED, learned)
+    nats, targets = blocks.row_losses(model, batch | everything)
+    ids, wanted = encode(chat, tokenizer, causal=False)
+    size = blocks.documents[0].tokens
+    learned = [True] * size + [False] * (packed.input_ids.numel() - size)
+    places = packed.input_ids.flatten().tolist()
+    start = next(i for i in range(size, len(places)) if places[i : i + len(ids)] == ids)
+    learned[start : start + len(ids)] = [label != IGNORED for label in wanted]
+    assert any(learned[start:])
+    assert not learned[start]
+    is_mask = packed.input_ids.flatten() == mask
+    assert torch.equal(seen[0].flatten() == mask, torch.tensor(learned) | is_mask)
+    assert int(targets.sum()) == blocks.num_targets == int((torch.tensor(learned) & ~is_mask).sum())
+    assert nats.sum().item() == pytest.approx(blocks.num_targets * math.log(511), rel=1e-6)
+    # Nothing of them is left out where a row begins, as a causal model leaves it out.
+    assert [document.unlearned for document in packed.documents] == [0, 0]
+    assert packed.documents[0].rows > 1
 
 
 def test_rows_of_nothing_but_masks_are_dropped_and_counted() -> None:
-    ids = torch.tensor([[0, MASK, MASK], [0, 1, MASK]])
+    ids = torch.tensor([[MASK, MASK, MASK], [0, 1, MASK]])
     positions = torch.arange(3).expand(2, -1)
     packed = Blocks(ids, ids.clone(), positions, 6, Counter(), [])
     blocks = MaskedBlocks.of(packed, MASK, "linear", seed=0)
-    assert blocks.labels.tolist() == [[IGNORED, 1, IGNORED]]
+    assert blocks.labels.tolist() == [[0, 1, IGNORED]]
     assert dict(blocks.dropped) == {"rows without a token to learn": 1}
 
 

@@ -322,7 +322,7 @@ def _formats(config: TrainConfig, name: str, tokenizer: Any, processor: Any) -> 
     found = []
     for first in firsts:
         document = read_document(config.run.shard(name, SPLITS[0]), first.row)
-        ids, labels = _seen(document, tokenizer, processor)
+        ids, labels = _seen(document, tokenizer, processor, not config.is_flow)
         if document.images:
             ids, labels = (each[: config.training.sequence_length] for each in (ids, labels))
         text = shown(ids, labels, tokenizer, getattr(processor, "image_token", None), padded=False)
@@ -330,7 +330,7 @@ def _formats(config: TrainConfig, name: str, tokenizer: Any, processor: Any) -> 
     return found
 
 
-def _seen(document: Document, tokenizer: Any, processor: Any) -> tuple[list[int], list[int]]:
+def _seen(document: Document, tokenizer: Any, processor: Any, causal: bool) -> tuple[list[int], list[int]]:
     """The tokens and labels of the whole of ``document``."""
     if document.images:
         assert document.messages is not None
@@ -338,7 +338,9 @@ def _seen(document: Document, tokenizer: Any, processor: Any) -> tuple[list[int]
         ids, labels, _ = ImageRenderer(processor)(document.messages, sizes, document.tools)
         return ids, labels
     example = as_example(document)
-    return encode(example if processor is None else without_images(example, processor.image_token), tokenizer)
+    return encode(
+        example if processor is None else without_images(example, processor.image_token), tokenizer, causal
+    )
 
 
 def shown(

@@ -29,8 +29,7 @@ _LEFT_OUT = 1e-3
 class MaskedBlocks(Blocks):
     """`Blocks` whose tokens with a label are masked at random and learned from what is left.
 
-    The first token of a row has no label, as nothing predicts it in a causal model: both learn the same tokens. Nor has
-    a token that stands for a mask in the documents themselves.
+    A token that stands for a mask in the documents themselves has no label.
     """
 
     mask_token_id: int
@@ -39,11 +38,9 @@ class MaskedBlocks(Blocks):
 
     @classmethod
     def of(cls, blocks: Blocks, mask_token_id: int, schedule: Schedule, seed: int) -> MaskedBlocks:
-        """``blocks``, for a model whose mask token is that."""
+        """``blocks`` that were packed for a model which is not causal, and whose mask token is that."""
         assert blocks.position_ids is not None
-        labels = blocks.labels.clone()
-        labels[:, 0] = IGNORED
-        labels[blocks.input_ids == mask_token_id] = IGNORED
+        labels = blocks.labels.masked_fill(blocks.input_ids == mask_token_id, IGNORED)
         taught = (labels != IGNORED).any(dim=1)
         dropped = blocks.dropped.copy()
         dropped[UNTAUGHT] += int((~taught).sum())
@@ -58,6 +55,10 @@ class MaskedBlocks(Blocks):
             schedule,
             seed,
         )
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != IGNORED).sum())
 
     def noise(self, key: Sequence[int], rows: int) -> dict[str, Tensor]:
         """What masks and weights the tokens of ``rows``: a function of the seed and ``key`` alone.

@@ -228,9 +228,11 @@ def read_blocks(
     if processor is not None:
         blocks = read_image_blocks(examples, files, processor, length, apart)
     else:
-        blocks = pack([example for shard in examples for example in shard], tokenizer, length, apart)
+        causal = recipe.schedule is None
+        packed = pack([example for shard in examples for example in shard], tokenizer, length, apart, causal)
+        blocks = packed
         if recipe.schedule is not None:
-            masked = MaskedBlocks.of(blocks, tokenizer.mask_token_id, recipe.schedule, recipe.seed)
+            masked = MaskedBlocks.of(packed, tokenizer.mask_token_id, recipe.schedule, recipe.seed)
             blocks = masked if split == "train" else HeldOutBlocks.of_masked(masked)
     if not len(blocks):
         raise TrainingError(
