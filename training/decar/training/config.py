@@ -444,6 +444,10 @@ class Recipe:
     seed: int
     schedule: Schedule | None = None
 
+    @property
+    def is_flow(self) -> bool:
+        return self.schedule is not None
+
 
 class TrainConfig(_Strict):
     """A whole run of `decar-train`. Paths are relative to the working directory.

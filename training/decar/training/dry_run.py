@@ -220,7 +220,7 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
     recipe = shards.recipe(name)
     processor = expert_processor(recipe, tokenizer)
     model = build_model(recipe, tokenizer)
-    apart = recipe.schedule is not None or keeps_apart(model)
+    apart = recipe.is_flow or keeps_apart(model)
     with (
         _sampled(shards, name) as (some, sampled, documents),  # images are read from it as they are needed
         TemporaryDirectory(prefix="decar-dry-run-") as directory,

@@ -83,15 +83,17 @@ def export_fingerprint(config: TrainConfig) -> str:
 
 
 def scores_fingerprint(config: TrainConfig) -> str:
-    settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_SCORES | _never_measured(config))
+    settings = config.evaluate.model_dump(
+        mode="json", exclude=_NOT_IN_SCORES | _never_measured(config.is_flow)
+    )
     flow = [config.flow] if config.is_flow else []
     return fingerprint(settings, config.router.entry, config.mixing, config.seed, *flow)
 
 
 def evaluate_fingerprint(config: TrainConfig) -> str:
-    settings = config.evaluate.model_dump(mode="json", exclude=_never_measured(config))
+    settings = config.evaluate.model_dump(mode="json", exclude=_never_measured(config.is_flow))
     return fingerprint(settings, config.seed)
 
 
-def _never_measured(config: TrainConfig) -> set[str]:
-    return set() if config.is_flow else {"noise_levels"}
+def _never_measured(is_flow: bool) -> set[str]:
+    return set() if is_flow else {"noise_levels"}

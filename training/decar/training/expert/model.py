@@ -55,10 +55,10 @@ def check_model(recipe: Recipe) -> None:
             f"model.model_type: transformers has no {kind!r}{did_you_mean(kind, CONFIG_MAPPING)}"
         )
     _check_fields(model, CONFIG_MAPPING[kind](), "model")
-    if recipe.schedule is not None:
+    if recipe.is_flow:
         _check_bidirectional(CONFIG_MAPPING[kind](), name)
         if model.get("is_decoder"):
-            raise TrainingError("model.is_decoder: a model that reveals masked tokens is none; leave it out")
+            raise TrainingError("model.is_decoder: a decoder does not look at both sides; leave it out")
     try:
         CONFIG_MAPPING[kind](**model)
     except _REFUSED as error:
@@ -142,7 +142,7 @@ def model_config(recipe: Recipe, tokenizer: Any) -> Any:
         if reads_images(CONFIG_MAPPING[description["model_type"]]()):
             text = {**own, **description.get("text_config", {})}
             return AutoConfig.for_model(**{**description, "text_config": text})
-        if recipe.schedule is not None:
+        if recipe.is_flow:
             own |= _ends_of_masked(CONFIG_MAPPING[description["model_type"]](), tokenizer)
         return AutoConfig.for_model(**{**own, **description})
     except _REFUSED as error:
@@ -172,9 +172,9 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
 
     name, description, training = recipe.name, recipe.model, recipe.training
     wanted = model_config(recipe, tokenizer)
-    if recipe.schedule is not None:
+    if recipe.is_flow:
         _check_bidirectional(wanted, name)
-    auto, options = _how_it_is_made(wanted, recipe.schedule is not None)
+    auto, options = _how_it_is_made(wanted, recipe.is_flow)
     if reads_images(wanted):
         processor = load_processor(recipe.run.tokenizer, recipe.image_token, wanted, tokenizer)
         _use_image_token(wanted, processor.image_token_id, description, name)
@@ -190,14 +190,14 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
                 ignore_mismatched_sizes=True,  # refused below, with their names
                 **options,
             )
-            if recipe.schedule is not None:
+            if recipe.is_flow:
                 loading["unexpected_keys"] = [
                     key for key in loading["unexpected_keys"] if not key.startswith(_OTHER_HEADS)
                 ]
             _check_names(loading, f"the checkpoint of {name!r}, {description['checkpoint']},")
         else:
             model = auto.from_config(wanted, dtype=torch.float32, trust_remote_code=False, **options)
-            if model.can_generate():
+            if not recipe.is_flow:
                 model.generation_config = GenerationConfig(**_special_tokens(tokenizer))
     except _REFUSED as error:
         raise _cannot_be_built(name, error) from None
@@ -213,7 +213,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
             f"training.sequence_length {training.sequence_length} is longer than the "
             f"max_position_embeddings {longest} of {name!r}"
         )
-    if recipe.schedule is not None and not keeps_masked_apart(model):
+    if recipe.is_flow and not keeps_masked_apart(model):
         raise TrainingError(
             f"the model of {name!r} is a {wanted.model_type}, which cannot keep documents that share a row apart; for "
             "model.objective: masked-diffusion take bert or modernbert"

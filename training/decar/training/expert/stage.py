@@ -83,7 +83,7 @@ def train_model(
     tokenizer = load_tokenizer(config.run.tokenizer)
     processor = expert_processor(config, tokenizer)
     model = build_model(config, tokenizer)
-    apart = config.schedule is not None or keeps_apart(model)
+    apart = config.is_flow or keeps_apart(model)
     blocks = {split: read_blocks(config, shards, split, tokenizer, processor, apart) for split in SPLITS}
     train, held_out = blocks["train"], blocks["held_out"]
     directory = config.run.checkpoints(stage)
@@ -228,9 +228,8 @@ def read_blocks(
     if processor is not None:
         blocks = read_image_blocks(examples, files, processor, length, apart)
     else:
-        causal = recipe.schedule is None
-        packed = pack([example for shard in examples for example in shard], tokenizer, length, apart, causal)
-        blocks = packed
+        together = [example for shard in examples for example in shard]
+        blocks = packed = pack(together, tokenizer, length, apart, causal=not recipe.is_flow)
         if recipe.schedule is not None:
             masked = MaskedBlocks.of(packed, tokenizer.mask_token_id, recipe.schedule, recipe.seed)
             blocks = masked if split == "train" else HeldOutBlocks.of_masked(masked)
@@ -281,12 +280,10 @@ def make_trainer(
                 return None, *held_out.row_losses(model, self._prepare_inputs(inputs))
 
         def compute_loss(
-            self, model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             if not isinstance(train, MaskedBlocks):
-                return super().compute_loss(
-                    model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs
-                )
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             nats, targets = train.row_losses(model, inputs | self._noise(train, len(inputs["labels"])))
             if num_items_in_batch is None:
                 return nats.sum() / targets.sum()

@@ -19,6 +19,7 @@ from decar.router.manifest import (
     ExpertCheckpoint,
     ExpertEntry,
     Flow,
+    FlowDefaults,
     Manifest,
     read_experts,
     write_manifest,
@@ -116,7 +117,7 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
         manifest = Manifest(
             name=config.name,
             kind="flow" if config.is_flow else "autoregressive",
-            flow=_flow(config) if config.is_flow else None,
+            flow=_flow(config.flow, directory / entries[0].path) if config.is_flow else None,
             experts=entries,
             router=config.router.entry,
             mixing=config.mixing,
@@ -130,9 +131,9 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
     return Ensemble.load(target)
 
 
-def _flow(config: TrainConfig) -> Flow:
-    tokenizer = load_tokenizer(config.run.expert(config.expert_names[0]))
-    return Flow(mask_token_id=tokenizer.mask_token_id, **config.flow.model_dump())
+def _flow(settings: FlowDefaults, expert: Path) -> Flow:
+    """``settings``, with the mask token that the tokenizer of an ``expert`` has."""
+    return Flow(mask_token_id=load_tokenizer(expert).mask_token_id, **settings.model_dump())
 
 
 def export_average(config: TrainConfig) -> Path:
