@@ -136,7 +136,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_at_once(
     config = made(write_config(training={"eval_steps": 2}))
 
     nan = torch.tensor([float("nan")]), torch.ones(1)
-    monkeypatch.setattr("decar.training.expert.stage.row_losses", lambda *_: nan)
+    monkeypatch.setattr("decar.training.data.blocks.row_losses", lambda *_: nan)
     with pytest.raises(
         TrainingError, match=r"the held-out loss is nan after step 2 of 6; nothing of it is kept"
     ):

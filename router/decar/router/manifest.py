@@ -109,20 +109,25 @@ class Mixing(_Strict):
     prune: float = Field(default=0.0, ge=0, lt=1, allow_inf_nan=False)
 
 
-class Flow(_Strict):
+class FlowDefaults(_Strict):
     """How the experts of a flow ensemble reveal an answer's tokens when a request does not say.
 
-    ``mask_token_id`` stands for a token that is not known yet. ``steps`` are those of a whole answer, None being one
-    for each token; ``block_length`` is how many tokens are revealed before any to their right, None being all.
-    ``prompt_chunks`` is in how many parts a prompt is revealed, from left to right, to find which expert it is like.
+    ``steps`` are those of a whole answer, None being one for each token; ``block_length`` is how many tokens are
+    revealed before any to their right, None being all. ``prompt_chunks`` is in how many parts a prompt is revealed,
+    from left to right, to find which expert it is like.
     """
 
-    mask_token_id: int = Field(ge=0)
     schedule: Schedule = "linear"
     steps: int | None = Field(default=None, ge=1)
     block_length: int | None = Field(default=None, ge=1)
     order: Order = "random"
     prompt_chunks: int = Field(default=4, ge=1, le=1024)
+
+
+class Flow(FlowDefaults):
+    """`FlowDefaults`, and the ``mask_token_id`` that stands for a token which is not known yet."""
+
+    mask_token_id: int = Field(ge=0)
 
 
 class Manifest(_Strict):

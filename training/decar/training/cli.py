@@ -421,7 +421,7 @@ def _model(
     console.print(
         f"{what}: {verb}, {report.num_parameters / 1e6:.1f}M parameters, {report.train_tokens:,} tokens, "
         f"{steps}, held-out loss {report.held_out_loss:.3f} nats/token "
-        f"(perplexity {math.exp(min(report.held_out_loss, 100)):.1f})",
+        f"({'a bound: ' if config.is_flow else ''}perplexity {math.exp(min(report.held_out_loss, 100)):.1f})",
         soft_wrap=True,
     )
     for sample in report.samples:

@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -18,11 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from decar.router.errors import TrainingError, did_you_mean
 from decar.router.files import Metric
-from decar.router.manifest import Mixing, RouterEntry, describe_validation_error
+from decar.router.manifest import FlowDefaults, Mixing, RouterEntry, Schedule, describe_validation_error
 from decar.training.run import Run
 
 Builtin = Literal["python-stdlib", "python-docstrings", "pydoc-topics"]
+Objective = Literal["causal", "masked-diffusion"]
+_FLOW: Objective = "masked-diffusion"
 Probability = Annotated[float, Field(gt=0, lt=1)]
+MASK_TOKEN = "<|mask|>"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 # A plain language model continues text, so the default template adds nothing that its training text lacks:
@@ -135,7 +138,8 @@ class TokenizerConfig(_Strict):
     """One tokenizer for all experts: the one at ``path``, or a byte-level BPE trained on all shards.
 
     ``chat_tokens`` are reserved in a trained vocabulary, so that chat tuning later needs no resizing; so is
-    ``image_token``, of which a model reads as many as an image has patches, where the data have images.
+    ``image_token``, of which a model reads as many as an image has patches, where the data have images, and
+    ``mask_token`` where the objective is masked diffusion; a tokenizer at ``path`` has its own.
     ``chat_template`` (Jinja) replaces that of a tokenizer at ``path``; a trained one gets the default.
     """
 
@@ -145,6 +149,9 @@ class TokenizerConfig(_Strict):
     eos_token: str = "<|eos|>"
     pad_token: str = "<|pad|>"
     image_token: str = "<image>"
+    mask_token: str | None = Field(
+        default=None, description=f"default: none, of masked diffusion {MASK_TOKEN}"
+    )
     chat_tokens: list[str] = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     chat_template: str | None = None
 
@@ -367,6 +374,9 @@ class EvaluateConfig(_Strict):
     """
 
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = []
+    noise_levels: int = Field(
+        default=16, gt=0, description="of masked diffusion: steps that reveal what follows a prompt"
+    )
     margin: float = Field(default=0.02, gt=0, description="nats per token")
     prompt_tokens: int = Field(default=32, gt=1, description="bos included")
     max_tokens: int = Field(default=512, gt=2, description="prompt and continuation")
@@ -421,7 +431,8 @@ class Recipe:
     """What one model is trained by, on whichever shards: an expert, or one that experts are compared with.
 
     ``model`` is its description, ``{"checkpoint": path}`` or a Hugging Face configuration; ``run`` says where tokenizer
-    and shards are, and where checkpoints go; ``ensemble`` is the name of the whole.
+    and shards are, and where checkpoints go; ``ensemble`` is the name of the whole. ``schedule`` is that of masked
+    diffusion, None for a causal model.
     """
 
     ensemble: str
@@ -431,6 +442,11 @@ class Recipe:
     training: TrainingConfig
     image_token: str
     seed: int
+    schedule: Schedule | None = None
+
+    @property
+    def is_flow(self) -> bool:
+        return self.schedule is not None
 
 
 class TrainConfig(_Strict):
@@ -452,6 +468,7 @@ class TrainConfig(_Strict):
     training: TrainingConfig = TrainingConfig()
     router: RouterConfig = RouterConfig()
     mixing: Mixing = Mixing()
+    flow: FlowDefaults = FlowDefaults()
     moe: MoeConfig = MoeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     curve: CurveConfig | None = None
@@ -493,6 +510,56 @@ class TrainConfig(_Strict):
                 )
         return self
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _masks_are_tokens(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        model, tokenizer = data.get("model"), data.get("tokenizer") or {}
+        if isinstance(model, dict) and isinstance(tokenizer, dict) and model.get("objective") == _FLOW:
+            return {**data, "tokenizer": {"mask_token": MASK_TOKEN, **tokenizer}}
+        return data
+
+    @pydantic.model_validator(mode="after")
+    def _objective_fits(self) -> TrainConfig:
+        objective, known = self.objective, get_args(Objective)
+        if objective not in known:
+            raise ValueError(
+                f"model.objective is {' or '.join(known)}, not {objective!r}{did_you_mean(objective, known)}"
+            )
+        for expert in self.experts:
+            if "objective" in expert.model:
+                raise ValueError(f"all experts have one objective; take it out of {expert.name!r} into model")
+        only_of_flow = {
+            "flow": self.flow != FlowDefaults(),
+            "tokenizer.mask_token": self.tokenizer.mask_token is not None,
+            "evaluate.noise_levels": self.evaluate.noise_levels != EvaluateConfig().noise_levels,
+        }
+        never_of_flow = {
+            "training.lora": self.training.lora is not None,
+            "training.sample_prompts": bool(self.training.sample_prompts),
+            "training.trainer.label_smoothing_factor": "label_smoothing_factor" in self.training.trainer,
+            "mixing.top_k": self.mixing.top_k is not None,
+            "mixing.prune": self.mixing.prune > 0,
+            "curve": self.curve is not None,
+        }
+        for name, is_set in (never_of_flow if self.is_flow else only_of_flow).items():
+            if is_set:
+                raise ValueError(f"{name} does not apply to model.objective: {objective}; drop it")
+        if self.is_flow and self.tokenizer.mask_token is None:
+            raise ValueError(f"tokenizer.mask_token: masked diffusion needs one, e.g. {MASK_TOKEN}")
+        return self
+
+    @property
+    def objective(self) -> Objective:
+        """What experts learn: the next token, or masked ones, which they reveal in any order."""
+        objective: Objective = self.model.get("objective", "causal")
+        return objective
+
+    @property
+    def is_flow(self) -> bool:
+        return self.objective == _FLOW
+
     @property
     def held_out_share(self) -> float:
         """What of each expert's documents is drawn to be held out: none where ``data.held_out_files`` says what is,
@@ -521,7 +588,8 @@ class TrainConfig(_Strict):
         """
         model = self.model_of(name)
         image_token = self.tokenizer.image_token
-        return Recipe(self.name, self.run, name, model, self.training, image_token, self.seed)
+        schedule = self.flow.schedule if self.is_flow else None
+        return Recipe(self.name, self.run, name, model, self.training, image_token, self.seed, schedule)
 
     def model_of(self, name: str) -> dict[str, Any]:
         """The model description of expert ``name``: ``{"checkpoint": path}`` or a Hugging Face configuration.
@@ -532,6 +600,7 @@ class TrainConfig(_Strict):
         for expert in self.experts:
             if expert.name == name:
                 base = {} if "checkpoint" in expert.model else dict(self.model)
+                base.pop("objective", None)
                 if "model_type" in expert.model:
                     base.pop("checkpoint", None)
                 return copy.deepcopy(base | expert.model)

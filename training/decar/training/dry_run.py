@@ -30,11 +30,10 @@ from decar.training.data.blocks import IGNORED, PackedDocument, encode, length_q
 from decar.training.data.corpus import read_document
 from decar.training.data.features import embedding_files
 from decar.training.data.image_blocks import ImageRenderer, image_size, without_images
-from decar.training.data.processor import reads_images
 from decar.training.data.shards import as_example
 from decar.training.data.sources import Document, input_files
 from decar.training.data.tokenizer import check_given, load_tokenizer, make_tokenizer, tokenizer_stage
-from decar.training.expert.model import build_model, check_model, check_weights, keeps_apart
+from decar.training.expert.model import auto_class, build_model, check_model, check_weights, keeps_apart
 from decar.training.expert.options import check_options
 from decar.training.expert.stage import (
     complete_checkpoints,
@@ -191,15 +190,18 @@ def problems(config: TrainConfig, only: str | None = None) -> list[str]:
 
 def count_parameters(config: TrainConfig, name: str) -> int | None:
     """Of the checkpoint that expert ``name`` starts from, by its ``config.json`` alone; None where it has none."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     checkpoint = config.model_of(name).get("checkpoint")
     if checkpoint is None or not (Path(checkpoint) / "config.json").is_file():
         return None
     described = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-    auto = AutoModelForImageTextToText if reads_images(described) else AutoModelForCausalLM
     with torch.device("meta"):
-        return int(auto.from_config(described, trust_remote_code=False).num_parameters())
+        return int(
+            auto_class(described, config.is_flow)
+            .from_config(described, trust_remote_code=False)
+            .num_parameters()
+        )
 
 
 def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[str, Cost]) -> Estimate:
@@ -218,7 +220,7 @@ def estimate(config: TrainConfig, name: str, shards: TrainConfig, known: dict[st
     recipe = shards.recipe(name)
     processor = expert_processor(recipe, tokenizer)
     model = build_model(recipe, tokenizer)
-    apart = keeps_apart(model)
+    apart = recipe.is_flow or keeps_apart(model)
     with (
         _sampled(shards, name) as (some, sampled, documents),  # images are read from it as they are needed
         TemporaryDirectory(prefix="decar-dry-run-") as directory,
@@ -320,7 +322,7 @@ def _formats(config: TrainConfig, name: str, tokenizer: Any, processor: Any) -> 
     found = []
     for first in firsts:
         document = read_document(config.run.shard(name, SPLITS[0]), first.row)
-        ids, labels = _seen(document, tokenizer, processor)
+        ids, labels = _seen(document, tokenizer, processor, not config.is_flow)
         if document.images:
             ids, labels = (each[: config.training.sequence_length] for each in (ids, labels))
         text = shown(ids, labels, tokenizer, getattr(processor, "image_token", None), padded=False)
@@ -328,7 +330,7 @@ def _formats(config: TrainConfig, name: str, tokenizer: Any, processor: Any) -> 
     return found
 
 
-def _seen(document: Document, tokenizer: Any, processor: Any) -> tuple[list[int], list[int]]:
+def _seen(document: Document, tokenizer: Any, processor: Any, causal: bool) -> tuple[list[int], list[int]]:
     """The tokens and labels of the whole of ``document``."""
     if document.images:
         assert document.messages is not None
@@ -336,7 +338,9 @@ def _seen(document: Document, tokenizer: Any, processor: Any) -> tuple[list[int]
         ids, labels, _ = ImageRenderer(processor)(document.messages, sizes, document.tools)
         return ids, labels
     example = as_example(document)
-    return encode(example if processor is None else without_images(example, processor.image_token), tokenizer)
+    return encode(
+        example if processor is None else without_images(example, processor.image_token), tokenizer, causal
+    )
 
 
 def shown(

@@ -48,7 +48,8 @@ def partition_fingerprint(config: TrainConfig) -> str:
 
 
 def tokenizer_fingerprint(settings: TokenizerConfig) -> str:
-    return fingerprint(settings)
+    exclude = {"mask_token"} if settings.mask_token is None else None
+    return fingerprint(settings.model_dump(mode="json", exclude=exclude))
 
 
 def expert_fingerprint(recipe: Recipe) -> str:
@@ -61,7 +62,8 @@ def expert_fingerprint(recipe: Recipe) -> str:
             del settings[field]
     if training.keep == "last":
         settings.pop("eval_steps", None)
-    return fingerprint(recipe.model, settings, recipe.seed)
+    objective = [] if recipe.schedule is None else ["masked-diffusion", recipe.schedule]
+    return fingerprint(recipe.model, settings, recipe.seed, *objective)
 
 
 def router_fingerprint(config: TrainConfig) -> str:
@@ -76,13 +78,22 @@ def moe_fingerprint(settings: MoeConfig, experts: Sequence[str]) -> str:
 
 def export_fingerprint(config: TrainConfig) -> str:
     place = config.run.ensemble.resolve()
-    return fingerprint(config.name, config.expert_names, config.router.entry, config.mixing, place)
+    flow = [config.flow] if config.is_flow else []
+    return fingerprint(config.name, config.expert_names, config.router.entry, config.mixing, place, *flow)
 
 
 def scores_fingerprint(config: TrainConfig) -> str:
-    settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_SCORES)
-    return fingerprint(settings, config.router.entry, config.mixing, config.seed)
+    settings = config.evaluate.model_dump(
+        mode="json", exclude=_NOT_IN_SCORES | _never_measured(config.is_flow)
+    )
+    flow = [config.flow] if config.is_flow else []
+    return fingerprint(settings, config.router.entry, config.mixing, config.seed, *flow)
 
 
 def evaluate_fingerprint(config: TrainConfig) -> str:
-    return fingerprint(config.evaluate, config.seed)
+    settings = config.evaluate.model_dump(mode="json", exclude=_never_measured(config.is_flow))
+    return fingerprint(settings, config.seed)
+
+
+def _never_measured(is_flow: bool) -> set[str]:
+    return set() if is_flow else {"noise_levels"}

@@ -85,6 +85,9 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         """A batch of ``rows`` of this dataset."""
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def row_losses(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return row_losses(model, batch)
+
     def __len__(self) -> int:
         return len(self.input_ids)
 
@@ -94,7 +97,7 @@ class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class Rows(Protocol):
-    """What a model is trained on: `Blocks`, or `ImageBlocks`, which says what its members mean."""
+    """What a model is trained on: `Blocks`, `MaskedBlocks` or `ImageBlocks`, which say what their members mean."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -107,11 +110,18 @@ class Rows(Protocol):
     @property
     def documents(self) -> Sequence[PackedDocument]: ...
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]: ...
+    def row_losses(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
-def pack(examples: Sequence[Example], tokenizer: Any, length: int, keeps_apart: bool = True) -> Blocks:
+def pack(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    length: int,
+    keeps_apart: bool = True,
+    causal: bool = True,
+) -> Blocks:
     """``examples`` in rows of ``length`` tokens.
 
     Texts are the tokens that the tokenizer gives for them, with an eos, and go on in the next row. Adjacent pieces of
@@ -120,6 +130,7 @@ def pack(examples: Sequence[Example], tokenizer: Any, length: int, keeps_apart: 
 
     Args:
         keeps_apart: whether the model keeps a row's documents apart by their positions; if not, each has its own rows.
+        causal: whether tokens are predicted from those before them alone, so that nothing predicts the first of a row.
 
     Raises:
         TrainingError: the chat template cannot render a chat.
@@ -146,13 +157,15 @@ def pack(examples: Sequence[Example], tokenizer: Any, length: int, keeps_apart: 
             room = 0
         positions += [i if i < room else (i - room) % length for i in range(len(ids))]
         stream += ids
-        labels += [IGNORED, *wanted[1:]]  # nothing of the document predicts its first token
-        documents.append(_packed(example, wanted, room or length, length))
+        if causal:
+            wanted = [IGNORED, *wanted[1:]]  # nothing of the document predicts its first token
+        labels += wanted
+        documents.append(_packed(example, wanted, room or length, length, causal))
     padding += pad()
     shape = len(stream) // length, length
     rows, learned, places = (torch.tensor(all_).long().view(shape) for all_ in (stream, labels, positions))
     # A batch of rows without a target would have the loss 0 / 0, and its gradient would spoil every weight.
-    taught = (learned[:, 1:] != IGNORED).any(dim=1)
+    taught = (learned[:, causal:] != IGNORED).any(dim=1)
     dropped = Counter({UNTAUGHT: int((~taught).sum())})
     return Blocks(
         rows[taught],
@@ -164,17 +177,18 @@ def pack(examples: Sequence[Example], tokenizer: Any, length: int, keeps_apart: 
     )
 
 
-def _packed(example: Example, labels: list[int], room: int, length: int) -> PackedDocument:
+def _packed(example: Example, labels: list[int], room: int, length: int, causal: bool) -> PackedDocument:
     """A document of these ``labels``, of which the first ``room`` lie in its first row."""
     later = labels[room:]
     starts = later[::length]
+    unlearned = num_learned(starts) if causal else 0
     return PackedDocument(
         kind=CHATS if isinstance(example, Chat) else TEXTS,
         begins=beginning(example),
         tokens=len(labels),
-        targets=num_learned(labels[1:]),
-        unlearned=num_learned(starts),
-        detached=num_learned(later) - num_learned(starts),
+        targets=num_learned(labels),
+        unlearned=unlearned,
+        detached=num_learned(later) - unlearned,
         rows=1 + len(starts),
     )
 
@@ -190,14 +204,14 @@ def num_learned(labels: list[int]) -> int:
     return len(labels) - labels.count(IGNORED)
 
 
-def encode(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
+def encode(example: Example, tokenizer: Any, causal: bool = True) -> tuple[list[int], list[int]]:
     """The tokens and labels of a text or chat by itself, as `pack` has them.
 
     Raises:
         TrainingError: the chat template cannot render the chat.
     """
     ids, wanted, _ = next(_encoded([example], tokenizer))
-    return ids, [IGNORED, *wanted[1:]]
+    return ids, [IGNORED, *wanted[1:]] if causal else wanted
 
 
 def _whole(examples: Sequence[Example]) -> list[Example]:
@@ -388,7 +402,7 @@ def mean_loss(model: Any, blocks: Rows, batch_size: int) -> float:
     for start in range(0, len(blocks), batch_size):
         rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
         batch = {name: value.to(model.device) for name, value in blocks.collate(rows).items()}
-        nats, targets = row_losses(model, batch)
+        nats, targets = blocks.row_losses(model, batch)
         total += nats.sum().item()
         count += int(targets.sum())
     return total / max(count, 1)

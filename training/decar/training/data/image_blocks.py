@@ -29,6 +29,7 @@ from decar.training.data.blocks import (
     num_learned,
     pack,
     render_chat,
+    row_losses,
 )
 from decar.training.data.corpus import IMAGES_FIELD, read_columns, read_row_groups
 from decar.training.data.sources import Chat, Example, Messages, Piece, Tools, split_at_images
@@ -111,6 +112,9 @@ class ImageBlocks(torch.utils.data.Dataset[dict[str, Any]]):
         """(mean, largest) number of tokens in a row."""
         lengths = [len(chat.input_ids) for chat in self.chats] + [self.texts.length] * len(self.texts)
         return sum(lengths) / len(lengths), max(lengths)
+
+    def row_losses(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return row_losses(model, batch)
 
     def __len__(self) -> int:
         return len(self.texts) + len(self.chats)

@@ -66,6 +66,8 @@ def make_tokenizer(run: Run, settings: TokenizerConfig, stage: Stage) -> None:
         tokenizer.chat_template = CONTINUATION_TEMPLATE
         if with_images:
             tokenizer.chat_template = IMAGE_TEMPLATE.replace("IMAGE_TOKEN", settings.image_token)
+    if settings.mask_token is not None:
+        _check_masks(tokenizer, settings)
     name_marks(tokenizer, settings.image_token)
     if tokenizer.eos_token_id is None:
         raise TrainingError(f"the tokenizer at {settings.path} has no eos_token, which has to end a document")
@@ -81,6 +83,18 @@ def make_tokenizer(run: Run, settings: TokenizerConfig, stage: Stage) -> None:
         tokenizer.save_pretrained(directory, save_jinja_files=False)
         for file in processor_files(settings.path) if settings.path else []:
             shutil.copyfile(file, directory / file.name)
+
+
+def _check_masks(tokenizer: Any, settings: TokenizerConfig) -> None:
+    """Refuse a given ``tokenizer`` without a mask token; one that ends texts with a separator, as BERT's, has it for
+    an eos."""
+    if tokenizer.mask_token_id is None:
+        raise TrainingError(
+            f"the tokenizer at {settings.path} has no mask_token, which masked diffusion replaces tokens by; add one, "
+            "and a row for it to the checkpoint's embeddings, or take a checkpoint of a masked language model"
+        )
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.sep_token
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -105,7 +119,9 @@ def _train(texts: Iterator[str], config: TokenizerConfig, with_images: bool) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     extra = [*config.chat_tokens, *([config.image_token] if with_images else [])]
-    special = list(dict.fromkeys([config.bos_token, config.eos_token, config.pad_token, *extra]))
+    mask = {} if config.mask_token is None else {"mask_token": config.mask_token}
+    ends = (config.bos_token, config.eos_token, config.pad_token)
+    special = list(dict.fromkeys([*ends, *extra, *mask.values()]))
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         special_tokens=special,
@@ -124,6 +140,7 @@ def _train(texts: Iterator[str], config: TokenizerConfig, with_images: bool) -> 
         bos_token=config.bos_token,
         eos_token=config.eos_token,
         pad_token=config.pad_token,
+        **mask,
         extra_special_tokens=extra,
         clean_up_tokenization_spaces=False,
     )

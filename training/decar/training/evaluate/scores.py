@@ -28,6 +28,7 @@ from decar.training.evaluate.environment import environment
 from decar.training.evaluate.held_out import Text, read_texts, scored, scores_of
 from decar.training.evaluate.measures import Difference, Pool, Row, Totals, summed
 from decar.training.evaluate.random_split import random_config, why_no_random_split
+from decar.training.evaluate.revealed import Reveals
 from decar.training.evaluate.sampled import SampledRow, compare_pruned, sample_continuations
 from decar.training.evaluate.systems import DENSE, ROUTERS, Outcome, Scores, System, served, systems
 from decar.training.expert.model import load_model
@@ -73,7 +74,8 @@ class SeedReport(BaseModel):
     ``texts``, ``answers`` (those of the texts that are), ``tokens`` (continuations'): by whose they are. ``served``:
     the system that the ensemble's manifest makes the default. ``best``: the expert that needs the fewest nats per
     token. ``undefined``: why a system is not among the rows. ``sampled``: the pruned posterior on continuations of
-    plain texts that the ensemble itself wrote.
+    plain texts that the ensemble itself wrote. ``noise_levels``: in how many steps masked-diffusion experts reveal a
+    continuation, of which all numbers are bounds then; None for causal ones.
     """
 
     seed: int
@@ -94,6 +96,7 @@ class SeedReport(BaseModel):
     undefined: dict[str, str]
     sampled_tokens: int
     sampled: list[SampledRow]
+    noise_levels: int | None = None
     environment: dict[str, Any]
 
 
@@ -184,19 +187,26 @@ def make_scores(
     processor = expert_processor(recipe, tokenizer)
     held_out = read_texts(run, settings, seed, tokenizer, max_tokens, processor)
     texts = held_out.texts
-    plain = [i for i, text in enumerate(texts) if not text.is_answer]
-    compared = systems(len(ensemble.experts), sorted({*settings.prune, *settings.prune_grid}, reverse=True))
+    flow = ensemble.manifest.flow
+    # What is pruned is compared on texts that causal experts write.
+    plain = [i for i, text in enumerate(texts) if not text.is_answer] if flow is None else []
+    prunes = sorted({*settings.prune, *settings.prune_grid}, reverse=True) if flow is None else []
+    compared = systems(len(ensemble.experts), prunes)
     default = served(config.router.entry, config.mixing, compared)
     compared += [] if default in compared else [default]
     with stage.writing() as directory:
         singles, undefined = _with_average(rivals, ensemble, average_folder(directory))
         num_steps = len(texts) * (1 + len(singles) + (rivals.split is not None)) + len(plain)
-        forward = _Forward(settings.batch_size, ensemble.vocab_size, processor, num_steps, progress)
+        reveals = None
+        if flow is not None:
+            levels = settings.noise_levels
+            reveals = Reveals(flow, levels, seed, ensemble.vocab_size, settings.batch_size)
+        forward = _Forward(settings.batch_size, ensemble.vocab_size, processor, reveals, num_steps, progress)
         totals: dict[str, Totals] = {}
         for name, path in singles.items():
             active = experts_per_token(len(ensemble.experts)) if name == MOE else 1
             way = {name: partial(Outcome.alone, expert=0, active=active)}
-            totals |= _totals(forward([load_model(path)], texts, {}), way)
+            totals |= _totals(forward([load_model(path, config.is_flow)], texts, {}), way)
         shutil.rmtree(average_folder(directory), ignore_errors=True)
         if rivals.split is not None:
             # As the ensemble is served, but that no router can tell by a prompt which of such experts has learned it.
@@ -204,7 +214,7 @@ def make_scores(
             totals |= _random_split(rivals.split, alike, texts, forward)
 
         starts = _starts(ensemble, tokenizer, texts)
-        experts = [load_model(expert.path) for expert in ensemble.experts]
+        experts = [load_model(expert.path, config.is_flow) for expert in ensemble.experts]
         alone = {f"{name} alone": partial(Outcome.alone, expert=k) for k, name in enumerate(run.experts)}
         after_prompt: list[Float64s] = []
         totals |= _totals(
@@ -252,6 +262,7 @@ def make_scores(
             undefined=undefined,
             sampled_tokens=sampled_tokens,
             sampled=sampled,
+            noise_levels=settings.noise_levels if config.is_flow else None,
             environment=environment(),
         )
         report_file(directory).write_text(report.model_dump_json(indent=1) + "\n")
@@ -265,6 +276,7 @@ class _Forward:
     batch_size: int
     vocab_size: int
     processor: Any
+    reveals: Reveals | None
     num_steps: int
     progress: Progress
     done: int = field(default=0, init=False)
@@ -273,11 +285,23 @@ class _Forward:
         self, models: Sequence[Any], texts: Sequence[Text], starts: Mapping[Start, Float64s]
     ) -> Iterator[Scores]:
         """``starts``: log weights [N, K] of the routers."""
-        rows_of = scored(models, texts, self.batch_size, self.vocab_size, self.processor)
-        for i, (text, rows) in enumerate(rows_of):
-            yield scores_of(text, rows, {start: log_weights[i] for start, log_weights in starts.items()})
+        for of_text in self._scores(
+            models, texts, [{start: rows[i] for start, rows in starts.items()} for i in range(len(texts))]
+        ):
+            yield of_text
             self.done += 1
             self.progress(self.done, self.num_steps)
+
+    def _scores(
+        self, models: Sequence[Any], texts: Sequence[Text], starts: Sequence[Mapping[Start, Float64s]]
+    ) -> Iterator[Scores]:
+        if self.reveals is not None:
+            for number, (text, start) in enumerate(zip(texts, starts, strict=True)):
+                yield self.reveals.scores(models, text, number, start)
+            return
+        rows_of = scored(models, texts, self.batch_size, self.vocab_size, self.processor)
+        for (text, rows), start in zip(rows_of, starts, strict=True):
+            yield scores_of(text, rows, start)
 
 
 def _starts(ensemble: Ensemble, tokenizer: Any, texts: Sequence[Text]) -> dict[Start, Float64s]:
@@ -325,7 +349,8 @@ def _random_split(split: Run, system: System, texts: Sequence[Text], forward: _F
     """``system`` with experts whose documents were dealt out by chance."""
     ensemble = Ensemble.load(split.ensemble)
     prior = np.tile(log_prior([expert.prior for expert in ensemble.experts]), (len(texts), 1))
-    models = [load_model(expert.path) for expert in ensemble.experts]
+    is_flow = ensemble.manifest.kind == "flow"
+    models = [load_model(expert.path, is_flow) for expert in ensemble.experts]
     return _totals(forward(models, texts, {"prior": prior}), {system.name: system.outcome})
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from decar.router.errors import TrainingError
+from decar.router.manifest import FlowDefaults
 from decar.training.config import MoeConfig, Recipe, TrainConfig, TrainingConfig, seed_overrides
 from decar.training.evaluate.environment import command, environment
 from decar.training.evaluate.html import render
@@ -107,7 +108,8 @@ def make_evaluation(config: TrainConfig, runs: Sequence[Run], stage: Stage) -> E
         served=first.served,
         centralized=_how_compute_is_matched(config.recipes[0], seeds),
         moe=_how_it_is_merged(config.moe, config.recipes[0], seeds),
-        verdict=in_words(compared, parts[0] if parts else None, undefined, len(seeds), margin),
+        verdict=in_words(compared, parts[0] if parts else None, undefined, len(seeds), margin)
+        + _what_is_bounded(config.flow, first.noise_levels),
         margin=margin,
         comparisons=compared,
         gaps=parts,
@@ -150,6 +152,17 @@ def make_evaluation(config: TrainConfig, runs: Sequence[Run], stage: Stage) -> E
 def _command(run: Run, own_seed: int, seed: int) -> str:
     others = seed_overrides(run, seed) if seed != own_seed else []
     return command([*others, f"evaluate.seeds=[{seed}]"])
+
+
+def _what_is_bounded(flow: FlowDefaults, noise_levels: int | None) -> list[str]:
+    if noise_levels is None:
+        return []
+    order = "random" if flow.order == "confident" else flow.order
+    return [
+        f"Nats per token are bounds: continuations are revealed in {noise_levels} steps (evaluate.noise_levels), in "
+        f"{order} order by the {flow.schedule} schedule, and each token is scored in the step that reveals it; "
+        "which step that is, is drawn alike for all systems."
+    ]
 
 
 def _how_compute_is_matched(recipe: Recipe, seeds: Sequence[SeedReport]) -> str:

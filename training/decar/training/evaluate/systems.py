@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from decar.router import log_weights_after, prune, top_k
@@ -32,6 +33,8 @@ class Scores:
         rows: [T, K, V] float32, log p_k of every token.
         ids: [T] int64, the continuation.
         starts: log weights [K] that each router gives for the prompt.
+        steps: [T] int64, in which step each token is revealed, in order, where several may be at once; None: each in
+            one of its own.
     """
 
     prompt: Float64s
@@ -39,6 +42,7 @@ class Scores:
     rows: Tensor
     ids: Tensor
     starts: Mapping[Start, Float64s]
+    steps: NDArray[np.int64] | None = None
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -90,7 +94,8 @@ class System:
         experts: keep that many, chosen when the prompt is known.
         prune: total posterior mass that may be released.
         draw: one expert is drawn by the weights after the prompt and decodes alone. In distribution that is the
-            mixture, so the log-probabilities are the mixture's. Its greedy choices are the drawn expert's.
+            mixture with a token a step, so the log-probabilities are that mixture's, also where it reveals several at
+            once. Its greedy choices are the drawn expert's.
     """
 
     family: str
@@ -116,7 +121,8 @@ class System:
             first, left = prune(first, self.prune)
             log_weights = np.tile(first, (num_tokens, 1))
         else:
-            log_weights, left = posterior_path(first, scores.tokens, self.prune)
+            steps = None if self.draw else scores.steps
+            log_weights, left = posterior_path(first, scores.tokens, self.prune, steps)
         active = np.isfinite(log_weights).sum(axis=1).astype(np.float64)
         # What has to run over the prompt: everything that is asked about it, or will decode.
         passes = num_experts if self.bayes == "full" else int(active[0])
@@ -131,10 +137,18 @@ class System:
         return Outcome(mixed(log_weights, scores), right, exact, active, passes, self.prune - left)
 
 
-def posterior_path(first: Float64s, tokens: Float64s, budget: float) -> tuple[Float64s, float]:
-    """Log weights [T, K] before each of ``tokens`` [T, K], from ``first`` [K], pruned at every step; budget left."""
+def posterior_path(
+    first: Float64s, tokens: Float64s, budget: float, steps: NDArray[np.int64] | None = None
+) -> tuple[Float64s, float]:
+    """Log weights [T, K] before each of ``tokens`` [T, K], from ``first`` [K], pruned at every step; budget left.
+
+    Where ``steps`` [T] say which tokens are revealed at once, all of these have the weights of before; none is pruned.
+    """
+    assert steps is None or not budget
     if not budget:
         before = np.concatenate([np.zeros_like(tokens[:1]), np.cumsum(tokens, axis=0)[:-1]])
+        if steps is not None:
+            before = before[np.searchsorted(steps, steps)]
         return log_weights_after(first, before), budget
     path = np.empty_like(tokens)
     current = first

@@ -1,7 +1,7 @@
 """An expert's model: before training, fresh, a checkpoint, or one with LoRA adapters; and read back. Knows no data.
 
-A causal language model, or an image-text model, whose language model and vision encoder are described under
-``text_config`` and ``vision_config``.
+A causal language model, or a bidirectional one; or an image-text model, whose language model and vision encoder are
+described under ``text_config`` and ``vision_config``.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 
 from decar.router.errors import TrainingError, did_you_mean
 from decar.training.checkpoint_files import check_files
 from decar.training.config import LoraConfig, Recipe
+from decar.training.data.masked_blocks import denoised
 from decar.training.data.processor import load_processor, reads_images
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,6 +30,8 @@ _NAMED_IN_ERRORS = 3
 _TRIED_TOKENS = 8
 # Of the largest logit: rounding is a tenth of it, what a document sees of another many times as much.
 _TRIED_TOLERANCE = 1e-4
+# BERT was trained to tell whether two texts follow each other, too.
+_OTHER_HEADS = ("bert.pooler.", "cls.seq_relationship.")
 # What transformers raises at a configuration or checkpoint that makes no model.
 _REFUSED = (OSError, ValueError, TypeError, ZeroDivisionError, StrictDataclassError)
 
@@ -51,10 +55,24 @@ def check_model(recipe: Recipe) -> None:
             f"model.model_type: transformers has no {kind!r}{did_you_mean(kind, CONFIG_MAPPING)}"
         )
     _check_fields(model, CONFIG_MAPPING[kind](), "model")
+    if recipe.is_flow:
+        _check_bidirectional(CONFIG_MAPPING[kind](), name)
+        if model.get("is_decoder"):
+            raise TrainingError("model.is_decoder: a decoder does not look at both sides; leave it out")
     try:
         CONFIG_MAPPING[kind](**model)
     except _REFUSED as error:
         raise _cannot_be_built(name, error) from None
+
+
+def _check_bidirectional(config: Any, name: str) -> None:
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise TrainingError(
+            f"the model of {name!r} is a {config.model_type}, which does not look at both sides of a token, as "
+            "model.objective: masked-diffusion needs; take bert or modernbert"
+        )
 
 
 def check_weights(recipe: Recipe) -> None:
@@ -124,6 +142,8 @@ def model_config(recipe: Recipe, tokenizer: Any) -> Any:
         if reads_images(CONFIG_MAPPING[description["model_type"]]()):
             text = {**own, **description.get("text_config", {})}
             return AutoConfig.for_model(**{**description, "text_config": text})
+        if recipe.is_flow:
+            own |= _ends_of_masked(CONFIG_MAPPING[description["model_type"]](), tokenizer)
         return AutoConfig.for_model(**{**own, **description})
     except _REFUSED as error:
         raise _cannot_be_built(recipe.name, error) from None
@@ -131,6 +151,12 @@ def model_config(recipe: Recipe, tokenizer: Any) -> Any:
 
 def _special_tokens(tokenizer: Any) -> dict[str, int | None]:
     return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+
+
+def _ends_of_masked(default: Any, tokenizer: Any) -> dict[str, int | None]:
+    """Some configurations name the tokens that a masked language model's texts begin and end with."""
+    ends = {"cls_token_id": tokenizer.bos_token_id, "sep_token_id": tokenizer.eos_token_id}
+    return {name: token for name, token in ends.items() if hasattr(default, name)}
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
@@ -142,13 +168,14 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
         TrainingError: as `model_config`, or peft refuses it, its weights are not those that it describes, or its
             vocabulary is too small.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, set_seed
+    from transformers import GenerationConfig, set_seed
 
     name, description, training = recipe.name, recipe.model, recipe.training
     wanted = model_config(recipe, tokenizer)
-    auto = AutoModelForCausalLM
+    if recipe.is_flow:
+        _check_bidirectional(wanted, name)
+    auto, options = _how_it_is_made(wanted, recipe.is_flow)
     if reads_images(wanted):
-        auto = AutoModelForImageTextToText
         processor = load_processor(recipe.run.tokenizer, recipe.image_token, wanted, tokenizer)
         _use_image_token(wanted, processor.image_token_id, description, name)
     set_seed(recipe.seed)
@@ -161,11 +188,17 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, with their names
+                **options,
             )
+            if recipe.is_flow:
+                loading["unexpected_keys"] = [
+                    key for key in loading["unexpected_keys"] if not key.startswith(_OTHER_HEADS)
+                ]
             _check_names(loading, f"the checkpoint of {name!r}, {description['checkpoint']},")
         else:
-            model = auto.from_config(wanted, dtype=torch.float32, trust_remote_code=False)
-            model.generation_config = GenerationConfig(**_special_tokens(tokenizer))
+            model = auto.from_config(wanted, dtype=torch.float32, trust_remote_code=False, **options)
+            if not recipe.is_flow:
+                model.generation_config = GenerationConfig(**_special_tokens(tokenizer))
     except _REFUSED as error:
         raise _cannot_be_built(name, error) from None
     rows = model.get_output_embeddings().weight.shape[0]
@@ -180,22 +213,47 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
             f"training.sequence_length {training.sequence_length} is longer than the "
             f"max_position_embeddings {longest} of {name!r}"
         )
+    if recipe.is_flow and not keeps_masked_apart(model):
+        raise TrainingError(
+            f"the model of {name!r} is a {wanted.model_type}, which cannot keep documents that share a row apart; for "
+            "model.objective: masked-diffusion take bert or modernbert"
+        )
     if training.lora is not None:
         model = _with_adapters(model, training.lora, recipe.seed)
     _freeze(model, training.freeze)
     return model
 
 
-def load_model(directory: Path) -> Any:
-    """The model in ``directory``, of text alone or of images and text; fp32, on the GPU where there is one."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def load_model(directory: Path, is_flow: bool = False) -> Any:
+    """The model in ``directory``; fp32, on the GPU where there is one.
+
+    Args:
+        is_flow: it is one that reveals masked tokens, not a causal one.
+    """
+    from transformers import AutoConfig
 
     described = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    kind: Any = AutoModelForImageTextToText if reads_images(described) else AutoModelForCausalLM
-    model = kind.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    auto, options = _how_it_is_made(described, is_flow)
+    model = auto.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **options
     )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _how_it_is_made(config: Any, is_flow: bool) -> tuple[Any, dict[str, Any]]:
+    """(transformers' class that makes a model of ``config``, further arguments of it)."""
+    auto = auto_class(config, is_flow)
+    # The masks that keep documents apart are true or false, which the attention that is written out cannot take.
+    return auto, {"attn_implementation": "sdpa"} if is_flow else {}
+
+
+def auto_class(config: Any, is_flow: bool) -> Any:
+    """transformers' class of a model of ``config``: of images and text, of masked tokens, or causal."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
+
+    if reads_images(config):
+        return AutoModelForImageTextToText
+    return AutoModelForMaskedLM if is_flow else AutoModelForCausalLM
 
 
 def saved_dtype(recipe: Recipe) -> torch.dtype:
@@ -243,12 +301,33 @@ def round_weights(model: Any, dtype: torch.dtype) -> None:
 
 @torch.inference_mode()
 def keeps_apart(model: Any) -> bool:
-    """Whether ``model`` keeps documents that share a row apart where their positions start anew, as transformers has
-    it of most architectures: tried out, by what it makes of one beside another and alone."""
+    """Whether a causal ``model`` keeps documents that share a row apart where their positions start anew, as
+    transformers has it of most architectures: tried out, by what it makes of one beside another and alone."""
     if hasattr(model.get_decoder(), "get_rope_index") or hasattr(
         getattr(model, "model", None), "get_rope_index"
     ):
         return False  # its positions are those of images as well, and its own affair
+
+    def beside(ids: Tensor, positions: Tensor) -> Tensor:
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+    return _says_the_same(model, beside, lambda ids: model(input_ids=ids, use_cache=False).logits)
+
+
+@torch.inference_mode()
+def keeps_masked_apart(model: Any) -> bool:
+    """As `keeps_apart`, of a bidirectional ``model`` where documents are masked from each other."""
+
+    def beside(ids: Tensor, positions: Tensor) -> Tensor:
+        return denoised(model, ids, positions, 0)[..., 1:]
+
+    return _says_the_same(model, beside, lambda ids: model(input_ids=ids).logits[..., 1:])
+
+
+def _says_the_same(
+    model: Any, beside: Callable[[Tensor, Tensor], Tensor], alone: Callable[[Tensor], Tensor]
+) -> bool:
+    """Whether the logits of ids ``beside`` others, by positions that start anew, are those of ids ``alone``."""
     was_training = model.training
     model.eval()
     ids = (
@@ -256,13 +335,12 @@ def keeps_apart(model: Any) -> bool:
     )
     positions = torch.arange(_TRIED_TOKENS).repeat(2)[None].to(model.device)
     try:
-        beside = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, _TRIED_TOKENS:]
-        alone = model(input_ids=ids[:, _TRIED_TOKENS:], use_cache=False).logits
+        found, wanted = beside(ids, positions)[:, _TRIED_TOKENS:], alone(ids[:, _TRIED_TOKENS:])
     except (TypeError, ValueError, RuntimeError):  # it takes no positions, or not these
         return False
     finally:
         model.train(was_training)
-    return bool((beside - alone).abs().max() <= _TRIED_TOLERANCE * alone.abs().max())
+    return bool((found - wanted).abs().max() <= _TRIED_TOLERANCE * wanted.abs().max())
 
 
 def _check_names(loading: Mapping[str, Iterable[Any]], what: str) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.training.config import Recipe, TrainConfig, TrainingConfig
-from decar.training.data.blocks import Rows, length_quantiles, mean_loss, pack, row_losses
+from decar.training.data.blocks import Rows, length_quantiles, mean_loss, pack
 from decar.training.data.corpus import IMAGES_FIELD
 from decar.training.data.image_blocks import read_image_blocks
+from decar.training.data.masked_blocks import HeldOutBlocks, MaskedBlocks
 from decar.training.data.processor import load_processor, processor_files, reads_images
 from decar.training.data.shards import check_marker, count_documents, has_column, read_examples
 from decar.training.data.tokenizer import load_tokenizer
@@ -82,7 +83,7 @@ def train_model(
     tokenizer = load_tokenizer(config.run.tokenizer)
     processor = expert_processor(config, tokenizer)
     model = build_model(config, tokenizer)
-    apart = keeps_apart(model)
+    apart = config.is_flow or keeps_apart(model)
     blocks = {split: read_blocks(config, shards, split, tokenizer, processor, apart) for split in SPLITS}
     train, held_out = blocks["train"], blocks["held_out"]
     directory = config.run.checkpoints(stage)
@@ -210,7 +211,7 @@ def read_blocks(
 
     Args:
         processor: that of an image-text model.
-        apart: whether the model keeps documents that share a row apart.
+        apart: whether the model keeps documents that share a row apart; of masked diffusion, all do.
 
     Raises:
         TrainingError: a shard is missing or damaged, holds images for a model of text, or teaches nothing.
@@ -227,7 +228,11 @@ def read_blocks(
     if processor is not None:
         blocks = read_image_blocks(examples, files, processor, length, apart)
     else:
-        blocks = pack([example for shard in examples for example in shard], tokenizer, length, apart)
+        together = [example for shard in examples for example in shard]
+        blocks = packed = pack(together, tokenizer, length, apart, causal=not recipe.is_flow)
+        if recipe.schedule is not None:
+            masked = MaskedBlocks.of(packed, tokenizer.mask_token_id, recipe.schedule, recipe.seed)
+            blocks = masked if split == "train" else HeldOutBlocks.of_masked(masked)
     if not len(blocks):
         raise TrainingError(
             f"the {split} documents of {', '.join(shards)} hold no token to predict; add data, or raise "
@@ -262,14 +267,37 @@ def make_trainer(
     from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
     class ExpertTrainer(Trainer):
+        noised_step, forward_pass = -1, 0
+
         def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
             # From the checkpoint of the last step the Trainer would go on for one more.
             if self.state.global_step < self.state.max_steps:
                 super()._run_epoch(*args, **kwargs)
 
         def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[None, Tensor, Tensor]:
+            assert held_out is not None
             with torch.no_grad():
-                return None, *row_losses(model, self._prepare_inputs(inputs))
+                return None, *held_out.row_losses(model, self._prepare_inputs(inputs))
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            if not isinstance(train, MaskedBlocks):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            nats, targets = train.row_losses(model, inputs | self._noise(train, len(inputs["labels"])))
+            if num_items_in_batch is None:
+                return nats.sum() / targets.sum()
+            # Processes have their gradients averaged, and `num_items_in_batch` counts the tokens of all.
+            return nats.sum() / num_items_in_batch * self.accelerator.num_processes
+
+        def _noise(self, train: MaskedBlocks, rows: int) -> dict[str, Tensor]:
+            """That of this process's ``rows`` of a forward pass, whatever the number of processes."""
+            step = self.state.global_step
+            self.forward_pass = self.forward_pass + 1 if self.noised_step == step else 0
+            self.noised_step = step
+            noise = train.noise([step, self.forward_pass], rows * self.accelerator.num_processes)
+            mine = slice(rows * self.accelerator.process_index, rows * (self.accelerator.process_index + 1))
+            return {name: drawn[mine].to(self.args.device) for name, drawn in noise.items()}
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -87,6 +87,8 @@ class Prompts:
         from transformers import GenerationConfig
 
         model.eval()
+        if not self.ids:  # not every model can go on
+            return []
         end = model.generation_config.eos_token_id
         # A configuration of its own: the checkpoint's may draw tokens, or penalise some.
         greedy = GenerationConfig(

@@ -10,10 +10,20 @@ import yaml
 from pydantic import BaseModel
 
 from decar.router.manifest import Manifest
-from decar.training.config import DocumentConfig, MoeConfig, PartitionConfig, TrainingConfig
+from decar.training.config import DocumentConfig, MoeConfig, Objective, PartitionConfig, TrainingConfig
 from decar.training.expert.report import ExpertReport
 
 CARD_NAME = "README.md"
+_SERVE = [
+    "```bash",
+    "vllm serve .    # in this directory; any other tool that reads Hugging Face checkpoints will do",
+    "```",
+]
+_LOAD_MASKED = [
+    "```python",
+    'model = transformers.AutoModelForMaskedLM.from_pretrained(".")    # in this directory',
+    "```",
+]
 
 
 @dataclass(frozen=True)
@@ -23,9 +33,14 @@ class Origin:
     name: str
     seed: int
     models: Mapping[str, dict[str, Any]]
+    objective: Objective
     training: TrainingConfig
     documents: DocumentConfig
     partition: PartitionConfig
+
+    @property
+    def is_flow(self) -> bool:
+        return self.objective == "masked-diffusion"
 
 
 def ensemble_card(
@@ -44,22 +59,26 @@ def ensemble_card(
             "",
             f'{len(reports)} language models ("experts"), each trained alone on its own part of the data and kept as '
             "an ordinary Hugging Face checkpoint. decar serves them as one model: at every step it mixes their "
-            "distributions of the next token, with weights from its router "
+            f"distributions of {'masked tokens' if origin.is_flow else 'the next token'}, with weights from its router "
             f"(here by default: {manifest.router.kind}, rule {manifest.mixing.rule}).",
             "",
             "## Serve it",
             "",
             "```bash",
             f"decar serve . --port 8000           # in this directory; the model is {origin.name!r}",
-            f"vllm serve experts/{next(iter(reports))}    # or one expert alone",
+            *(
+                []
+                if origin.is_flow
+                else [f"vllm serve experts/{next(iter(reports))}    # or one expert alone"]
+            ),
             "```",
             "",
             "## Experts",
             "",
             *_experts_table(reports, priors),
             "",
-            "The prior is an expert's share of the training tokens; the loss is in nats per token, of each expert on "
-            "the held-out text of its own part.",
+            "The prior is an expert's share of the training tokens; the loss is in nats per token"
+            f"{', a bound' if origin.is_flow else ''}, of each expert on the held-out text of its own part.",
             "",
             *_making(origin, reports),
         ]
@@ -80,9 +99,7 @@ def average_card(origin: Origin, reports: Mapping[str, ExpertReport], read_image
             "",
             "## Serve it",
             "",
-            "```bash",
-            "vllm serve .    # in this directory; any other tool that reads Hugging Face checkpoints will do",
-            "```",
+            *(_LOAD_MASKED if origin.is_flow else _SERVE),
             "",
             "## Experts it is the mean of",
             "",
@@ -184,6 +201,7 @@ def _making(origin: Origin, reports: Mapping[str, ExpertReport], **more: BaseMod
     first, *others = origin.models.values()
     settings: dict[str, Any] = {
         "seed": origin.seed,
+        **({"objective": origin.objective} if origin.is_flow else {}),
         "model": dict(origin.models) if any(str(other) != str(first) for other in others) else first,
         "training": origin.training.model_dump(mode="json"),
         "documents": origin.documents.model_dump(mode="json"),

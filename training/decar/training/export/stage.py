@@ -18,11 +18,14 @@ from decar.router.manifest import (
     Ensemble,
     ExpertCheckpoint,
     ExpertEntry,
+    Flow,
+    FlowDefaults,
     Manifest,
     read_experts,
     write_manifest,
 )
 from decar.training.config import Recipe, TrainConfig
+from decar.training.data.tokenizer import load_tokenizer
 from decar.training.expert.report import ExpertReport, priors_of, read_expert_report
 from decar.training.export.average import average
 from decar.training.export.card import CARD_NAME, Origin, average_card, ensemble_card
@@ -31,8 +34,8 @@ from decar.training.run import NOT_EXPORTED, Run, expert_path
 from decar.training.stages import Stage, fingerprint, read_marker, replaced_directory
 
 _COPIED = ("generation_config.json", "chat_template.jinja")
-# What of a tokenizer's settings decides how a prompt is rendered and where an answer ends.
-_RENDERING = ("chat_template", "bos_token", "eos_token", "pad_token")
+# What of a tokenizer's settings decides how a prompt is rendered, where an answer ends, and what hides a token.
+_RENDERING = ("chat_template", "bos_token", "eos_token", "pad_token", "mask_token")
 
 
 def export_stage(config: TrainConfig) -> Stage:
@@ -71,7 +74,15 @@ def expert_marker(recipe: Recipe) -> dict[str, str]:
 
 def origin_of(config: TrainConfig) -> Origin:
     models = {recipe.name: recipe.model for recipe in config.recipes}
-    return Origin(config.name, config.seed, models, config.training, config.documents, config.partition)
+    return Origin(
+        config.name,
+        config.seed,
+        models,
+        config.objective,
+        config.training,
+        config.documents,
+        config.partition,
+    )
 
 
 def is_exported(run: Run, stage: Stage) -> bool:
@@ -105,6 +116,8 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
             _copy(config.run.router, router_folder(directory))
         manifest = Manifest(
             name=config.name,
+            kind="flow" if config.is_flow else "autoregressive",
+            flow=_flow(config.flow, directory / entries[0].path) if config.is_flow else None,
             experts=entries,
             router=config.router.entry,
             mixing=config.mixing,
@@ -116,6 +129,11 @@ def export(config: TrainConfig, stage: Stage) -> Ensemble:
     with stage.writing():
         pass
     return Ensemble.load(target)
+
+
+def _flow(settings: FlowDefaults, expert: Path) -> Flow:
+    """``settings``, with the mask token that the tokenizer of an ``expert`` has."""
+    return Flow(mask_token_id=load_tokenizer(expert).mask_token_id, **settings.model_dump())
 
 
 def export_average(config: TrainConfig) -> Path:
