@@ -1,4 +1,7 @@
-"""`AllEngines`: what vLLM's app asks of "the" engine beside answers, asked of all. Knows no requests."""
+"""`AllEngines`: what vLLM's app asks of "the" engine beside answers, asked of all; who of them may answer.
+
+Knows what requests ask for, and not how they are answered.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 
-from decar.router import Ensemble
-from decar.server.gateway.engine import Engine, ExpertEngine, NoEngine
+from decar.router import Ensemble, active_experts
+from decar.server.gateway.engine import Engine, ExpertDown, ExpertEngine, NoEngine
 from decar.server.gateway.health import Health
+from decar.server.gateway.request import Call
 from decar.server.gateway.seats import Seats
+from decar.server.gateway.trained_routers import TrainedRouters
 from decar.server.protocol.plane import Plane
 
 
@@ -45,7 +51,49 @@ class AllEngines(EngineClient):
         self.model_config = first.model_config
         self.renderer = first.renderer
         self.input_processor = first.input_processor
+        self.trained_routers = TrainedRouters(ensemble, engines[0], self.seats)
         self._stopped = False
+
+    # --- who may answer -----------------------------------------------------------------------------------
+
+    def serve(self, ensemble: Ensemble, seats: Seats, trained_routers: TrainedRouters | None = None) -> None:
+        """From now on, requests are for this ensemble, whose experts the engines have at ``seats``; those that have
+        begun keep what they began with.
+
+        Args:
+            trained_routers: None: as they were.
+        """
+        self.ensemble, self.seats = ensemble, seats
+        self.trained_routers = trained_routers or self.trained_routers
+        for expert in self.experts:
+            expert.seated = False
+        for name, seat in zip(ensemble.expert_names, seats.of, strict=True):
+            self.experts[seat].name, self.experts[seat].seated = name, True
+
+    def of_living(self, call: Call, log_weights: np.ndarray) -> np.ndarray:
+        """``log_weights`` [K] of those that live, for want of the others; these are noted in ``call``.
+
+        Raises:
+            ExpertDown: none of those with weight lives, or the user wants no answer without them.
+        """
+        missing = self.missing(call, log_weights)
+        if not missing:
+            return log_weights
+        call.degraded.update(dict.fromkeys(self.experts[k].name for k in missing))
+        if len(missing) == len(active_experts(log_weights)) or call.on_expert_loss == "fail":
+            raise self.down(missing)
+        rest = np.array(log_weights)
+        rest[missing] = -np.inf
+        return rest - np.logaddexp.reduce(rest)
+
+    def missing(self, call: Call, log_weights: np.ndarray) -> list[int]:
+        """Those of the experts with weight that do not live."""
+        weighed = active_experts(log_weights)
+        return [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
+
+    def down(self, experts: Sequence[int]) -> ExpertDown:
+        names = ", ".join(repr(self.experts[k].name) for k in experts)
+        return ExpertDown(f"expert {names} is down and is being started again: ask again in a moment")
 
     # --- health -------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from decar.server.gateway.admission import Admission, check_drawable, refuse_fai
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.beams import Beam, beam_of
 from decar.server.gateway.core_policy import CorePolicy
-from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
+from decar.server.gateway.engine import Engine, ExpertLost, OutputQueue, Relay, Speech
 from decar.server.gateway.leaders import Leaders
 from decar.server.gateway.prompt import PromptLogprobs, PromptScorer, tokens_of
 from decar.server.gateway.queue import Queue
@@ -38,10 +38,9 @@ from decar.server.gateway.sampling import (
     uniforms,
     without_prompt_logprobs,
 )
-from decar.server.gateway.seats import Seats
+from decar.server.gateway.schemas import Defaults
 from decar.server.gateway.slots import Slots
 from decar.server.gateway.tracing import RequestTrace, current_trace
-from decar.server.gateway.trained_routers import TrainedRouters
 from decar.server.gateway.weights import WeightsReader
 from decar.server.metrics import EnsembleMetrics
 from decar.server.protocol.cores import GatewayThread
@@ -129,7 +128,6 @@ class EnsembleClient(AllEngines):
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
         self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
         self._scorer = PromptScorer(self.experts, ensemble.vocab_size, plane.spec.prompt_unit)
-        self.trained_routers = TrainedRouters(ensemble, engines[0], self.seats)
         self._relay = relay
         self._metrics = metrics
         self._last_arrival = 0.0
@@ -151,19 +149,15 @@ class EnsembleClient(AllEngines):
         """What an expert has said of prompts, since its next engine has other weights."""
         self._scorer.forget(expert)
 
-    def serve(self, ensemble: Ensemble, seats: Seats, trained_routers: TrainedRouters | None = None) -> None:
-        """From now on, requests are for this ensemble, whose experts the engines have at ``seats``; those that have
-        begun keep what they began with.
+    def leads(self) -> list[int]:
+        """Of each expert, how many requests it leads."""
+        return self.leaders.counts()
 
-        Args:
-            trained_routers: None: as they were.
-        """
-        self.ensemble, self.seats = ensemble, seats
-        self.trained_routers = trained_routers or self.trained_routers
-        for expert in self.experts:
-            expert.seated = False
-        for name, seat in zip(ensemble.expert_names, seats.of, strict=True):
-            self.experts[seat].name, self.experts[seat].seated = name, True
+    def defaults(self) -> Defaults:
+        """What a request gets that does not say."""
+        manifest = self.ensemble.manifest
+        router = {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
+        return Defaults(**router, **manifest.mixing.model_dump())
 
     def call_of(self, model: str | None, options: Any) -> Call:
         """A request's `Call`, from its `model` and `decar` fields.
@@ -214,7 +208,7 @@ class EnsembleClient(AllEngines):
             await asyncio.to_thread(self.experts[0].engine.choose_grammar, asked.params)
         only = asked.call.only_expert
         if only is not None:
-            self._of_living(asked.call, asked.call.log_weights)
+            self.of_living(asked.call, asked.call.log_weights)
             prompt_logprobs = None
             each = iter([asked]) if asked.params.n == 1 else _choices_of(asked)
             choices = (self._asked_alone(choice, only) for choice in each)
@@ -262,7 +256,7 @@ class EnsembleClient(AllEngines):
                             yield output
             except Exception:
                 if client.errored:
-                    raise self._down([expert]) from None
+                    raise self.down([expert]) from None
                 raise
 
     @contextlib.asynccontextmanager
@@ -319,9 +313,9 @@ class EnsembleClient(AllEngines):
         """
         call, beam, budget = asked.call, asked.beam, asked.call.prune
         answered = 0 if beam is None else len(beam.spoken)  # tokens of the prompt that count as the answer's
-        if beam is not None and beam.before is not None and not self._missing(call, beam.before.log_weights):
+        if beam is not None and beam.before is not None and not self.missing(call, beam.before.log_weights):
             log_weights, budget, scored, answered = beam.before.log_weights, beam.before.budget, False, 1
-        log_weights = self._of_living(call, log_weights)
+        log_weights = self.of_living(call, log_weights)
         active = active_experts(log_weights)
         if len(active) == 1:
             if beam is not None:
@@ -344,34 +338,9 @@ class EnsembleClient(AllEngines):
         if asked.trace is not None:
             asked.trace.loses(self.experts[expert].name)
         if call.on_expert_loss == "fail":
-            raise self._down([expert])
+            raise self.down([expert])
         if asked.speech is not None and asked.params.prompt_logprobs is not None:
             asked.params = without_prompt_logprobs(asked.params)  # they have been said
-
-    def _of_living(self, call: Call, log_weights: np.ndarray) -> np.ndarray:
-        """``log_weights`` [K] of those that live, for want of the others; these are noted in ``call``.
-
-        Raises:
-            ExpertDown: none of those with weight lives, or the user wants no answer without them.
-        """
-        missing = self._missing(call, log_weights)
-        if not missing:
-            return log_weights
-        call.degraded.update(dict.fromkeys(self.experts[k].name for k in missing))
-        if len(missing) == len(active_experts(log_weights)) or call.on_expert_loss == "fail":
-            raise self._down(missing)
-        rest = np.array(log_weights)
-        rest[missing] = -np.inf
-        return rest - np.logaddexp.reduce(rest)
-
-    def _missing(self, call: Call, log_weights: np.ndarray) -> list[int]:
-        """Those of the experts with weight that do not live."""
-        weighed = active_experts(log_weights)
-        return [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
-
-    def _down(self, experts: Sequence[int]) -> ExpertDown:
-        names = ", ".join(repr(self.experts[k].name) for k in experts)
-        return ExpertDown(f"expert {names} is down and is being started again: ask again in a moment")
 
     # --- weigh --------------------------------------------------------------------------------------------
 
@@ -398,7 +367,7 @@ class EnsembleClient(AllEngines):
                     asked.prompt,
                     asked.request_id,
                     asked.kwargs,
-                    self._of_living(call, log_weights),
+                    self.of_living(call, log_weights),
                     call.rule,
                     self.ensemble.vocab_size if count < 0 else count,
                     posterior=call.scored,

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from decar.router.manifest import RouterKind, Rule, Scope, Start
+from decar.router.manifest import Kind, Order, RouterKind, Rule, Schedule, Scope, Start
 from decar.server.gateway.gate import GENERATING
 from decar.server.gateway.request import DecarOptions
 
@@ -80,6 +80,22 @@ class Defaults(_Described):
     prune: float
 
 
+class FlowDefaults(_Described):
+    """The same of a flow ensemble."""
+
+    route: RouterKind
+    scope: Scope | None = None
+    start: Start | None = None
+    rule: Rule
+    mask_token_id: int
+    """Of the token that stands where nothing is known."""
+    schedule: Schedule
+    steps: int | None
+    block_length: int | None
+    order: Order
+    prompt_chunks: int
+
+
 class Slots(BaseModel):
     """Of requests that run."""
 
@@ -99,12 +115,13 @@ class EnsembleState(_Described):
 
     object: str = "ensemble"
     name: str
+    kind: Kind
     experts: list[ExpertState]
     routes: list[str]
     """Values that `decar.route` may have here."""
     images: bool
     """Whether experts read images."""
-    defaults: Defaults
+    defaults: Defaults | FlowDefaults
     slots: Slots
     queue: Waiting
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+FLOW_KEY = "decar_flow"
+"""Key of a `Denoising` among a request's own parameters."""
+FLOW_TASK: Literal["token_classify"] = "token_classify"
+"""What vLLM calls it when a model says something of every position."""
 ROWS_BYTES = 64 << 20
 """Of one expert's rows: what does not fit in waits for the next round."""
 
@@ -47,7 +51,3 @@ class Denoising:
         """What a request's own parameters ask for; None for one that is not decar's."""
         wire = (extra or {}).get(FLOW_KEY)
         return cls(**wire) if wire else None
-
-
-FLOW_KEY = "decar_flow"
-"""Key of a `Denoising` among the parameters of a pooling request."""

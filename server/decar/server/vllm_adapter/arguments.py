@@ -227,8 +227,8 @@ def flow_engine_config(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
     described = _described(ensemble, expert)
     if ensemble.experts[expert].architecture != FLOW_ARCHITECTURE:
         raise StartError(
-            f"{described} cannot be an expert of a flow ensemble, since vLLM serves no other masked-language model than "
-            f"{FLOW_ARCHITECTURE}"
+            f"{described} cannot be an expert of a flow ensemble: of masked-language models vLLM serves "
+            f"{FLOW_ARCHITECTURE} alone"
         )
     if ensemble.experts[expert].options.tensor_parallel_size or args.tensor_parallel_size > 1:
         raise StartError(
@@ -282,7 +282,7 @@ def refuse_other_steps(served: Any, config: Any, name: str, spec: PlaneSpec) -> 
     """
     for what, before, after in (
         ("positions", spec.positions, config.model_config.max_model_len),
-        ("slots", spec.slots, config.scheduler_config.max_num_seqs),
+        ("slots", served.scheduler_config.max_num_seqs, config.scheduler_config.max_num_seqs),
         ("tokens in a KV block", 0, spec.prompt_unit % config.cache_config.block_size),
         *(
             [("dtype", served.model_config.dtype, config.model_config.dtype)] if spec.on_device else []

@@ -9,14 +9,14 @@ Shapes: T tokens of a batch, n positions, E entries, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from vllm.model_executor.layers.pooler import Pooler
 
-from decar.server.protocol.flow import Denoising
+from decar.server.protocol.flow import FLOW_TASK, Denoising
 from decar.server.protocol.plane import Block, Plane
 from decar.server.vllm_adapter.expert_worker import ExpertWorker
 from decar.server.vllm_adapter.failures import ReportingConfig
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.pool.metadata import PoolingMetadata
 
-TASK: PoolingTask = "token_classify"
 _LOGITS_AT_ONCE = 1 << 23
 """32 MiB of float32."""
 
@@ -73,38 +72,25 @@ class RowsPooler(Pooler):
         self._at_once = max(_LOGITS_AT_ONCE // rows.shape[1], 1)
 
     def get_supported_tasks(self) -> Set[PoolingTask]:
-        return {TASK}
+        return {FLOW_TASK}
 
     def forward(self, hidden_states: torch.Tensor, pooling_metadata: PoolingMetadata) -> list[torch.Tensor]:
         """Gives of each sequence the log-probabilities [n] that it is asked for, in float32; else nothing, [0]."""
         cursor = pooling_metadata.get_pooling_cursor()
-        lengths = cursor.num_scheduled_tokens_cpu.tolist()
         assert not cursor.is_partial_prefill(), "what looks both ways is computed as a whole"
-        asked = [Denoising.of(params.extra_kwargs) for params in pooling_metadata.pooling_params]
-        starts = np.cumsum([0, *lengths])
-        wanted = [(start, part) for start, part in zip(starts, asked, strict=False) if part is not None]
-        positions = [start + np.asarray(part.positions, np.int64) for start, part in wanted]
-        counts = [len(found) for found in positions]
-        if not sum(counts):
-            return [hidden_states.new_zeros(0) for _ in asked]
-        nowhere = [-1] * max(counts)
-        flat = [
-            torch.from_numpy(np.concatenate([np.asarray(values, np.int64) for values in columns]))
-            for columns in (
-                positions,
-                [nowhere[:n] if p.entries is None else p.entries for n, (_, p) in zip(counts, wanted, strict=True)],
-                [nowhere[:n] if p.tokens is None else p.tokens for n, (_, p) in zip(counts, wanted, strict=True)],
-                [[p.mask_token_id] * n for n, (_, p) in zip(counts, wanted, strict=True)],
-            )
+        begins = np.cumsum([0, *cursor.num_scheduled_tokens_cpu.tolist()])
+        wanted = [Denoising.of(params.extra_kwargs) for params in pooling_metadata.pooling_params]
+        parts = [
+            _Part.of(part, begin) for part, begin in zip(wanted, begins, strict=False) if part is not None
         ]
-        said = torch.cat([self._write(hidden_states, *part) for part in zip(*(f.split(self._at_once) for f in flat), strict=True)])
-        self._block.count("scored_tokens", int((flat[2] >= 0).sum()))
-        parts = iter(said.split(counts))
-        answers = [None if part is None else next(parts) for part in asked]
-        return [
-            hidden_states.new_zeros(0) if part is None or part.tokens is None else answer
-            for part, answer in zip(asked, answers, strict=True)
-        ]
+        nothing = torch.zeros(0)
+        if len(parts) < len(wanted):  # vLLM tries out how much memory it needs
+            return [nothing] * len(wanted)
+        columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
+        batches = zip(*(column.split(self._at_once) for column in columns), strict=True)
+        said = torch.cat([self._write(hidden_states, *batch) for batch in batches])
+        answers = zip(parts, said.split([len(part.positions) for part in parts]), strict=True)
+        return [answer if (part.tokens >= 0).any() else nothing for part, answer in answers]
 
     def _write(
         self,
@@ -119,7 +105,27 @@ class RowsPooler(Pooler):
         logits = logits[:, : self._entries.shape[1]]
         logits.scatter_(1, mask_token_ids[:, None], -torch.inf)
         log_normalisers = logits.logsumexp(dim=1)
+        self._block.count("scored_tokens", int((tokens >= 0).sum()))
         kept = entries >= 0
         self._entries[entries[kept]] = logits[kept]
         self._log_normalisers[entries[kept]] = log_normalisers[kept]
         return logits.gather(1, tokens.clamp(min=0)[:, None])[:, 0] - log_normalisers
+
+
+class _Part(NamedTuple):
+    """What one sequence is asked for, [n] each: where in the batch, and -1 where nothing is wanted."""
+
+    positions: np.ndarray
+    entries: np.ndarray
+    tokens: np.ndarray
+    mask_token_ids: np.ndarray
+
+    @classmethod
+    def of(cls, wanted: Denoising, begin: int) -> _Part:
+        nothing = np.full(len(wanted.positions), -1, np.int64)
+        return cls(
+            begin + np.asarray(wanted.positions, np.int64),
+            nothing if wanted.entries is None else np.asarray(wanted.entries, np.int64),
+            nothing if wanted.tokens is None else np.asarray(wanted.tokens, np.int64),
+            np.full(len(wanted.positions), wanted.mask_token_id, np.int64),
+        )
