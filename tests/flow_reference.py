@@ -1,4 +1,4 @@
-"""The yardstick of flow ensembles: tiny denoisers, and answers revealed by plain transformers forwards.
+"""Tiny flow ensembles of real models, and their rows by plain transformers forwards.
 
 Written from the definitions alone and importing nothing from decar, so that a mistake there cannot hide here.
 
@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import AddedToken
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
@@ -91,7 +92,7 @@ class FlowReference:
     name: str
     experts: tuple[str, ...]
     models: tuple[Any, ...] = field(repr=False)
-    prior: tuple[float, ...]
+    prior: np.ndarray
     mask: int
     flow: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast = field(repr=False)
@@ -106,17 +107,78 @@ class FlowReference:
             name=manifest["name"],
             experts=tuple(entry["name"] for entry in manifest["experts"]),
             models=tuple(BertForMaskedLM.from_pretrained(path, dtype=torch.float32).eval() for path in paths),
-            prior=tuple(entry["prior"] / total for entry in manifest["experts"]),
+            prior=np.array([entry["prior"] / total for entry in manifest["experts"]]),
             mask=manifest["flow"]["mask_token_id"],
             flow=manifest["flow"],
             tokenizer=PreTrainedTokenizerFast.from_pretrained(paths[0]),
         )
 
+    @property
+    def vocabulary(self) -> int:
+        return len(self.tokenizer)
+
     @torch.inference_mode()
-    def rows(self, sequence: Sequence[int]) -> torch.Tensor:
-        """log p_k of each token at each position, without the mask token's logit: [K, T, V] float64."""
-        ids = torch.tensor([list(sequence)])
-        logits = torch.cat([model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for model in self.models])
+    def log_probabilities(self, text: Sequence[int]) -> np.ndarray:
+        """log p_k of each token at each position, without the mask token's logit: [K, T, V]."""
+        ids = torch.tensor([list(text)])
+        logits = torch.cat(
+            [model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for model in self.models]
+        )
         logits = logits.double()
         logits[:, :, self.mask] = -torch.inf
-        return logits.log_softmax(dim=-1)
+        return np.asarray(logits.log_softmax(dim=-1).numpy())
+
+    def probabilities(self, text: Sequence[int]) -> np.ndarray:
+        """As `tests.flow.slowly_revealed` asks for them."""
+        return np.exp(self.log_probabilities(text))
+
+    def alone(self, expert: str) -> FlowReference:
+        """The ensemble of this one expert."""
+        k = self.experts.index(expert)
+        return replace(self, experts=(expert,), models=(self.models[k],), prior=np.ones(1))
+
+    def after(self, prompt: Sequence[int], answer_tokens: int) -> FlowReference:
+        """With the weights that the known tokens of a prompt leave, revealed in chunks from left to right."""
+        text = [*prompt, *[self.mask] * answer_tokens]
+        known = [position for position, token in enumerate(prompt) if token != self.mask]
+        chunks = min(self.flow.get("prompt_chunks", 4), len(known))
+        log_weights = np.log(self.prior)
+        for i in range(chunks):
+            begin, end = len(known) * i // chunks, len(known) * (i + 1) // chunks
+            hidden = [
+                self.mask if position in known[begin:] else token for position, token in enumerate(text)
+            ]
+            rows = self.log_probabilities(hidden)
+            log_weights = log_weights + sum(
+                rows[:, position, text[position]] for position in known[begin:end]
+            )
+        weights = np.exp(log_weights - log_weights.max())
+        return replace(self, prior=weights / weights.sum())
+
+    def weights_of(self, text: Sequence[int], revealed_at: dict[int, int]) -> dict[int, np.ndarray]:
+        """By position that was revealed, the weights [K] that mixed its token: the prior's, moved by what earlier steps
+        revealed."""
+        weights, found = self.prior.copy(), {}
+        for step in sorted(set(revealed_at.values())):
+            now = [position for position, at in revealed_at.items() if at == step]
+            z = [self.mask if revealed_at.get(p, 0) >= step else token for p, token in enumerate(text)]
+            rows = self.probabilities(z)
+            found.update(dict.fromkeys(now, weights))
+            weights = weights * np.prod([rows[:, p, text[p]] for p in now], axis=0)
+            weights = weights / weights.sum()
+        return found
+
+    def shaken(self, seed: int, by: float) -> Shaken:
+        return Shaken(self, seed, by)
+
+
+class Shaken:
+    """The same with probabilities that are off by a little: what comes of them anyway was not decided by a hair."""
+
+    def __init__(self, reference: FlowReference, seed: int, by: float):
+        self._reference, self._by, self._rng = reference, by, np.random.default_rng(seed)
+        self.mask, self.prior, self.vocabulary = reference.mask, reference.prior, reference.vocabulary
+
+    def probabilities(self, text: Sequence[int]) -> np.ndarray:
+        found = self._reference.probabilities(text)
+        return found * np.exp(self._by * self._rng.uniform(-1, 1, found.shape))
