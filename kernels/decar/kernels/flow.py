@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from decar.kernels.mix import decide, mix_rows
+from decar.kernels.mix import check_one_each, decide, mix_rows
 from decar.kernels.reference import gumbel
 from decar.kernels.rows import Rows, Rule
 
@@ -60,24 +60,31 @@ def reveal(
     Raises:
         ValueError: as `decide`.
     """
-    settings = temperatures, seeds, positions
-    truncates = torch.zeros_like(temperatures, dtype=torch.bool)
-    for limit, keeps_all in ((top_k, 0), (top_p, 1), (min_p, 0)):
-        if limit is not None:
-            truncates |= (limit != keeps_all) & (temperatures > 0)
-    if top_k is top_p is min_p is None or not bool(truncates.any()):
-        tokens, _ = decide(rows, entries, log_weights, rule, *settings)
+    check_one_each(entries, top_k=top_k, top_p=top_p, min_p=min_p)
+    if top_k is None and top_p is None and min_p is None:
+        tokens, _ = decide(rows, entries, log_weights, rule, temperatures, seeds, positions)
     else:
-        tokens = torch.empty_like(entries)
-        plain = ~truncates
+        limits = (
+            torch.zeros_like(entries) if top_k is None else top_k,
+            torch.ones_like(temperatures) if top_p is None else top_p,
+            torch.zeros_like(temperatures) if min_p is None else min_p,
+        )
+        truncates = (temperatures > 0) & ((limits[0] > 0) | (limits[1] < 1) | (limits[2] > 0))
+        tokens, plain = torch.empty_like(entries), ~truncates
         tokens[plain], _ = decide(
-            rows, entries[plain], log_weights[plain], rule, *(setting[plain] for setting in settings)
+            rows,
+            entries[plain],
+            log_weights[plain],
+            rule,
+            temperatures[plain],
+            seeds[plain],
+            positions[plain],
         )
         mixed = mix_rows(rows, entries[truncates], log_weights[truncates], rule)
         scaled = mixed / temperatures[truncates, None].float()
-        limits = (None if limit is None else limit[truncates] for limit in (top_k, top_p, min_p))
         noise = gumbel(seeds[truncates], positions[truncates], rows.vocab_size)
-        tokens[truncates] = (_truncated(scaled, *limits) + noise).argmax(dim=1)
+        kept = _truncated(scaled, *(limit[truncates] for limit in limits))
+        tokens[truncates] = (kept + noise).argmax(dim=1)
     return Revealed(tokens, *_log_probs(rows, entries, log_weights, rule, tokens))
 
 
@@ -100,22 +107,16 @@ def velocity(log_probs: torch.Tensor, mask_token_id: int, rate: float) -> torch.
 
 
 def _truncated(
-    scaled: torch.Tensor,
-    top_k: torch.Tensor | None,
-    top_p: torch.Tensor | None,
-    min_p: torch.Tensor | None,
+    scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
     """``scaled`` logits [B, V] with -inf for what is not kept; of equal ones the smaller ids are kept first."""
     values, order = scaled.sort(dim=1, descending=True, stable=True)
-    if min_p is not None:
-        values = values.masked_fill(values < values[:, :1] + min_p[:, None].log(), -torch.inf)
-    if top_k is not None:
-        rank = torch.arange(values.shape[1], device=values.device)
-        values = values.masked_fill((top_k[:, None] > 0) & (rank >= top_k[:, None]), -torch.inf)
-    if top_p is not None:
-        probabilities = values.double().softmax(dim=1)
-        before = probabilities.cumsum(dim=1) - probabilities
-        values = values.masked_fill((top_p[:, None] < 1) & (before >= top_p[:, None]), -torch.inf)
+    values.masked_fill_(values < values[:, :1] + min_p[:, None].log(), -torch.inf)
+    rank = torch.arange(values.shape[1], device=values.device)
+    values.masked_fill_((top_k[:, None] > 0) & (rank >= top_k[:, None]), -torch.inf)
+    probabilities = values.double().softmax(dim=1)
+    before = probabilities.cumsum(dim=1) - probabilities
+    values.masked_fill_((top_p[:, None] < 1) & (before >= top_p[:, None]), -torch.inf)
     return torch.empty_like(scaled).scatter_(1, order, values)
 
 

@@ -98,10 +98,15 @@ def decide(
         ValueError: as `mix`.
     """
     _check(rows, entries, log_weights, rule)
-    for name, tensor in (("temperatures", temperatures), ("seeds", seeds), ("positions", positions)):
-        if tensor.shape != entries.shape:
-            raise ValueError(f"{name} must be [B={len(entries)}], not {tuple(tensor.shape)}")
+    check_one_each(entries, temperatures=temperatures, seeds=seeds, positions=positions)
     return _implementation(rows).decide(rows, entries, log_weights, rule, temperatures, seeds, positions)
+
+
+def check_one_each(entries: torch.Tensor, **settings: torch.Tensor | None) -> None:
+    """Raise ValueError, with its name, for a setting that is given and is not [B] as ``entries`` is."""
+    for name, tensor in settings.items():
+        if tensor is not None and tensor.shape != entries.shape:
+            raise ValueError(f"{name} must be [B={len(entries)}], not {tuple(tensor.shape)}")
 
 
 def _check(rows: Rows, entries: torch.Tensor, log_weights: torch.Tensor, rule: Rule) -> None:

@@ -80,7 +80,7 @@ def deal_steps(steps: int, lengths: npt.ArrayLike) -> list[int]:
     dealt = [1] * len(sizes)
     neediest = [(-float(size), block) for block, size in enumerate(sizes)]
     heapq.heapify(neediest)
-    for _ in range(steps - len(sizes)):
+    for _ in range(steps - len(sizes) if sizes else 0):
         _, block = neediest[0]
         dealt[block] += 1
         heapq.heapreplace(neediest, (-sizes[block] / dealt[block], block))
