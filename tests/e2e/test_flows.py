@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from tests.e2e.conftest import running
 from tests.flow import Asked, slowly_revealed
 from tests.flow_reference import FLOW_POSITIONS, MASK, FlowReference, make_flow_ensemble
-from tests.helpers import Server, assert_error
+from tests.helpers import Server, assert_error, wait_until
 from tests.reference import prompt_texts
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
@@ -182,3 +184,230 @@ async def test_answers_are_the_references_alone_and_beside_others(
     given = await complete_all(flow_server, bodies, at_once)
     for (case, answer), body in zip([*answers, *answers], given, strict=False):
         check(case, answer, body)
+
+
+async def test_one_call_of_the_kernel_serves_all_answers_of_a_round(flow_server: Server) -> None:
+    """32 answers of 12 tokens, one a step, are 12 rounds and those in which some have not come yet."""
+    names = ("flow_rounds", "flow_rows", "flow_steps", "flow_tokens")
+
+    def counted() -> list[float]:
+        return [flow_server.metric(f"decar:{name}_total")[0] for name in names]
+
+    before = counted()
+    body = {"model": "flows", "prompt": "x", "max_tokens": TOKENS, "ignore_eos": True}
+    await complete_all(flow_server, [body] * 32, 32)
+    rounds, rows, steps, tokens = (after - was for after, was in zip(counted(), before, strict=True))
+    assert rows == steps == tokens == 32 * TOKENS
+    assert rounds < 4 * TOKENS
+
+
+# ---------------------------------------------------------------------------------------------- in vLLM's API
+
+
+def test_a_stream_says_what_is_revealed_up_to_the_first_mask(flow_server: Server) -> None:
+    body = {
+        "max_tokens": 16,
+        "seed": 5,
+        "extra_body": {"ignore_eos": True, "decar": {"block_length": 4, "trace": True}},
+    }
+    client = flow_server.openai()
+    whole = client.completions.create(model="flows", prompt="def main", **body)
+    chunks = list(client.completions.create(model="flows", prompt="def main", stream=True, **body))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert len(chunks) >= 4  # one for each block, or more
+    traces = [chunk.choices[0].decar for chunk in chunks]
+    wanted = whole.choices[0].decar
+    for name in ("weights", "revealed_at"):
+        assert [value for trace in traces for value in trace[name]] == wanted[name]
+    assert [sorted(wanted["revealed_at"][i : i + 4]) for i in (0, 4, 8, 12)] == [
+        list(range(i + 1, i + 5)) for i in (0, 4, 8, 12)
+    ]
+
+
+def test_chat_with_choices_log_probabilities_and_usage(flow_server: Server) -> None:
+    client = flow_server.openai()
+    asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "seed": 4, "n": 3}
+    answer = client.chat.completions.create(
+        model="flows", logprobs=True, top_logprobs=3, extra_body={"ignore_eos": True}, **asked
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in answer.choices}) == 3
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 24
+    for choice in answer.choices:
+        assert choice.logprobs is not None
+        for token in choice.logprobs.content or []:
+            own, *best = [other.logprob for other in token.top_logprobs]  # in vLLM's order
+            assert own == token.logprob
+            assert len(best) == 2
+            assert best == sorted(best, reverse=True)
+            assert own <= best[0]
+    again = client.chat.completions.create(
+        model="flows", extra_body={"ignore_eos": True}, **{**asked, "seed": 5, "n": 2}
+    )
+    assert again.choices[0].message.content == answer.choices[1].message.content  # a choice has the next seed
+
+
+def test_an_answer_ends_at_a_stop_string_or_token(flow_server: Server, flows: FlowReference) -> None:
+    body: dict[str, Any] = {
+        "model": "flows",
+        "prompt": "def main",
+        "max_tokens": 16,
+        "seed": 5,
+        "return_token_ids": True,
+    }
+    whole = flow_server.http.post("/v1/completions", json={**body, "ignore_eos": True}).json()["choices"][0]
+    tokens = whole["token_ids"]
+    text = flows.tokenizer.decode(tokens[:6])
+    by_text = flow_server.http.post(
+        "/v1/completions", json={**body, "ignore_eos": True, "stop": [text[-3:]]}
+    ).json()["choices"][0]
+    assert by_text["finish_reason"] == "stop"
+    assert by_text["stop_reason"] == text[-3:]
+    assert whole["text"].startswith(by_text["text"] + text[-3:])
+    by_token = flow_server.http.post(
+        "/v1/completions", json={**body, "ignore_eos": True, "stop_token_ids": [tokens[4]]}
+    ).json()["choices"][0]
+    assert by_token["token_ids"] == tokens[: tokens.index(tokens[4]) + 1]
+    assert (by_token["finish_reason"], by_token["stop_reason"]) == ("stop", tokens[4])
+
+
+def test_a_drawn_expert_takes_all_steps_alone(flow_server: Server) -> None:
+    body = {"model": "flows", "prompt": "x", "max_tokens": 8, "seed": 1, "ignore_eos": True}
+    drawn = flow_server.http.post(
+        "/v1/completions", json={**body, "decar": {"sampling": "draw", "trace": True}}
+    ).json()
+    [expert] = drawn["choices"][0]["decar"]["active"]
+    alone = flow_server.http.post("/v1/completions", json={**body, "model": f"flows/{expert}"}).json()
+    assert drawn["choices"][0]["text"] == alone["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"decar": {"prune": 0.1}}, ("decar.prune",)),
+        ({"decar": {"top_k": 1}}, ("decar.top_k",)),
+        ({"decar": {"stepps": 3}}, ("decar.stepps", "steps")),
+        ({"decar": {"steps": 0}}, ("decar.steps",)),
+        ({"decar": {"block_length": True}}, ("decar.block_length",)),
+        ({"decar": {"order": "rightmost"}}, ("decar.order",)),
+        ({"decar": {"schedule": "cubic"}}, ("decar.schedule",)),
+        ({"decar": {"route": "classifier"}}, ("decar.route", "not trained")),
+        ({"decar": {"sampling": "draw", "rule": "logit"}}, ("decar.sampling",)),
+        ({"decar": {"weights": {"nobody": 1}}}, ("nobody",)),
+        ({"echo": True}, ("echo",)),
+        ({"prompt_logprobs": 1}, ("prompt_logprobs",)),
+        ({"presence_penalty": 1}, ("presence_penalty",)),
+        ({"repetition_penalty": 1.1}, ("repetition_penalty",)),
+        ({"logit_bias": {"5": 1}}, ("logit_bias",)),
+        ({"min_tokens": 2}, ("min_tokens",)),
+        ({"bad_words": ["a"]}, ("bad_words",)),
+        ({"structured_outputs": {"regex": "a+"}}, ("structured_outputs", "grammar")),
+        ({"use_beam_search": True, "n": 2}, ("use_beam_search",)),
+        ({"max_tokens": FLOW_POSITIONS + 1}, ("max_tokens",)),
+        ({"prompt": [5] * FLOW_POSITIONS, "max_tokens": 1}, ("max_tokens",)),
+        ({"prompt": [5] * (FLOW_POSITIONS + 1)}, ("160",)),
+        ({"prompt": [600]}, ("600",)),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_apply_is_refused_by_its_name(
+    flow_server: Server, fields: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    body = {"model": "flows", "prompt": "x", "max_tokens": 4, **fields}
+    assert_error(flow_server.http.post("/v1/completions", json=body), 400, *words)
+
+
+def test_tools_are_refused(flow_server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    body = {"model": "flows", "messages": [{"role": "user", "content": "x"}], "tools": tools}
+    assert_error(flow_server.http.post("/v1/chat/completions", json=body), 400, "tools")
+
+
+def test_the_ensemble_says_what_it_is(flow_server: Server, flows: FlowReference) -> None:
+    said = flow_server.ensemble()
+    assert (said["kind"], said["routes"]) == ("flow", ["posterior", "prior"])
+    assert said["defaults"] == {
+        **{
+            "route": "posterior",
+            "scope": "full",
+            "start": "prior",
+            "rule": "velocity",
+            "mask_token_id": flows.mask,
+        },
+        **{"schedule": "linear", "steps": None, "block_length": None, "order": "random", "prompt_chunks": 4},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+async def test_answers_that_nobody_wants_any_more_leave(flow_server: Server) -> None:
+    """300 are cancelled, and one beside them is as it is alone."""
+    long = {"model": "flows", "prompt": "x", "max_tokens": 150, "ignore_eos": True}
+    mine = {
+        "model": "flows",
+        "prompt": "def main",
+        "max_tokens": 40,
+        "ignore_eos": True,
+        "seed": 9,
+        "temperature": 0.5,
+    }
+    [alone] = await complete_all(flow_server, [mine], 1)
+    async with httpx.AsyncClient(
+        base_url=flow_server.url, timeout=120, verify=False, limits=httpx.Limits()
+    ) as client:
+        for _ in range(3):
+            tasks = [asyncio.create_task(client.post("/v1/completions", json=long)) for _ in range(100)]
+            beside = asyncio.create_task(client.post("/v1/completions", json=mine))
+            await asyncio.to_thread(
+                wait_until, lambda: flow_server.ensemble()["slots"]["in_use"] > 8, 60, "they are revealed"
+            )
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert (await beside).json()["choices"][0]["text"] == alone["choices"][0]["text"]
+    await asyncio.to_thread(
+        wait_until,
+        lambda: (
+            (flow_server.ensemble()["slots"]["in_use"], flow_server.ensemble()["queue"]["waiting"]) == (0, 0)
+        ),
+        60,
+        "nothing is left of them",
+    )
+
+
+async def test_an_engine_that_is_killed_costs_its_part_alone_and_comes_back(
+    flow_server: Server, flows: FlowReference
+) -> None:
+    [victim] = [expert for expert in flow_server.ensemble()["experts"] if expert["name"] == "code"]
+    long = {"model": "flows", "max_tokens": 150, "ignore_eos": True, "prompt": "x", "decar": {"trace": True}}
+    bodies = [
+        long,
+        {**long, "decar": {"on_expert_loss": "fail"}},
+        {**long, "model": "flows/code"},
+        {**long, "model": "flows/prose"},
+    ]
+    async with httpx.AsyncClient(base_url=flow_server.url, timeout=120, verify=False) as client:
+        tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies]
+        await asyncio.to_thread(
+            wait_until, lambda: flow_server.ensemble()["slots"]["in_use"] == 4, 60, "they are revealed"
+        )
+        os.kill(victim["pid"], signal.SIGKILL)
+        degraded, fails, gone, other = await asyncio.gather(*tasks)
+    assert degraded.json()["decar"]["degraded"] == ["code"]
+    assert degraded.json()["choices"][0]["decar"]["weights"][-1][0] in (
+        0.0,
+        *degraded.json()["choices"][0]["decar"]["weights"][0],
+    )
+    assert degraded.json()["usage"]["completion_tokens"] == 150
+    assert_error(fails, 503, "code")
+    assert_error(gone, 503, "code")
+    assert other.json()["decar"]["degraded"] == []
+    wait_until(
+        lambda: all(expert["up"] for expert in flow_server.ensemble()["experts"]),
+        120,
+        lambda: f"it is back:\n{flow_server.log_tail()}",
+    )
+    [answer] = await complete_all(flow_server, [{**long, "model": "flows/code", "max_tokens": 4}], 1)
+    assert answer["decar"]["degraded"] == []

@@ -169,11 +169,11 @@ def check_revealable(params: SamplingParams) -> None:
     Raises:
         VLLMValidationError: names the parameter, and why.
     """
-    for name, value, wanted in _not_plain(params, _REVEALABLE):
+    for name, _, wanted in _not_plain(params, _REVEALABLE):
         why = _FROM_THE_LEFT.get(name, "tokens are sampled from the experts' mixture as it is")
         raise VLLMValidationError(
-            f"{name} is {value!r}, which a flow ensemble does not offer, since it reveals tokens in any order: {why}. "
-            f"Set it to {wanted!r}, or leave it out where that is the default",
+            f"{name} is not offered by a flow ensemble, which reveals tokens in any order: {why}. Leave it out, or "
+            f"set it to {wanted!r}",
             parameter=name,
         )
 

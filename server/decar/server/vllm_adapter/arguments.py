@@ -224,7 +224,13 @@ def flow_engine_config(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
     Raises:
         StartError: as `engine_config`; or a flag, or an architecture, that a flow ensemble cannot have.
     """
-    described = _described(ensemble, expert)
+    from decar.server.vllm_adapter.versions import FLOWS_SINCE, installed_version, numbers_of
+
+    described, version = _described(ensemble, expert), installed_version() or "0"
+    if numbers_of(version) < numbers_of(FLOWS_SINCE):
+        raise StartError(
+            f"a flow ensemble needs vLLM {FLOWS_SINCE}, and {version} is installed: install that"
+        )
     if ensemble.experts[expert].architecture != FLOW_ARCHITECTURE:
         raise StartError(
             f"{described} cannot be an expert of a flow ensemble: of masked-language models vLLM serves "

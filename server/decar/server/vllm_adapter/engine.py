@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from vllm.engine.protocol import EngineClient
-from vllm.inputs.engine import tokens_input
 from vllm.logprobs import Logprob
 from vllm.outputs import PoolingRequestOutput
 from vllm.platforms import current_platform
@@ -83,7 +82,8 @@ class LLMEngine:
 
     async def denoise(self, request_id: str, tokens: Sequence[int], part: Denoising) -> np.ndarray:
         params = PoolingParams(task=FLOW_TASK, extra_kwargs={FLOW_KEY: part.to_wire()})
-        queue = await self.llm.add_request(request_id, tokens_input(list(tokens)), params)
+        prompt: Any = {"type": "token", "prompt_token_ids": list(tokens)}
+        queue = await self.llm.add_request(request_id, prompt, params)
         output = await queue.get()
         assert isinstance(output, PoolingRequestOutput)
         return np.asarray(output.outputs.data.numpy(), np.float64)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from vllm.model_executor.layers.pooler import Pooler
+from vllm.model_executor.layers.pooler.abstract import Pooler
 
 from decar.server.protocol.flow import FLOW_TASK, Denoising
 from decar.server.protocol.plane import Block, Plane
