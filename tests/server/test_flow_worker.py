@@ -58,8 +58,8 @@ def test_rows_go_to_their_entries_and_scores_back(
             hidden,
             asked(
                 (4, 5),
-                Denoising(MASK, [3, 1], entries=[6, 2]),
-                Denoising(MASK, [0, 2, 4], tokens=[1, 6, MASK]),
+                Denoising(MASK, np.array([3, 1]), entries=np.array([6, 2])),
+                Denoising(MASK, np.array([0, 2, 4]), tokens=np.array([1, 6, MASK])),
             ),
         )
     assert rows[[6, 2]] == pytest.approx(logits[[3, 1]].numpy())

@@ -365,7 +365,7 @@ class FlowEnsemble(AllEngines):
             text = asked.text.copy()
             text[known[chunk.start :]] = self._mask
             positions = known[chunk.start : chunk.stop]
-            part = Denoising(self._mask, positions.tolist(), tokens=prompt[positions].tolist())
+            part = Denoising(self._mask, positions, tokens=prompt[positions])
             work += [self._score(k, f"prompt-{number}-{i}", text.tolist(), part) for k in active]
         scores = np.zeros(len(self.experts))
         for expert, score in await asyncio.gather(*work):

@@ -241,7 +241,7 @@ class Rounds:
             first = entries.stop
             parts.append((answer, entries))
             tokens = answer.text.tolist()
-            part = Denoising(self._mask, answer.asked.tolist(), list(entries))
+            part = Denoising(self._mask, answer.asked, np.asarray(entries))
             asked += [
                 (i, k, self._experts[k].engine.denoise(f"round-{number}-{i}", tokens, part))
                 for k in answer.active

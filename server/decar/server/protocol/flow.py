@@ -7,9 +7,10 @@ Shapes: n positions of a sequence, E entries of an expert's rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 FLOW_KEY = "decar_flow"
 """Key of a `Denoising` among a request's own parameters."""
@@ -33,21 +34,32 @@ class Denoising:
 
     Attributes:
         mask_token_id: its logit is left out, before the normaliser is taken.
-        positions: [n], of which rows are needed: the row at a position says what is there.
+        positions: [n] integers, of which rows are needed: the row at a position says what is there.
         entries: [n], where in the expert's rows they go; None: nowhere.
         tokens: [n]; then the answer is the log-probability [n] of each of them at its position. None: nothing.
     """
 
     mask_token_id: int
-    positions: Sequence[int]
-    entries: Sequence[int] | None = None
-    tokens: Sequence[int] | None = None
+    positions: np.ndarray
+    entries: np.ndarray | None = None
+    tokens: np.ndarray | None = None
 
     def to_wire(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """As bytes, since vLLM copies what is in a request item by item."""
+        return {
+            name: value.astype(np.int32).tobytes() if isinstance(value, np.ndarray) else value
+            for name, value in vars(self).items()
+        }
 
     @classmethod
     def of(cls, extra: Any) -> Denoising | None:
         """What a request's own parameters ask for; None for one that is not decar's."""
         wire = (extra or {}).get(FLOW_KEY)
-        return cls(**wire) if wire else None
+        if not wire:
+            return None
+        return cls(
+            **{
+                name: np.frombuffer(value, np.int32).astype(np.int64) if isinstance(value, bytes) else value
+                for name, value in wire.items()
+            }
+        )

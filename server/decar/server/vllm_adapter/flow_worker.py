@@ -124,8 +124,8 @@ class _Part(NamedTuple):
     def of(cls, wanted: Denoising, begin: int) -> _Part:
         nothing = np.full(len(wanted.positions), -1, np.int64)
         return cls(
-            begin + np.asarray(wanted.positions, np.int64),
-            nothing if wanted.entries is None else np.asarray(wanted.entries, np.int64),
-            nothing if wanted.tokens is None else np.asarray(wanted.tokens, np.int64),
+            begin + wanted.positions,
+            nothing if wanted.entries is None else wanted.entries,
+            nothing if wanted.tokens is None else wanted.tokens,
             np.full(len(wanted.positions), wanted.mask_token_id, np.int64),
         )
