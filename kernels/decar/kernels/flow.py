@@ -13,6 +13,9 @@ from decar.kernels.mix import check_one_each, decide, mix_rows
 from decar.kernels.reference import gumbel
 from decar.kernels.rows import Rows, Rule
 
+_TRUNCATED_AT_ONCE = 2**22
+"""Numbers of mixed rows that are truncated at a time: each takes some 50 bytes meanwhile."""
+
 
 class Revealed(NamedTuple):
     """Tokens [B] int64, their log-probabilities [B] float64 under the mixture, and [B, K] float64 under each expert."""
@@ -70,21 +73,14 @@ def reveal(
             torch.zeros_like(temperatures) if min_p is None else min_p,
         )
         truncates = (temperatures > 0) & ((limits[0] > 0) | (limits[1] < 1) | (limits[2] > 0))
-        tokens, plain = torch.empty_like(entries), ~truncates
-        tokens[plain], _ = decide(
-            rows,
-            entries[plain],
-            log_weights[plain],
-            rule,
-            temperatures[plain],
-            seeds[plain],
-            positions[plain],
-        )
-        mixed = mix_rows(rows, entries[truncates], log_weights[truncates], rule)
-        scaled = mixed / temperatures[truncates, None].float()
-        noise = gumbel(seeds[truncates], positions[truncates], rows.vocab_size)
-        kept = _truncated(scaled, *(limit[truncates] for limit in limits))
-        tokens[truncates] = (kept + noise).argmax(dim=1)
+        plain, tokens = (~truncates).nonzero()[:, 0], torch.empty_like(entries)
+        draws = (values[plain] for values in (temperatures, seeds, positions))
+        tokens[plain], _ = decide(rows, entries[plain], log_weights[plain], rule, *draws)
+        for some in truncates.nonzero()[:, 0].split(max(_TRUNCATED_AT_ONCE // rows.vocab_size, 1)):
+            mixed = mix_rows(rows, entries[some], log_weights[some], rule)
+            kept = _truncated(mixed / temperatures[some, None].float(), *(limit[some] for limit in limits))
+            noise = gumbel(seeds[some], positions[some], rows.vocab_size)
+            tokens[some] = (kept + noise).argmax(dim=1)
     return Revealed(tokens, *_log_probs(rows, entries, log_weights, rule, tokens))
 
 

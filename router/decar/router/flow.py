@@ -9,6 +9,7 @@ confident first, LLaDA, arXiv 2502.09992; weights, arXiv 2601.03184. `docs/theor
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -67,7 +68,7 @@ def revealed_shares(schedule: Schedule, steps: int, sampler: Sampler = "ancestra
     return shares
 
 
-def deal_steps(steps: int, lengths: npt.ArrayLike) -> list[int]:
+def deal_steps(steps: int, lengths: Sequence[int]) -> list[int]:
     """How many of an answer's ``steps`` each of its blocks gets, in proportion to its length, and at least one.
 
     Each step goes to the block that has the most tokens for a step, the leftmost of equals; so there are as many as
@@ -76,14 +77,13 @@ def deal_steps(steps: int, lengths: npt.ArrayLike) -> list[int]:
     Args:
         lengths: the blocks', each at least 1.
     """
-    sizes = [int(length) for length in np.asarray(lengths)]
-    dealt = [1] * len(sizes)
-    neediest = [(-float(size), block) for block, size in enumerate(sizes)]
+    dealt = [1] * len(lengths)
+    neediest = [(-float(length), block) for block, length in enumerate(lengths)]
     heapq.heapify(neediest)
-    for _ in range(steps - len(sizes) if sizes else 0):
+    for _ in range(steps - len(lengths) if lengths else 0):
         _, block = neediest[0]
         dealt[block] += 1
-        heapq.heapreplace(neediest, (-sizes[block] / dealt[block], block))
+        heapq.heapreplace(neediest, (-lengths[block] / dealt[block], block))
     return dealt
 
 
