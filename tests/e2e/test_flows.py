@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -339,6 +341,18 @@ def test_the_ensemble_says_what_it_is(flow_server: Server, flows: FlowReference)
     }
 
 
+def test_explain_draws_an_answer_as_it_is_revealed(flow_server: Server) -> None:
+    command = [sys.executable, "-m", "decar.server", "explain", "--base-url", flow_server.url]
+    command += ["--steps", "--max-tokens", "5", f"def {MASK}("]
+    drawn = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60
+    ).stdout.splitlines()
+    steps = [line for line in drawn if line.startswith("step")]
+    assert steps[0] == "step 0 ░(░░░░░"
+    assert [line.count("░") for line in steps] == [6, 5, 4, 3, 2, 1, 0]
+    assert any(line.startswith("code ") for line in drawn)
+
+
 # ---------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -381,7 +395,8 @@ async def test_an_engine_that_is_killed_costs_its_part_alone_and_comes_back(
     flow_server: Server, flows: FlowReference
 ) -> None:
     [victim] = [expert for expert in flow_server.ensemble()["experts"] if expert["name"] == "code"]
-    long = {"model": "flows", "max_tokens": 150, "ignore_eos": True, "prompt": "x", "decar": {"trace": True}}
+    decar = {"route": "prior", "trace": True}
+    long = {"model": "flows", "max_tokens": 150, "ignore_eos": True, "prompt": "x", "decar": decar}
     bodies = [
         long,
         {**long, "decar": {"on_expert_loss": "fail"}},
@@ -396,10 +411,12 @@ async def test_an_engine_that_is_killed_costs_its_part_alone_and_comes_back(
         os.kill(victim["pid"], signal.SIGKILL)
         degraded, fails, gone, other = await asyncio.gather(*tasks)
     assert degraded.json()["decar"]["degraded"] == ["code"]
-    assert degraded.json()["choices"][0]["decar"]["weights"][-1][0] in (
-        0.0,
-        *degraded.json()["choices"][0]["decar"]["weights"][0],
-    )
+    trace = degraded.json()["choices"][0]["decar"]
+    shares = [
+        round(code, 6) for _, (code, _) in sorted(zip(trace["revealed_at"], trace["weights"], strict=True))
+    ]
+    assert set(shares) == {0.6, 0.0}
+    assert shares == sorted(shares, reverse=True)  # from a step on, it has no part
     assert degraded.json()["usage"]["completion_tokens"] == 150
     assert_error(fails, 503, "code")
     assert_error(gone, 503, "code")

@@ -95,7 +95,7 @@ def extend(
     app.state.ensemble_client = client
     app.state.ensemble_reloader = reloader
     app.add_exception_handler(HTTPException, http_error)  # vLLM's own leaves out what Starlette raises
-    app.openapi = describing_decar(describing_offered(app.openapi))  # type: ignore[method-assign]
+    app.openapi = describing_decar(describing_offered(app.openapi), client.options)  # type: ignore[method-assign]
     # CORS's headers go on every answer, errors and refused keys included, and a browser asks without a key.
     cors = [middleware for middleware in app.user_middleware if middleware.cls is CORSMiddleware]
     for each in cors:

@@ -28,7 +28,7 @@ from decar.server.gateway.engine import Engine, ExpertLost, OutputQueue, Relay, 
 from decar.server.gateway.leaders import Leaders
 from decar.server.gateway.prompt import PromptLogprobs, PromptScorer, tokens_of
 from decar.server.gateway.queue import Queue
-from decar.server.gateway.request import Call, ChoiceTrace, current_call, parse_call
+from decar.server.gateway.request import Call, ChoiceTrace, DecarOptions, current_call, parse_call
 from decar.server.gateway.sampling import (
     merged,
     params_alone,
@@ -103,6 +103,8 @@ class EnsembleClient(AllEngines):
         max_queued: how many requests may wait; None: four for each slot.
         hosts: [C], of each place in the plane; (): all on one.
     """
+
+    options = DecarOptions
 
     def __init__(
         self,

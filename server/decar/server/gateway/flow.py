@@ -28,7 +28,7 @@ from decar.server.gateway.aborts import Abort, Aborted, Aborts
 from decar.server.gateway.admission import Admission, check_revealable
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.engine import Engine, ExpertLost, Speaker
-from decar.server.gateway.flow_request import FlowCall, FlowTrace, parse_flow_call
+from decar.server.gateway.flow_request import FlowCall, FlowOptions, FlowTrace, parse_flow_call
 from decar.server.gateway.prompt import tokens_of
 from decar.server.gateway.queue import Queue
 from decar.server.gateway.request import current_call
@@ -85,6 +85,8 @@ class FlowEnsemble(AllEngines):
         min_experts: how many have to live for the ensemble to be served.
         max_queued: how many requests may wait; None: four for each slot.
     """
+
+    options = FlowOptions
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ class Denoising:
     tokens: np.ndarray | None = None
 
     def to_wire(self) -> dict[str, Any]:
-        """As bytes, since vLLM copies what is in a request item by item."""
+        """With bytes for arrays, since vLLM copies what is in a request item by item."""
         return {
             name: value.astype(np.int32).tobytes() if isinstance(value, np.ndarray) else value
             for name, value in vars(self).items()
@@ -55,11 +55,16 @@ class Denoising:
     def of(cls, extra: Any) -> Denoising | None:
         """What a request's own parameters ask for; None for one that is not decar's."""
         wire = (extra or {}).get(FLOW_KEY)
-        if not wire:
+        if wire is None:
             return None
+        entries, tokens = wire["entries"], wire["tokens"]
         return cls(
-            **{
-                name: np.frombuffer(value, np.int32).astype(np.int64) if isinstance(value, bytes) else value
-                for name, value in wire.items()
-            }
+            wire["mask_token_id"],
+            _integers(wire["positions"]),
+            None if entries is None else _integers(entries),
+            None if tokens is None else _integers(tokens),
         )
+
+
+def _integers(packed: bytes) -> np.ndarray:
+    return np.frombuffer(packed, np.int32).astype(np.int64)
