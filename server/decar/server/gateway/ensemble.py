@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +19,14 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import Ensemble, active_experts, moved_on, restricted
-from decar.server.gateway.aborts import Abort, Aborted, Aborts
-from decar.server.gateway.admission import Admission, check_drawable, refuse_failed
+from decar.server.gateway.aborts import Abort, Aborted
+from decar.server.gateway.admission import check_drawable, refuse_failed
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.beams import Beam, beam_of
 from decar.server.gateway.core_policy import CorePolicy
 from decar.server.gateway.engine import Engine, ExpertLost, OutputQueue, Relay, Speech
 from decar.server.gateway.leaders import Leaders
 from decar.server.gateway.prompt import PromptLogprobs, PromptScorer, tokens_of
-from decar.server.gateway.queue import Queue
 from decar.server.gateway.request import Call, ChoiceTrace, DecarOptions, current_call, parse_call
 from decar.server.gateway.sampling import (
     merged,
@@ -119,33 +118,19 @@ class EnsembleClient(AllEngines):
         max_queued: int | None = None,
         hosts: Sequence[int] = (),
     ):
-        super().__init__(ensemble, engines, plane, min_experts)
         slots = plane.spec.slots
+        super().__init__(ensemble, engines, plane, thread, metrics, slots, min_experts, max_queued)
         self.slots = Slots(slots)
-        self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
-        self._aborts = Aborts()
         sizes = {rule: row_bytes(plane.spec, rule) for rule in RULES}
         self.leaders = Leaders(hosts or (0,) * plane.spec.experts, sizes)
-        self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
-        self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
         self._scorer = PromptScorer(self.experts, ensemble.vocab_size, plane.spec.prompt_unit)
         self._relay = relay
-        self._metrics = metrics
         self._last_arrival = 0.0
-        metrics.watch(self.experts, self.queue, ensemble.name)
 
     def give_engine(self, expert: int, engine: Engine) -> None:
-        """An expert whose engine has died has a new one, which is still to be warmed up."""
-        self.experts[expert].engine = engine
         self._relay.stand_before(expert, engine)
-        self.thread.moved(expert, engine.cores)
-        self.health.begins(expert)
-
-    def rejoin(self, expert: int) -> None:
-        """Give requests to an expert's new engine from now on."""
-        self.health.back(expert)
-        self._metrics.restarted(expert)
+        super().give_engine(expert, engine)
 
     def forget(self, expert: int) -> None:
         """What an expert has said of prompts, since its next engine has other weights."""
@@ -201,10 +186,6 @@ class EnsembleClient(AllEngines):
             asked.beam = beam_of(call, prompt)
         return self._answer(asked)
 
-    async def abort(self, request_id: str | Iterable[str]) -> None:
-        """End requests by the ids that users know: each answers with what it has, and finish reason "abort"."""
-        await self._aborts.do([request_id] if isinstance(request_id, str) else request_id)
-
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
         if asked.params.structured_outputs is not None:
             await asyncio.to_thread(self.experts[0].engine.choose_grammar, asked.params)
@@ -247,7 +228,7 @@ class EnsembleClient(AllEngines):
 
     async def _asked_alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
         """One choice of the one expert that the request may be answered by: plain vLLM."""
-        async with self._place(asked):
+        async with self.place(asked.abort):
             client = self.experts[expert].engine.client
             kwargs = self._joined(asked, expert)
             outputs = client.generate(asked.prompt, asked.params, asked.request_id, **kwargs)
@@ -261,15 +242,6 @@ class EnsembleClient(AllEngines):
                     raise self.down([expert]) from None
                 raise
 
-    @contextlib.asynccontextmanager
-    async def _place(self, asked: Asked) -> AsyncIterator[None]:
-        """One of the places for what runs at once; waiting for it is not urgent."""
-        self.thread.arrived()
-        async with contextlib.AsyncExitStack() as kept:
-            with asked.abort.waking():
-                await kept.enter_async_context(self.queue.take())
-            yield
-
     # --- whoever dies -------------------------------------------------------------------------------------
 
     async def _choice(
@@ -280,7 +252,7 @@ class EnsembleClient(AllEngines):
         Args:
             scored: whether the prompt has still to move the ``log_weights`` [K].
         """
-        async with self._place(asked), contextlib.AsyncExitStack() as kept:
+        async with self.place(asked.abort), contextlib.AsyncExitStack() as kept:
             while True:
                 try:
                     async with contextlib.AsyncExitStack() as attempt:

@@ -10,10 +10,9 @@ Shapes: K places of experts, T positions of a text, n known tokens of a prompt.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +23,12 @@ from vllm.sampling_params import SamplingParams
 
 from decar.router import Ensemble, active_experts, drawn, moved_on
 from decar.router.flow import Revealing, prompt_chunks
-from decar.server.gateway.aborts import Abort, Aborted, Aborts
-from decar.server.gateway.admission import Admission, check_revealable
+from decar.server.gateway.aborts import Abort, Aborted
+from decar.server.gateway.admission import check_revealable
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.engine import Engine, ExpertLost, Speaker
 from decar.server.gateway.flow_request import FlowCall, FlowOptions, FlowTrace, parse_flow_call
 from decar.server.gateway.prompt import tokens_of
-from decar.server.gateway.queue import Queue
 from decar.server.gateway.request import current_call
 from decar.server.gateway.rounds import Answer, Rounds, Sampled
 from decar.server.gateway.sampling import merged, params_of_choices, produced_by, uniforms
@@ -101,18 +99,12 @@ class FlowEnsemble(AllEngines):
         min_experts: int = 1,
         max_queued: int | None = None,
     ):
-        super().__init__(ensemble, engines, plane, min_experts)
+        super().__init__(ensemble, engines, plane, thread, metrics, slots, min_experts, max_queued)
         assert ensemble.manifest.flow is not None
         self._mask = ensemble.manifest.flow.mask_token_id
-        self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
-        self.thread = thread
-        self._aborts = Aborts()
-        self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
         self._begin = begin
-        self._metrics = metrics
         self.rounds = Rounds(self.experts, plane, metrics, self._mask)
         self._prompts = itertools.count()
-        metrics.watch(self.experts, self.queue, ensemble.name)
 
     # --- what is served -----------------------------------------------------------------------------------
 
@@ -130,17 +122,6 @@ class FlowEnsemble(AllEngines):
         assert manifest.flow is not None
         router = {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
         return FlowDefaults(**router, rule=manifest.mixing.rule, **manifest.flow.model_dump())
-
-    def give_engine(self, expert: int, engine: Engine) -> None:
-        """An expert whose engine has died has a new one, which is still to be warmed up."""
-        self.experts[expert].engine = engine
-        self.thread.moved(expert, engine.cores)
-        self.health.begins(expert)
-
-    def rejoin(self, expert: int) -> None:
-        """Give requests to an expert's new engine from now on."""
-        self.health.back(expert)
-        self._metrics.restarted(expert)
 
     def forget(self, expert: int) -> None:
         """Nothing that an expert says is kept."""
@@ -213,10 +194,6 @@ class FlowEnsemble(AllEngines):
             )
         return np.array([*tokens, *[self._mask] * added], np.int64)
 
-    async def abort(self, request_id: str | Iterable[str]) -> None:
-        """End requests by the ids that users know: each answers with what it has, and finish reason "abort"."""
-        await self._aborts.do([request_id] if isinstance(request_id, str) else request_id)
-
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
         params = asked.params
         draws = uniforms(params) if asked.call.draw else [None] * params.n
@@ -244,7 +221,7 @@ class FlowEnsemble(AllEngines):
         self, asked: Asked, index: int, params: SamplingParams, uniform: float | None
     ) -> AsyncGenerator[RequestOutput, None]:
         """One choice, from the experts that live."""
-        async with self._place(asked):
+        async with self.place(asked.abort):
             with asked.abort.waking():
                 log_weights = await self._weigh(asked)
             if uniform is not None:
@@ -268,16 +245,8 @@ class FlowEnsemble(AllEngines):
                             return
             finally:
                 self.rounds.leave(answer)
+                await answer.speaker.abort()  # which is quiet where it has ended
                 self._count(asked, answer.weights[answer.begins : answer.begins + produced])
-
-    @contextlib.asynccontextmanager
-    async def _place(self, asked: Asked) -> AsyncIterator[None]:
-        """One of the places for what runs at once; waiting for it is not urgent."""
-        self.thread.arrived()
-        async with contextlib.AsyncExitStack() as kept:
-            with asked.abort.waking():
-                await kept.enter_async_context(self.queue.take())
-            yield
 
     def _begun(self, asked: Asked, index: int, params: SamplingParams, log_weights: np.ndarray) -> Answer:
         call, flow = asked.call, asked.call.flow
