@@ -278,9 +278,7 @@ def test_a_follower_that_ends_as_its_leader_does_is_not_heard(ensemble: Ensemble
     for expert in (OLD, NEW):
         ensemble.relay.follow(ensemble.relayed, expert, f"r-{expert}")
     ensemble.says(NEW, [10], FinishReason.LENGTH)
-    assert "r-1" in ensemble.processors[NEW].request_states, (
-        "vLLM would count it, and trace it, as a request's end"
-    )
+    assert "r-1" in ensemble.processors[NEW].request_states, "vLLM would count it, and trace it, as a request's end"
     ensemble.says(OLD, [10], FinishReason.LENGTH)
     assert ensemble.heard() == [10]
     assert heard == [1]
