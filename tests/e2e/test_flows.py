@@ -399,16 +399,20 @@ async def test_an_engine_that_is_killed_costs_its_part_alone_and_comes_back(
     long = {"model": "flows", "max_tokens": 150, "ignore_eos": True, "prompt": "x", "decar": decar}
     bodies = [
         long,
-        {**long, "decar": {"on_expert_loss": "fail"}},
-        {**long, "model": "flows/code"},
-        {**long, "model": "flows/prose"},
+        {**long, "decar": {"route": "prior", "on_expert_loss": "fail"}},
+        {**long, "model": "flows/code", "decar": {}},
+        {**long, "model": "flows/prose", "decar": {}},
     ]
     async with httpx.AsyncClient(base_url=flow_server.url, timeout=120, verify=False) as client:
-        tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies]
-        await asyncio.to_thread(
-            wait_until, lambda: flow_server.ensemble()["slots"]["in_use"] == 4, 60, "they are revealed"
-        )
-        os.kill(victim["pid"], signal.SIGKILL)
+        with flow_server.standing_still() as move:
+            tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for body in bodies]
+            await asyncio.to_thread(
+                wait_until, lambda: flow_server.ensemble()["slots"]["in_use"] == 4, 60, "they are revealed"
+            )
+            [before] = flow_server.metric("decar:flow_tokens_total")
+            while flow_server.metric("decar:flow_tokens_total")[0] < before + 8:
+                await asyncio.to_thread(move, 0.02)
+            os.kill(victim["pid"], signal.SIGKILL)
         degraded, fails, gone, other = await asyncio.gather(*tasks)
     assert degraded.json()["decar"]["degraded"] == ["code"]
     trace = degraded.json()["choices"][0]["decar"]
@@ -426,5 +430,6 @@ async def test_an_engine_that_is_killed_costs_its_part_alone_and_comes_back(
         120,
         lambda: f"it is back:\n{flow_server.log_tail()}",
     )
-    [answer] = await complete_all(flow_server, [{**long, "model": "flows/code", "max_tokens": 4}], 1)
+    back = {**long, "model": "flows/code", "max_tokens": 4, "decar": {}}
+    [answer] = await complete_all(flow_server, [back], 1)
     assert answer["decar"]["degraded"] == []
