@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from decar.router.manifest import Manifest
+from decar.server.gateway.flow_request import FlowOptions
 from decar.server.gateway.request import DecarOptions
 from decar.training.config import DataConfig, DocumentConfig, TrainConfig
 from decar.training.data.sources import read_documents
@@ -189,18 +190,19 @@ def test_a_command_that_can_be_given_is_taken(command: str) -> None:
 
 @pytest.mark.parametrize("block", every_block("json"), ids=str)
 def test_json_blocks_are_what_decar_reads(block: Block, tmp_path: Path) -> None:
+    options = FlowOptions if block.document.name == "flows.md" else DecarOptions
     try:
         values = [json.loads(block.text)]
     except json.JSONDecodeError:
         values = [json.loads(line) for line in block.text.splitlines()]
     for value in values:
-        _check_json(value, tmp_path)
+        _check_json(value, tmp_path, options)
 
 
-def _check_json(value: dict[str, Any], folder: Path) -> None:
+def _check_json(value: dict[str, Any], folder: Path, options: type[DecarOptions]) -> None:
     """A request, a manifest, a row of training data, or the `decar` object of a request."""
     if "model" in value:
-        DecarOptions.model_validate(value.get("decar", {}))
+        options.model_validate(value.get("decar", {}))
     elif "experts" in value:
         Manifest.model_validate(value)
     elif value.keys() & {"messages", "conversations"}:
@@ -211,7 +213,7 @@ def _check_json(value: dict[str, Any], folder: Path) -> None:
         data = DataConfig(files=[str(folder / "data.jsonl")])
         assert len(list(read_documents(data, DocumentConfig(min_chars=1), seed=0))) == 1
     else:
-        DecarOptions.model_validate(value)
+        options.model_validate(value)
 
 
 @pytest.mark.parametrize("block", every_block("yaml"), ids=str)

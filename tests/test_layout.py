@@ -40,11 +40,13 @@ ROOMS = {
     "placement": set(),
     "mps": {"protocol"},
     "hosts": {"cluster", "protocol"},
+    "kinds": {"gateway", "hosts", "metrics", "placement", "protocol", "vllm_adapter"},
     "cluster": {"cluster", "placement", "protocol", "vllm_adapter"},
     "serve": {
         "cluster",
         "gateway",
         "hosts",
+        "kinds",
         "metrics",
         "mps",
         "placement",

@@ -6,7 +6,7 @@ import pytest
 import typer
 from rich.console import Console
 
-from decar.clients.explain import Piece, explain, show
+from decar.clients.explain import Piece, explain, show, show_steps
 
 NAMES = ["code", "prose"]
 PIECES = [
@@ -63,3 +63,28 @@ def test_an_empty_answer_is_said_to_be_one() -> None:
     output = io.StringIO()
     show(Console(file=output), NAMES, "prompt", [])
     assert "the answer is empty" in output.getvalue()
+
+
+def test_a_flow_is_shown_as_it_is_revealed() -> None:
+    """Nobody leads it; what the prompt has is there from the beginning."""
+    pieces = [
+        Piece("def ", [[0.95, 0.05]], revealed_at=[2]),
+        Piece("f(x)", [[0.6, 0.4]], revealed_at=[0]),
+        Piece(":\n", [[0.3, 0.7]], revealed_at=[1]),
+    ]
+    output = io.StringIO()
+    console = Console(file=output, width=80, highlight=False)
+    show_steps(console, pieces)
+    show(console, NAMES, "a", pieces)
+    lines = output.getvalue().splitlines()
+    assert lines[:4] == ["step 0 ░f(x)░", "step 1 ░f(x):\\n", "step 2 def f(x):\\n", ""]
+    assert not any(line.startswith("leader") for line in lines)
+
+
+def test_of_many_steps_some_are_shown_the_last_among_them() -> None:
+    output = io.StringIO()
+    pieces = [Piece("a", [[1.0, 0.0]], revealed_at=[i + 1]) for i in range(100)]
+    show_steps(Console(file=output, width=200), pieces)
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 1 + 12 + 1
+    assert lines[-2] == "step 100 " + "a" * 100

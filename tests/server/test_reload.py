@@ -47,8 +47,7 @@ class Served:
         self.may_start.set()
         monkeypatch.setattr(supervisor_module, "LOOK_FOR_END_S", 0.001)
         monkeypatch.setattr(supervisor_module, "SHORTEST_WAIT_S", 0.0)
-        monkeypatch.setattr(supervisor_module, "warm_up", self._warm_up)
-        self.supervisor = Supervisor(self.client, self._start, None, 30)
+        self.supervisor = Supervisor(self.client, self._start, self._warm_up, 30)
         self.client.health.watch()
         self.supervisor.watch()
         self.reloader = Reloader(
@@ -82,7 +81,7 @@ class Served:
         self.server.engines[expert : expert + 1] = [engine]
         return engine
 
-    async def _warm_up(self, client: object, image: object, expert: int) -> None:
+    async def _warm_up(self, expert: int) -> None:
         assert not self.client.experts[expert].up
 
     @property

@@ -32,8 +32,7 @@ class Watched:
         monkeypatch.setattr(supervisor, "LOOK_S", 0.5)
         monkeypatch.setattr(supervisor.asyncio, "sleep", self._sleep)
         monkeypatch.setattr(supervisor.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(supervisor, "warm_up", self._warm_up)
-        self.supervisor = Supervisor(self.client, self._start, None, stuck_after_s)
+        self.supervisor = Supervisor(self.client, self._start, self._warm_up, stuck_after_s)
         self.client.health.watch()
         self.supervisor.watch()
 
@@ -51,7 +50,7 @@ class Watched:
         self.server.engines[expert] = FakeEngine(expert, self.server.plane)
         return self.server.engines[expert]
 
-    async def _warm_up(self, client: object, image: object, expert: int) -> None:
+    async def _warm_up(self, expert: int) -> None:
         assert not self.client.experts[expert].up, "nobody is given requests before"
         assert self.server.plane.alive[expert] == 1, "its rows are waited for"
         if self.warm_up_fails:

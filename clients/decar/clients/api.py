@@ -28,11 +28,13 @@ class Piece:
     Attributes:
         weights: [T][K] that mixed its tokens; empty where no trace was asked for.
         leaders: [T] who sampled them.
+        revealed_at: [T], the step of a flow ensemble that revealed them, from 1; 0 for what the prompt has.
     """
 
     text: str
     weights: list[list[float]] = field(default_factory=list)
     leaders: list[str] = field(default_factory=list)
+    revealed_at: list[int] = field(default_factory=list)
 
     @property
     def speaker(self) -> int:

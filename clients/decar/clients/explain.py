@@ -14,7 +14,7 @@ from rich.console import Console
 
 from decar.clients.api import Piece, api_errors, connected, ensemble_of, v1_of
 from decar.clients.child import ServerDidNotStart, end_on_sigterm, free_port, serving
-from decar.clients.picture import show
+from decar.clients.picture import show, show_steps
 
 if TYPE_CHECKING:
     import openai
@@ -40,6 +40,10 @@ def explain(
             "this much, in total variation.",
         ),
     ] = 0.0,
+    steps: Annotated[
+        bool,
+        typer.Option("--steps", help="Of a flow ensemble: also the answer as it is revealed, step by step."),
+    ] = False,
 ) -> None:
     """Show which expert spoke where: serve DIR (or use a running server), continue PROMPT, and draw the weights."""
     console = Console(highlight=False)
@@ -47,7 +51,7 @@ def explain(
         wanted = "DIR and PROMPT (quoted)" if base_url is None else "PROMPT (quoted) alone, beside --base-url"
         raise typer.BadParameter(f"give {wanted}", param_hint="[DIR] PROMPT")
     prompt = words[-1]
-    decar = {"route": route, "prune": prune, "trace": True}
+    decar = {"route": route, "trace": True, **({"prune": prune} if prune else {})}
     end_on_sigterm()
     with contextlib.ExitStack() as stack:
         if base_url is None:
@@ -57,7 +61,15 @@ def explain(
         client = connected(base_url, api_key)
         ensemble = ensemble_of(client)
         names = [expert["name"] for expert in ensemble["experts"]]
-        pieces = list(answer(client, ensemble["name"], prompt, max_tokens, temperature, decar))
+        flows = ensemble.get("kind") == "flow"
+        if steps and not flows:
+            raise typer.BadParameter(
+                f"{ensemble['name']!r} generates a token after the others: leave it out", param_hint="--steps"
+            )
+        say = revealed if flows else answer
+        pieces = list(say(client, ensemble["name"], prompt, max_tokens, temperature, decar))
+        if steps:
+            show_steps(console, pieces)
         show(console, names, prompt, pieces)
 
 
@@ -97,3 +109,26 @@ def answer(
             trace = (choice.model_extra or {})["decar"]
             if trace["weights"]:
                 yield Piece(choice.text, trace["weights"], trace["leaders"])
+
+
+def revealed(
+    client: openai.OpenAI, model: str, prompt: str, max_tokens: int, temperature: float, decar: dict[str, Any]
+) -> Iterator[Piece]:
+    """The same of a flow ensemble, which says many tokens at once; ``prompt`` may have masks.
+
+    Raises:
+        openai.APIError: as `answer`.
+    """
+    done = client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        logprobs=0,
+        extra_body={"decar": decar},
+    )
+    [choice] = done.choices
+    tokens = (choice.logprobs and choice.logprobs.tokens) or []
+    trace = (choice.model_extra or {})["decar"]
+    for text, weights, step in zip(tokens, trace["weights"], trace["revealed_at"], strict=True):
+        yield Piece(text, [weights], revealed_at=[step])

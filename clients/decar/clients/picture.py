@@ -51,7 +51,23 @@ def show(console: Console, names: Sequence[str], prompt: str, pieces: Sequence[P
     console.print(
         f"{describe_weights(list(names), weights)}; active experts a token: {active:.2f}", soft_wrap=True
     )
-    console.print(f"leader: {_changes(leaders)}", soft_wrap=True)
+    if leaders:
+        console.print(f"leader: {_changes(leaders)}", soft_wrap=True)
+
+
+def show_steps(console: Console, pieces: Sequence[Piece], lines: int = 12) -> None:
+    """Print an answer as it is revealed, at no more than so many of its steps, each token in its speaker's colour."""
+    steps = sorted({step for piece in pieces for step in piece.revealed_at if step})
+    chosen = [steps[len(steps) * (i + 1) // lines - 1] for i in range(lines)] if len(steps) > lines else steps
+    masked = "_" if console.options.ascii_only else "░"
+    for step in [0, *chosen]:
+        shown = [
+            (_one_line(piece.text), _style(piece)) if max(piece.revealed_at) <= step else (masked, "dim")
+            for piece in pieces
+        ]
+        label = (f"step {step:>{len(str(steps[-1]))}} " if steps else "", "dim")
+        console.print(Text.assemble(label, *shown), soft_wrap=True)
+    console.print()
 
 
 def legend(names: Sequence[str]) -> Text:

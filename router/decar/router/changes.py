@@ -121,6 +121,8 @@ def changes(served: Reading, read: Reading) -> Changes:
     if kept != sorted(kept):
         rest.append("the order of experts")
     rest += [f"router.{name}" for name in _differing(old.manifest.router, new.manifest.router)]
+    if old.manifest.flow is not None and new.manifest.flow is not None:
+        rest += [f"flow.{name}" for name in _differing(old.manifest.flow, new.manifest.flow)]
     rest += [f"mixing.{name}" for name in _differing(old.manifest.mixing, new.manifest.mixing)]
     if served.router != read.router:
         rest.append("the trained routers")
@@ -155,9 +157,10 @@ def _differing(one: Any, other: Any) -> list[str]:
 
 def _fixed(ensemble: Ensemble) -> dict[str, Any]:
     """The plane has the vocabulary's shape, and the gateway turns prompts into tokens with the first expert's files."""
-    first = ensemble.experts[0]
+    first, flow = ensemble.experts[0], ensemble.manifest.flow
     return {
         "the ensemble's name": ensemble.name,
+        "the ensemble's kind, or its mask token": (ensemble.manifest.kind, flow and flow.mask_token_id),
         "the number of token ids that all experts have": ensemble.vocab_size,
         "the tokenizer": first.tokenizer_fingerprint,
         "the special tokens or the chat template": _spoken_by(first.path),

@@ -154,6 +154,10 @@ class Manifest(_Strict):
             raise ValueError(
                 'a section "flow" belongs to kind "flow" alone; remove it, or say "kind": "flow"'
             )
+        if self.kind == "flow" and (self.mixing.top_k is not None or self.mixing.prune):
+            raise ValueError(
+                'kind "flow" asks every expert at every step: remove "top_k" and "prune" from the section "mixing"'
+            )
         return self
 
     @pydantic.model_validator(mode="after")

@@ -51,6 +51,13 @@ def inspect(directory: Path, console: Console, ray: str | None = None, placement
 def _describe(ensemble: Ensemble, console: Console) -> None:
     manifest = ensemble.manifest
     console.print(f"[bold]{ensemble.name}[/bold]: router {manifest.router.kind}, rule {manifest.mixing.rule}")
+    if manifest.flow is not None:
+        steps = "one token a step" if manifest.flow.steps is None else f"{manifest.flow.steps} steps"
+        blocks = "" if manifest.flow.block_length is None else f", blocks of {manifest.flow.block_length}"
+        console.print(
+            f"a flow ensemble: order {manifest.flow.order}, schedule {manifest.flow.schedule}, {steps}{blocks}, "
+            f"mask token {manifest.flow.mask_token_id}"
+        )
     columns = ("expert", "architecture", "parameters", "size", "prior", "vocab", "positions")
     table = Table(*columns, box=box.SIMPLE_HEAD)
     total = sum(expert.prior for expert in manifest.experts)

@@ -131,6 +131,7 @@ class EnsembleMetrics(Collector):
         self._entropy.add_same(0.0, tokens)
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._of_answers()
         counted = [block.counted() for block in self._plane.blocks]
         for name, (counters, documentation) in COUNTED.items():
             sums = [sum(counts[counter] for counter in counters) for counts in counted]
@@ -176,6 +177,10 @@ class EnsembleMetrics(Collector):
             yield by_model
         yield self._engines()
 
+    def _of_answers(self) -> Iterator[Metric]:
+        """What only ensembles of one kind have: here, nothing."""
+        yield from ()
+
     def _engines(self) -> Metric:
         """Whose engine it is that vLLM's metrics have as ``engine``."""
         info = InfoMetricFamily(
@@ -193,3 +198,34 @@ class EnsembleMetrics(Collector):
             if expert.seated:
                 made.add_metric([expert.name], float(value))
         return made
+
+
+FLOW = {
+    "flow_rounds": "Calls of the kernel, each of which mixes and samples the rows of all answers under way.",
+    "flow_rows": "Rows that were mixed in them, one for each masked position.",
+    "flow_steps": "Steps of answers, in each of which some tokens are revealed.",
+    "flow_tokens": "Tokens that were revealed.",
+}
+"""Name of a flow ensemble's own metric, and its description."""
+
+
+class FlowMetrics(EnsembleMetrics):
+    """The same of a flow ensemble, and how its answers are revealed."""
+
+    def __init__(self, plane: Plane, registry: CollectorRegistry = REGISTRY):
+        self._revealed = dict.fromkeys(FLOW, 0)
+        super().__init__(plane, registry)
+
+    def round(self, rows: int) -> None:
+        """So many rows have been mixed in one call."""
+        self._revealed["flow_rounds"] += 1
+        self._revealed["flow_rows"] += rows
+
+    def stepped(self, answers: int, tokens: int) -> None:
+        """So many answers have ended a step, which has revealed so many tokens."""
+        self._revealed["flow_steps"] += answers
+        self._revealed["flow_tokens"] += tokens
+
+    def _of_answers(self) -> Iterator[Metric]:
+        for name, documentation in FLOW.items():
+            yield CounterMetricFamily(f"decar:{name}", documentation, self._revealed[name])

@@ -29,9 +29,9 @@ import psutil
 from decar.router import Ensemble, Reading
 from decar.router.errors import StartError
 from decar.router.manifest import MAX_EXPERTS
+from decar.server.kinds import Kind, kind_of
 from decar.server.mps import mps
 from decar.server.placement import (
-    CPU_KV_BYTES,
     Place,
     check_memory,
     exchanged,
@@ -48,9 +48,11 @@ from decar.server.vllm_adapter.versions import check_version, installed_version,
 if TYPE_CHECKING:
     from decar.server.cluster.nodes import Cluster, Held, Plan
     from decar.server.gateway.ensemble import EnsembleClient
+    from decar.server.gateway.flow import FlowEnsemble
     from decar.server.gateway.seats import Seats
     from decar.server.gateway.supervisor import Supervisor
     from decar.server.hosts import Planes
+    from decar.server.protocol.cores import GatewayThread
     from decar.server.protocol.mirror import Hosts
     from decar.server.protocol.plane import Plane
     from decar.server.vllm_adapter.engine import EnginePlan, Launcher
@@ -141,6 +143,7 @@ def serve(
     if placement is not None and ray is None:
         refuse_nodes(placement)
 
+    kind_of(ensemble).refuse(ray, simulated_hosts, wire_rows)
     given = _checked(flags, own_flags)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     with contextlib.ExitStack() as stack:
@@ -288,7 +291,7 @@ def _checked(flags: Sequence[str], own_flags: Iterable[str]) -> Namespace:
 
 
 async def _serve(
-    running: AbstractAsyncContextManager[tuple[EnsembleClient, Supervisor, Engines]],
+    running: AbstractAsyncContextManager[tuple[EnsembleClient | FlowEnsemble, Supervisor, Engines]],
     reading: Reading,
     args: Namespace,
     sock: socket.socket,
@@ -358,7 +361,7 @@ async def _running_ensemble(
     terminal: Terminal,
     start: Start,
     use_mps: bool,
-) -> AsyncIterator[tuple[EnsembleClient, Supervisor, Engines]]:
+) -> AsyncIterator[tuple[EnsembleClient | FlowEnsemble, Supervisor, Engines]]:
     """The gateway, who keeps its engines alive, and those, warm; stopped, with their memory given back, on the way
     out."""
     from decar.server.gateway.supervisor import Supervisor
@@ -366,13 +369,13 @@ async def _running_ensemble(
     from decar.server.protocol.mirror import Hosts
     from decar.server.protocol.plane import Plane, prompt_unit
     from decar.server.vllm_adapter.app import keep_environment
-    from decar.server.vllm_adapter.arguments import engine_config, on_cpu, row_dtype
+    from decar.server.vllm_adapter.arguments import on_cpu, row_dtype
     from decar.server.vllm_adapter.engine import OwnProcesses
     from decar.server.vllm_adapter.failures import Failures, Progress
     from decar.server.vllm_adapter.fork_server import fork_engines
 
-    experts = range(len(ensemble.experts))
-    configs = [engine_config(ensemble, expert, args, CPU_KV_BYTES) for expert in experts]
+    experts, kind = range(len(ensemble.experts)), kind_of(ensemble)
+    configs = [kind.engine_config(ensemble, expert, args) for expert in experts]
     cluster = spread.cluster
     hosts = Hosts(spread.plan.of) if spread.plan else spread.simulated
     places = _placed(ensemble, configs, placement, len(hosts.of), args, spread)
@@ -385,13 +388,15 @@ async def _running_ensemble(
 
     shape = {
         "experts": len(hosts.of),
-        "slots": configs[0].scheduler_config.max_num_seqs,
+        "slots": kind.slots(configs, ensemble.vocab_size),
         "vocab_size": ensemble.vocab_size,
         "positions": configs[0].model_config.max_model_len,
         "prompt_unit": prompt_unit(
             configs[0].model_config.max_model_len, [config.cache_config.block_size for config in configs]
         ),
-        "device_dtype": row_dtype(configs) if places[0].gpus and spread.shares_devices else None,
+        "device_dtype": (
+            row_dtype(configs) if places[0].gpus and spread.shares_devices and kind.rows_on_device() else None
+        ),
         "wire_rows": spread.wire_rows,
         "hosts": hosts.of if len(hosts.all) > 1 else (),
     }
@@ -423,10 +428,11 @@ async def _running_ensemble(
             launcher = Actors(there, ranks, spread.before, planes.gateways.mirrored)
         started: list[Any] = []
         try:
-            engines = Engines(args, configs, places, planes, launcher, failures, progress)
+            engines = Engines(kind, args, configs, places, planes, launcher, failures, progress)
             start.heard = progress.heard
             try:
                 client, image = await _warm(
+                    kind,
                     ensemble,
                     args,
                     engines,
@@ -444,7 +450,9 @@ async def _running_ensemble(
             start.done()
             progress.close()
             keep_environment()
-            supervisor = Supervisor(client, engines.starter.start, image, engine_timeout_s)
+            supervisor = Supervisor(
+                client, engines.starter.start, partial(kind.warm_up, client, image), engine_timeout_s
+            )
             supervisor.watch()
             started.clear()  # they are the client's now, which lets go of those that die
             try:
@@ -484,6 +492,7 @@ def _ended() -> Iterator[None]:
 
 
 async def _warm(
+    kind: Kind,
     ensemble: Ensemble,
     args: Namespace,
     engines: Engines,
@@ -493,7 +502,7 @@ async def _warm(
     failures: Failures,
     min_experts: int,
     max_queued: int | None,
-) -> tuple[EnsembleClient, Any]:
+) -> tuple[EnsembleClient | FlowEnsemble, Any]:
     """The gateway over engines that have just been started and warmed up, and the image that warms one.
 
     Args:
@@ -503,20 +512,19 @@ async def _warm(
         StartError: an engine does not start, or cannot be warmed up.
     """
     from decar.server.gateway.admission import check_tokenizer
-    from decar.server.gateway.warm_up import warm_up
     from decar.server.vllm_adapter.app import image_prompt
 
     start.phase(f"starting {len(ensemble.experts)} engines", engines=True)
-    client = _client(
-        ensemble, await engines.starter.start_all(started, start.ready), planes, min_experts, max_queued
-    )
+    all_engines = await engines.starter.start_all(started, start.ready)
+    thread = _gateway_thread(all_engines, planes.gateways.spec.experts)
+    client = kind.client(ensemble, all_engines, planes, thread, min_experts, max_queued)
     client.health.watch()
     if args.tokenizer is not None:
         check_tokenizer(client.renderer.get_tokenizer(), ensemble.vocab_size)
     image = image_prompt(client)
     start.phase("warming up")
     try:
-        await warm_up(client, image)
+        await kind.warm_up(client, image)
     except Exception as error:
         reason = failures.told(ensemble.expert_names) or _blamed(client, error)
         raise StartError(
@@ -530,6 +538,7 @@ class Engines:
     """What the engines of an ensemble are started with, on ``planes``, and those of one that takes its place.
 
     Args:
+        kind: of the ensemble.
         configs: vLLM's, one per expert.
         places: the experts', and those that later ones may have.
         launcher: starts their processes.
@@ -537,6 +546,7 @@ class Engines:
 
     def __init__(
         self,
+        kind: Kind,
         args: Namespace,
         configs: Sequence[Any],
         places: Sequence[Place],
@@ -548,7 +558,7 @@ class Engines:
         from decar.server.vllm_adapter.brought import Brought
         from decar.server.vllm_adapter.engine import Starter
 
-        self._args, self._served, self._places = args, configs[0], places
+        self._kind, self._args, self._served, self._places = kind, args, configs[0], places
         self._spec = planes.gateways.spec
         plans = [*_plans(configs, places[: len(configs)]), *[None] * (len(places) - len(configs))]
         brought = Brought(planes.gateways, planes.heard)
@@ -561,12 +571,12 @@ class Engines:
         Raises:
             StartError: one of them cannot.
         """
-        from decar.server.vllm_adapter.arguments import engine_config, refuse_other_steps
+        from decar.server.vllm_adapter.arguments import refuse_other_steps
 
         taken = [self._places[seat] for seat in seats.of]
         places = exchanged(taken, ensemble, self._args.tensor_parallel_size)
         args = Namespace(**{**vars(self._args), "max_model_len": self._spec.positions})
-        configs = [engine_config(ensemble, k, args, CPU_KV_BYTES) for k in range(len(places))]
+        configs = [self._kind.engine_config(ensemble, k, args) for k in range(len(places))]
         for config, placed in zip(configs, places, strict=True):
             refuse_other_steps(self._served, config, placed.expert, self._spec)
         _give_memory(configs, places)
@@ -582,7 +592,7 @@ def _plans(configs: Sequence[Any], places: Sequence[Place]) -> list[EnginePlan]:
     ]
 
 
-def _blamed(client: EnsembleClient, error: Exception) -> str:
+def _blamed(client: EnsembleClient | FlowEnsemble, error: Exception) -> str:
     """Whose engine has ended without a word (killed, say), and else what went wrong here."""
     from decar.server.vllm_adapter.failures import reason_of
 
@@ -650,31 +660,14 @@ def _give_memory(configs: Sequence[Any], places: Sequence[Place]) -> None:
             give_memory(config, placed.kv_bytes, placed.needed_bytes / placed.gpu_bytes)
 
 
-def _client(
-    ensemble: Ensemble, engines: Sequence[Any], planes: Planes, min_experts: int, max_queued: int | None
-) -> EnsembleClient:
-    """The gateway over ``engines``, made of its parts."""
+def _gateway_thread(engines: Sequence[Any], places: int) -> GatewayThread:
+    """This thread, beside ``engines`` and those that may come to have the other ``places``."""
     from decar.server.gateway.core_policy import start_all_threads
-    from decar.server.gateway.ensemble import EnsembleClient
-    from decar.server.metrics import EnsembleMetrics
     from decar.server.protocol.cores import GatewayThread
-    from decar.server.vllm_adapter.relay import Relay
 
     start_all_threads(engines)
-    plane = planes.gateways
-    free = plane.spec.experts - len(engines)
-    thread = GatewayThread([engine.cores for engine in engines] + [set()] * free)
-    return EnsembleClient(
-        ensemble,
-        engines,
-        plane,
-        relay=Relay(engines, plane.blocks, thread),
-        thread=thread,
-        metrics=EnsembleMetrics(plane),
-        min_experts=min_experts,
-        max_queued=max_queued,
-        hosts=planes.hosts.of,
-    )
+    free: list[set[int]] = [set()] * (places - len(engines))
+    return GatewayThread([engine.cores for engine in engines] + free)
 
 
 def raise_on_sigterm() -> None:

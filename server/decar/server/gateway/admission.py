@@ -8,7 +8,7 @@ V token ids that all experts share.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -141,13 +141,48 @@ def check_drawable(params: SamplingParams) -> None:
     Raises:
         VLLMValidationError: names the parameter.
     """
-    plain = SamplingParams()
-    for name in params.__struct_fields__:
-        value, wanted = getattr(params, name), getattr(plain, name)
-        if name in _DRAWABLE or name.startswith("_") or value == wanted or (name == "top_k" and value == -1):
-            continue
+    for name, value, wanted in _not_plain(params, _DRAWABLE):
         raise VLLMValidationError(
             f'decar.sampling "draw" is exact only for plain sampling, and {name} is {value!r}: set it to {wanted!r} '
             '(or leave it out, where that is the default), or decar.sampling to "mixture"',
             parameter=name,
         )
+
+
+_REVEALABLE = _DRAWABLE - {"prompt_logprobs"} | {"temperature", "top_k", "top_p", "min_p", "logprobs"}
+"""Sampling parameters that make sense where tokens are revealed in any order."""
+_FROM_THE_LEFT = {
+    **dict.fromkeys(
+        ("presence_penalty", "frequency_penalty", "repetition_penalty"),
+        "it counts the tokens before the next one",
+    ),
+    "structured_outputs": "a grammar is read from left to right",
+    "prompt_logprobs": "it is of each token given those before it",
+    "bad_words": "a word is forbidden by the tokens before its last one",
+    "min_tokens": "it forbids ends by how many tokens there are",
+}
+
+
+def check_revealable(params: SamplingParams) -> None:
+    """Refuse what only a text has that grows from left to right.
+
+    Raises:
+        VLLMValidationError: names the parameter, and why.
+    """
+    for name, _, wanted in _not_plain(params, _REVEALABLE):
+        why = _FROM_THE_LEFT.get(name, "tokens are sampled from the experts' mixture as it is")
+        raise VLLMValidationError(
+            f"{name} is not offered by a flow ensemble, which reveals tokens in any order: {why}. Leave it out, or "
+            f"set it to {wanted!r}",
+            parameter=name,
+        )
+
+
+def _not_plain(params: SamplingParams, allowed: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Parameters that are not as they are by default, but for those ``allowed``: name, value, and the default."""
+    plain = SamplingParams()
+    for name in params.__struct_fields__:
+        value, wanted = getattr(params, name), getattr(plain, name)
+        if name in allowed or name.startswith("_") or value == wanted or (name == "top_k" and value == -1):
+            continue
+        yield name, value, wanted

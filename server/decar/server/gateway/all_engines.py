@@ -1,32 +1,58 @@
-"""`AllEngines`: what vLLM's app asks of "the" engine beside answers, asked of all. Knows no requests."""
+"""`AllEngines`: what vLLM's app asks of "the" engine beside answers, asked of all; who of them may answer.
+
+Knows what requests ask for, and not how they are answered.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, cast
 
+import numpy as np
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 
-from decar.router import Ensemble
-from decar.server.gateway.engine import Engine, ExpertEngine, NoEngine
+from decar.router import Ensemble, active_experts
+from decar.server.gateway.aborts import Abort, Aborts
+from decar.server.gateway.admission import Admission
+from decar.server.gateway.engine import Engine, ExpertDown, ExpertEngine, NoEngine
 from decar.server.gateway.health import Health
+from decar.server.gateway.queue import Queue
+from decar.server.gateway.request import Call
 from decar.server.gateway.seats import Seats
+from decar.server.gateway.trained_routers import TrainedRouters
+from decar.server.metrics import EnsembleMetrics
+from decar.server.protocol.cores import GatewayThread
 from decar.server.protocol.plane import Plane
 
 
 class AllEngines(EngineClient):
-    """K engines as vLLM's app wants one to be. A subclass generates, and aborts.
+    """K engines as vLLM's app wants one to be. A subclass generates.
 
     Args:
         ensemble: what is served.
         engines: one per expert, in manifest order, sharing ``plane``.
         plane: made by the caller; removed by `shutdown`. It may have places for more.
+        thread: this one.
+        metrics: told what mixed each token.
+        slots: how many choices are answered at once.
         min_experts: how many have to live for the ensemble to be served.
+        max_queued: how many requests may wait; None: four for each slot.
     """
 
-    def __init__(self, ensemble: Ensemble, engines: Sequence[Engine], plane: Plane, min_experts: int = 1):
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        engines: Sequence[Engine],
+        plane: Plane,
+        thread: GatewayThread,
+        metrics: EnsembleMetrics,
+        slots: int,
+        min_experts: int,
+        max_queued: int | None,
+    ):
         self.ensemble = ensemble
         self.plane = plane
         self.experts = [
@@ -45,7 +71,81 @@ class AllEngines(EngineClient):
         self.model_config = first.model_config
         self.renderer = first.renderer
         self.input_processor = first.input_processor
+        self.trained_routers = TrainedRouters(ensemble, engines[0], self.seats)
+        self.thread = thread
+        self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
+        self._aborts = Aborts()
+        self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
+        self._metrics = metrics
+        metrics.watch(self.experts, self.queue, ensemble.name)
         self._stopped = False
+
+    # --- requests -----------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def place(self, abort: Abort) -> AsyncIterator[None]:
+        """One of the places for what runs at once; waiting for it is not urgent."""
+        self.thread.arrived()
+        async with contextlib.AsyncExitStack() as kept:
+            with abort.waking():
+                await kept.enter_async_context(self.queue.take())
+            yield
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests by the ids that users know: each answers with what it has, and finish reason "abort"."""
+        await self._aborts.do([request_id] if isinstance(request_id, str) else request_id)
+
+    # --- who may answer -----------------------------------------------------------------------------------
+
+    def give_engine(self, expert: int, engine: Engine) -> None:
+        """An expert whose engine has died has a new one, which is still to be warmed up."""
+        self.experts[expert].engine = engine
+        self.thread.moved(expert, engine.cores)
+        self.health.begins(expert)
+
+    def rejoin(self, expert: int) -> None:
+        """Give requests to an expert's new engine from now on."""
+        self.health.back(expert)
+        self._metrics.restarted(expert)
+
+    def serve(self, ensemble: Ensemble, seats: Seats, trained_routers: TrainedRouters | None = None) -> None:
+        """From now on, requests are for this ensemble, whose experts the engines have at ``seats``; those that have
+        begun keep what they began with.
+
+        Args:
+            trained_routers: None: as they were.
+        """
+        self.ensemble, self.seats = ensemble, seats
+        self.trained_routers = trained_routers or self.trained_routers
+        for expert in self.experts:
+            expert.seated = False
+        for name, seat in zip(ensemble.expert_names, seats.of, strict=True):
+            self.experts[seat].name, self.experts[seat].seated = name, True
+
+    def of_living(self, call: Call, log_weights: np.ndarray) -> np.ndarray:
+        """``log_weights`` [K] of those that live, for want of the others; these are noted in ``call``.
+
+        Raises:
+            ExpertDown: none of those with weight lives, or the user wants no answer without them.
+        """
+        missing = self.missing(call, log_weights)
+        if not missing:
+            return log_weights
+        call.degraded.update(dict.fromkeys(self.experts[k].name for k in missing))
+        if len(missing) == len(active_experts(log_weights)) or call.on_expert_loss == "fail":
+            raise self.down(missing)
+        rest = np.array(log_weights)
+        rest[missing] = -np.inf
+        return rest - np.logaddexp.reduce(rest)
+
+    def missing(self, call: Call, log_weights: np.ndarray) -> list[int]:
+        """Those of the experts with weight that do not live."""
+        weighed = active_experts(log_weights)
+        return [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
+
+    def down(self, experts: Sequence[int]) -> ExpertDown:
+        names = ", ".join(repr(self.experts[k].name) for k in experts)
+        return ExpertDown(f"expert {names} is down and is being started again: ask again in a moment")
 
     # --- health -------------------------------------------------------------------------------------------
 

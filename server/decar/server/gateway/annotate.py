@@ -151,11 +151,7 @@ class Annotated:
             announces = "role" in delta and not delta.get("content") and not choice.get("finish_reason")
             if trace is not None and not announces:  # a stream's first chunk names the role, and has no token
                 new = slice(trace.sent, count)
-                choice["decar"] = {
-                    "weights": self._call.by_expert(trace.weights[new]),
-                    "leaders": trace.leaders[new],
-                    "active": self._call.in_order(trace.experts),
-                }
+                choice["decar"] = self._call.told(trace, new)
                 trace.sent = max(trace.sent, count or 0)
         return {**data, "decar": self._call.summary()} if once else data
 

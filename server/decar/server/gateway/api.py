@@ -31,6 +31,7 @@ from decar.server.gateway.body import MAX_DEPTH, is_deeper, read_body, replay, w
 from decar.server.gateway.engine import ExpertDown
 from decar.server.gateway.ensemble import EnsembleClient
 from decar.server.gateway.errors import error_response, http_error, unavailable
+from decar.server.gateway.flow import FlowEnsemble
 from decar.server.gateway.gate import GENERATING, FullMiddleware, Gate, GateMiddleware, QueueMiddleware
 from decar.server.gateway.middleware import (
     ArrivalMiddleware,
@@ -44,7 +45,6 @@ from decar.server.gateway.request import Call, current_call
 from decar.server.gateway.request_id import RequestIdMiddleware, add_request_ids
 from decar.server.gateway.routes import OfferedMiddleware, describing_offered
 from decar.server.gateway.schemas import (
-    Defaults,
     EnsembleState,
     ExpertState,
     ModelShown,
@@ -69,7 +69,7 @@ MAX_BODY_BYTES = 32 * 2**20
 
 def extend(
     app: FastAPI,
-    client: EnsembleClient,
+    client: EnsembleClient | FlowEnsemble,
     gate: Gate,
     reloader: Reloader,
     keys: Sequence[str],
@@ -95,7 +95,7 @@ def extend(
     app.state.ensemble_client = client
     app.state.ensemble_reloader = reloader
     app.add_exception_handler(HTTPException, http_error)  # vLLM's own leaves out what Starlette raises
-    app.openapi = describing_decar(describing_offered(app.openapi))  # type: ignore[method-assign]
+    app.openapi = describing_decar(describing_offered(app.openapi), client.options)  # type: ignore[method-assign]
     # CORS's headers go on every answer, errors and refused keys included, and a browser asks without a key.
     cors = [middleware for middleware in app.user_middleware if middleware.cls is CORSMiddleware]
     for each in cors:
@@ -152,8 +152,8 @@ async def _model_cards(request: Request) -> list[dict[str, Any]]:
 async def ensemble(request: Request) -> EnsembleState:
     """The manifest, each expert's health, slots in use, what engines counted, whether they read images, and defaults;
     for the admin also where experts lie and run."""
-    client: EnsembleClient = request.app.state.ensemble_client
-    manifest, leads = client.ensemble.manifest, client.leaders.counts()
+    client: EnsembleClient | FlowEnsemble = request.app.state.ensemble_client
+    manifest, leads = client.ensemble.manifest, client.leads()
     experts = []
     for entry, checkpoint, seat in zip(
         manifest.experts, client.ensemble.experts, client.seats.of, strict=True
@@ -170,14 +170,14 @@ async def ensemble(request: Request) -> EnsembleState:
         if is_admin(request.scope):
             shown.pid, shown.path = expert.engine.pid, str(checkpoint.path)
         experts.append(shown)
-    defaults = {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
     return EnsembleState(
         object="ensemble",
         name=client.ensemble.name,
+        kind=manifest.kind,
         experts=experts,
         routes=list(available_routers(client.ensemble)),
         images=all(checkpoint.reads_images for checkpoint in client.ensemble.experts),
-        defaults=Defaults(**defaults | manifest.mixing.model_dump()),
+        defaults=client.defaults(),
         slots=Slots(total=client.slots.total, in_use=client.slots.in_use),
         queue=Waiting(waiting=client.queue.waiting, length=client.queue.length),
     )
@@ -197,7 +197,7 @@ async def ensemble(request: Request) -> EnsembleState:
 )
 async def reload(request: Request) -> JSONResponse:
     """Read the ensemble's directory anew, and exchange what has changed; answers when that is done."""
-    client: EnsembleClient = request.app.state.ensemble_client
+    client: EnsembleClient | FlowEnsemble = request.app.state.ensemble_client
     client.thread.arrived()  # it takes as long as engines take to start
     reloader: Reloader = request.app.state.ensemble_reloader
     try:
@@ -218,7 +218,7 @@ async def reload(request: Request) -> JSONResponse:
 
 
 class Served(Protocol):
-    """What knows what is served now: `EnsembleClient`."""
+    """What knows what is served now: `EnsembleClient`, `FlowEnsemble`."""
 
     def call_of(self, model: str | None, options: Any) -> Call: ...
 
@@ -278,6 +278,8 @@ class DecarMiddleware:
                 f"{path} generates nothing that decar could be about: leave decar out", "decar"
             )
         call = self.served.call_of(_text(fields.get("model")), options)
+        if path in GENERATING:
+            call.reads(fields)
         call.beams = path in BEAM_PATHS and _is_true(fields.get("use_beam_search"))
         if call.beams and (call.trace or call.draw):
             field = "decar.trace" if call.trace else "decar.sampling"

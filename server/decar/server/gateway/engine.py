@@ -17,6 +17,7 @@ from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
+from decar.server.protocol.flow import Denoising
 from decar.server.protocol.member import Member
 
 PromptLogprobs = list[dict[int, Logprob] | None]
@@ -104,6 +105,17 @@ class Engine(Protocol):
 
     async def died(self) -> None:
         """Return when the engine is dead. To be awaited on the event loop that its requests run on."""
+        ...
+
+    async def denoise(self, request_id: str, tokens: Sequence[int], part: Denoising) -> np.ndarray:
+        """Have an expert of a flow ensemble compute what ``part`` asks of a sequence.
+
+        Returns:
+            the log-probabilities [n] that it asks for; else [0].
+
+        Raises:
+            Exception: as `dead_error` makes it, if the engine is dead.
+        """
         ...
 
     def dead_error(self) -> Exception:
@@ -204,6 +216,42 @@ class Speech(Protocol):
 
     tokens: list[int]
     ticket: int
+
+
+class Speaker(Protocol):
+    """Says one answer of a flow ensemble, as an engine would.
+
+    Attributes:
+        ends: tokens that end it.
+    """
+
+    ends: frozenset[int]
+
+    def say(
+        self,
+        tokens: Sequence[int],
+        logprobs: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+        finish: str | None,
+    ) -> bool:
+        """Say the next tokens [n]; whether the answer goes on, which a stop string may have ended.
+
+        Args:
+            logprobs: token ids and log-probabilities [n, 1 + N], the token said first, and its rank [n].
+            finish: why they are the last ones: "stop" or "length".
+        """
+        ...
+
+    async def next(self) -> RequestOutput:
+        """What has been said since the last time; raises what `fail` was given."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """End the answer with an error for whoever listens."""
+        ...
+
+    async def abort(self) -> None:
+        """End it as it is, with the finish reason "abort"; quiet if it has ended."""
+        ...
 
 
 class Relay(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,16 +19,15 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import Ensemble, active_experts, moved_on, restricted
-from decar.server.gateway.aborts import Abort, Aborted, Aborts
-from decar.server.gateway.admission import Admission, check_drawable, refuse_failed
+from decar.server.gateway.aborts import Abort, Aborted
+from decar.server.gateway.admission import check_drawable, refuse_failed
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.beams import Beam, beam_of
 from decar.server.gateway.core_policy import CorePolicy
-from decar.server.gateway.engine import Engine, ExpertDown, ExpertLost, OutputQueue, Relay, Speech
+from decar.server.gateway.engine import Engine, ExpertLost, OutputQueue, Relay, Speech
 from decar.server.gateway.leaders import Leaders
 from decar.server.gateway.prompt import PromptLogprobs, PromptScorer, tokens_of
-from decar.server.gateway.queue import Queue
-from decar.server.gateway.request import Call, ChoiceTrace, current_call, parse_call
+from decar.server.gateway.request import Call, ChoiceTrace, DecarOptions, current_call, parse_call
 from decar.server.gateway.sampling import (
     merged,
     params_alone,
@@ -38,10 +37,9 @@ from decar.server.gateway.sampling import (
     uniforms,
     without_prompt_logprobs,
 )
-from decar.server.gateway.seats import Seats
+from decar.server.gateway.schemas import Defaults
 from decar.server.gateway.slots import Slots
 from decar.server.gateway.tracing import RequestTrace, current_trace
-from decar.server.gateway.trained_routers import TrainedRouters
 from decar.server.gateway.weights import WeightsReader
 from decar.server.metrics import EnsembleMetrics
 from decar.server.protocol.cores import GatewayThread
@@ -105,6 +103,8 @@ class EnsembleClient(AllEngines):
         hosts: [C], of each place in the plane; (): all on one.
     """
 
+    options = DecarOptions
+
     def __init__(
         self,
         ensemble: Ensemble,
@@ -118,52 +118,33 @@ class EnsembleClient(AllEngines):
         max_queued: int | None = None,
         hosts: Sequence[int] = (),
     ):
-        super().__init__(ensemble, engines, plane, min_experts)
         slots = plane.spec.slots
+        super().__init__(ensemble, engines, plane, thread, metrics, slots, min_experts, max_queued)
         self.slots = Slots(slots)
-        self.queue = Queue(slots, 4 * slots if max_queued is None else max_queued)
-        self._aborts = Aborts()
         sizes = {rule: row_bytes(plane.spec, rule) for rule in RULES}
         self.leaders = Leaders(hosts or (0,) * plane.spec.experts, sizes)
-        self.thread = thread
         self._core_policy = CorePolicy(self.experts, self.leaders, thread)
-        self._admission = Admission(ensemble.vocab_size, self.model_config.max_logprobs)
         self._scorer = PromptScorer(self.experts, ensemble.vocab_size, plane.spec.prompt_unit)
-        self.trained_routers = TrainedRouters(ensemble, engines[0], self.seats)
         self._relay = relay
-        self._metrics = metrics
         self._last_arrival = 0.0
-        metrics.watch(self.experts, self.queue, ensemble.name)
 
     def give_engine(self, expert: int, engine: Engine) -> None:
-        """An expert whose engine has died has a new one, which is still to be warmed up."""
-        self.experts[expert].engine = engine
         self._relay.stand_before(expert, engine)
-        self.thread.moved(expert, engine.cores)
-        self.health.begins(expert)
-
-    def rejoin(self, expert: int) -> None:
-        """Give requests to an expert's new engine from now on."""
-        self.health.back(expert)
-        self._metrics.restarted(expert)
+        super().give_engine(expert, engine)
 
     def forget(self, expert: int) -> None:
         """What an expert has said of prompts, since its next engine has other weights."""
         self._scorer.forget(expert)
 
-    def serve(self, ensemble: Ensemble, seats: Seats, trained_routers: TrainedRouters | None = None) -> None:
-        """From now on, requests are for this ensemble, whose experts the engines have at ``seats``; those that have
-        begun keep what they began with.
+    def leads(self) -> list[int]:
+        """Of each expert, how many requests it leads."""
+        return self.leaders.counts()
 
-        Args:
-            trained_routers: None: as they were.
-        """
-        self.ensemble, self.seats = ensemble, seats
-        self.trained_routers = trained_routers or self.trained_routers
-        for expert in self.experts:
-            expert.seated = False
-        for name, seat in zip(ensemble.expert_names, seats.of, strict=True):
-            self.experts[seat].name, self.experts[seat].seated = name, True
+    def defaults(self) -> Defaults:
+        """What a request gets that does not say."""
+        manifest = self.ensemble.manifest
+        router = {**manifest.router.model_dump(exclude={"kind"}), "route": manifest.router.kind}
+        return Defaults(**router, **manifest.mixing.model_dump())
 
     def call_of(self, model: str | None, options: Any) -> Call:
         """A request's `Call`, from its `model` and `decar` fields.
@@ -205,16 +186,12 @@ class EnsembleClient(AllEngines):
             asked.beam = beam_of(call, prompt)
         return self._answer(asked)
 
-    async def abort(self, request_id: str | Iterable[str]) -> None:
-        """End requests by the ids that users know: each answers with what it has, and finish reason "abort"."""
-        await self._aborts.do([request_id] if isinstance(request_id, str) else request_id)
-
     async def _answer(self, asked: Asked) -> AsyncGenerator[RequestOutput, None]:
         if asked.params.structured_outputs is not None:
             await asyncio.to_thread(self.experts[0].engine.choose_grammar, asked.params)
         only = asked.call.only_expert
         if only is not None:
-            self._of_living(asked.call, asked.call.log_weights)
+            self.of_living(asked.call, asked.call.log_weights)
             prompt_logprobs = None
             each = iter([asked]) if asked.params.n == 1 else _choices_of(asked)
             choices = (self._asked_alone(choice, only) for choice in each)
@@ -251,7 +228,7 @@ class EnsembleClient(AllEngines):
 
     async def _asked_alone(self, asked: Asked, expert: int) -> AsyncGenerator[RequestOutput, None]:
         """One choice of the one expert that the request may be answered by: plain vLLM."""
-        async with self._place(asked):
+        async with self.place(asked.abort):
             client = self.experts[expert].engine.client
             kwargs = self._joined(asked, expert)
             outputs = client.generate(asked.prompt, asked.params, asked.request_id, **kwargs)
@@ -262,17 +239,8 @@ class EnsembleClient(AllEngines):
                             yield output
             except Exception:
                 if client.errored:
-                    raise self._down([expert]) from None
+                    raise self.down([expert]) from None
                 raise
-
-    @contextlib.asynccontextmanager
-    async def _place(self, asked: Asked) -> AsyncIterator[None]:
-        """One of the places for what runs at once; waiting for it is not urgent."""
-        self.thread.arrived()
-        async with contextlib.AsyncExitStack() as kept:
-            with asked.abort.waking():
-                await kept.enter_async_context(self.queue.take())
-            yield
 
     # --- whoever dies -------------------------------------------------------------------------------------
 
@@ -284,7 +252,7 @@ class EnsembleClient(AllEngines):
         Args:
             scored: whether the prompt has still to move the ``log_weights`` [K].
         """
-        async with self._place(asked), contextlib.AsyncExitStack() as kept:
+        async with self.place(asked.abort), contextlib.AsyncExitStack() as kept:
             while True:
                 try:
                     async with contextlib.AsyncExitStack() as attempt:
@@ -319,9 +287,9 @@ class EnsembleClient(AllEngines):
         """
         call, beam, budget = asked.call, asked.beam, asked.call.prune
         answered = 0 if beam is None else len(beam.spoken)  # tokens of the prompt that count as the answer's
-        if beam is not None and beam.before is not None and not self._missing(call, beam.before.log_weights):
+        if beam is not None and beam.before is not None and not self.missing(call, beam.before.log_weights):
             log_weights, budget, scored, answered = beam.before.log_weights, beam.before.budget, False, 1
-        log_weights = self._of_living(call, log_weights)
+        log_weights = self.of_living(call, log_weights)
         active = active_experts(log_weights)
         if len(active) == 1:
             if beam is not None:
@@ -344,34 +312,9 @@ class EnsembleClient(AllEngines):
         if asked.trace is not None:
             asked.trace.loses(self.experts[expert].name)
         if call.on_expert_loss == "fail":
-            raise self._down([expert])
+            raise self.down([expert])
         if asked.speech is not None and asked.params.prompt_logprobs is not None:
             asked.params = without_prompt_logprobs(asked.params)  # they have been said
-
-    def _of_living(self, call: Call, log_weights: np.ndarray) -> np.ndarray:
-        """``log_weights`` [K] of those that live, for want of the others; these are noted in ``call``.
-
-        Raises:
-            ExpertDown: none of those with weight lives, or the user wants no answer without them.
-        """
-        missing = self._missing(call, log_weights)
-        if not missing:
-            return log_weights
-        call.degraded.update(dict.fromkeys(self.experts[k].name for k in missing))
-        if len(missing) == len(active_experts(log_weights)) or call.on_expert_loss == "fail":
-            raise self._down(missing)
-        rest = np.array(log_weights)
-        rest[missing] = -np.inf
-        return rest - np.logaddexp.reduce(rest)
-
-    def _missing(self, call: Call, log_weights: np.ndarray) -> list[int]:
-        """Those of the experts with weight that do not live."""
-        weighed = active_experts(log_weights)
-        return [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
-
-    def _down(self, experts: Sequence[int]) -> ExpertDown:
-        names = ", ".join(repr(self.experts[k].name) for k in experts)
-        return ExpertDown(f"expert {names} is down and is being started again: ask again in a moment")
 
     # --- weigh --------------------------------------------------------------------------------------------
 
@@ -398,7 +341,7 @@ class EnsembleClient(AllEngines):
                     asked.prompt,
                     asked.request_id,
                     asked.kwargs,
-                    self._of_living(call, log_weights),
+                    self.of_living(call, log_weights),
                     call.rule,
                     self.ensemble.vocab_size if count < 0 else count,
                     posterior=call.scored,

@@ -15,6 +15,7 @@ from typing import Any
 from decar.router import Changes, Ensemble, Reading, changes
 from decar.router.errors import DecarError, EnsembleError
 from decar.server.gateway.ensemble import EnsembleClient
+from decar.server.gateway.flow import FlowEnsemble
 from decar.server.gateway.seats import Seats
 from decar.server.gateway.supervisor import Supervisor
 from decar.server.gateway.trained_routers import TrainedRouters
@@ -69,7 +70,7 @@ class Reloader:
         patience_s: for the requests of an engine that is to be ended.
     """
 
-    client: EnsembleClient
+    client: EnsembleClient | FlowEnsemble
     supervisor: Supervisor
     served: Reading
     read: Callable[[], Reading]

@@ -6,10 +6,10 @@ K experts, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import numpy as np
 import pydantic
@@ -58,6 +58,9 @@ class DecarOptions(BaseModel):
     def routing(self) -> list[str]:
         """The fields that are given of those that say which experts take part, and how."""
         return sorted(self.model_dump(exclude={"trace", "on_expert_loss"}, exclude_none=True))
+
+
+Options = TypeVar("Options", bound=DecarOptions)
 
 
 @dataclass
@@ -160,6 +163,21 @@ class Call:
             "active": self.in_order(dict.fromkeys(name for trace in traces for name in trace.experts)),
         }
 
+    def told(self, trace: ChoiceTrace, new: slice) -> dict[str, Any]:
+        """The `decar` object of a choice, for its tokens at ``new``."""
+        return {
+            "weights": self.by_expert(trace.weights[new]),
+            "leaders": trace.leaders[new],
+            "active": self.in_order(trace.experts),
+        }
+
+    def reads(self, fields: Mapping[str, Any]) -> None:
+        """What else the request's body says that concerns decar: here, nothing.
+
+        Raises:
+            RequestError: something that cannot be answered.
+        """
+
     def _in_turn(self) -> list[ChoiceTrace]:
         return [self.choices[index] for index in sorted(self.choices)]
 
@@ -198,7 +216,18 @@ def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
     Raises:
         RequestError: says which field is wrong and how to mend it.
     """
-    parsed = _validated(options)
+    call = routed(ensemble, model, validated(options, DecarOptions))
+    if call.draw:
+        _check_draw(call)
+    return call
+
+
+def routed(ensemble: Ensemble, model: str | None, parsed: DecarOptions) -> Call:
+    """A `Call` with weights, or with what says them.
+
+    Raises:
+        RequestError: as `parse_call`.
+    """
     trace = bool(parsed.trace)
     asked = model or ensemble.name
     alone = expert_of(ensemble, model)
@@ -239,8 +268,6 @@ def parse_call(ensemble: Ensemble, model: str | None, options: Any) -> Call:
                     '"posterior"',
                     f"decar.{field_name}",
                 )
-    if call.draw:
-        _check_draw(call)
     return call
 
 
@@ -279,7 +306,15 @@ def _check_draw(call: Call) -> None:
             '"posterior" (or leave decar.weights out), or decar.sampling to "mixture"',
             "decar.sampling",
         )
-    if call.rule != "velocity":
+    check_drawn_rule(call)
+
+
+def check_drawn_rule(call: Call) -> None:
+    """
+    Raises:
+        RequestError: an expert is to be drawn, and the rule is not that of the mixture which that samples.
+    """
+    if call.draw and call.rule != "velocity":
         raise RequestError(
             'decar.sampling "draw" samples the arithmetic mixture: set decar.rule to "velocity", or decar.sampling to '
             '"mixture"',
@@ -298,16 +333,21 @@ def model_ids(ensemble: Ensemble) -> list[str]:
     return [ensemble.name, *(f"{ensemble.name}/{name}" for name in ensemble.expert_names)]
 
 
-def _validated(options: Any) -> DecarOptions:
+def validated(options: Any, model: type[Options]) -> Options:
+    """A request's `decar` object.
+
+    Raises:
+        RequestError: it is none.
+    """
     if options is None:
-        return DecarOptions()
+        return model()
     if not isinstance(options, dict):
         raise RequestError('decar must be an object such as {"route": "posterior"}', "decar")
     try:
-        return DecarOptions.model_validate(options)
+        return model.model_validate(options)
     except pydantic.ValidationError as error:
         where = ".".join(["decar", *(str(part) for part in error.errors()[0]["loc"])])
-        raise RequestError(f"decar.{describe_validation_error(error, DecarOptions)}", where) from None
+        raise RequestError(f"decar.{describe_validation_error(error, model)}", where) from None
 
 
 def _explicit(ensemble: Ensemble, weights: dict[str, float]) -> np.ndarray:

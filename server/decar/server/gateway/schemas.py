@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from decar.router.manifest import RouterKind, Rule, Scope, Start
+from decar.router.manifest import Kind, Order, RouterKind, Rule, Schedule, Scope, Start
 from decar.server.gateway.gate import GENERATING
 from decar.server.gateway.request import DecarOptions
 
@@ -49,6 +49,8 @@ class DecarAnswer(_Described):
     """The same: who led each token."""
     active: list[str] = Field(default=[])
     """The same: who was active at the beginning."""
+    revealed_at: list[int] = Field(default=[])
+    """The same, of a flow ensemble, in place of ``leaders``: the step that revealed each token, from 1."""
 
 
 class ExpertState(_Described):
@@ -80,6 +82,22 @@ class Defaults(_Described):
     prune: float
 
 
+class FlowDefaults(_Described):
+    """The same of a flow ensemble."""
+
+    route: RouterKind
+    scope: Scope | None = None
+    start: Start | None = None
+    rule: Rule
+    mask_token_id: int
+    """Of the token that stands where nothing is known."""
+    schedule: Schedule
+    steps: int | None
+    block_length: int | None
+    order: Order
+    prompt_chunks: int
+
+
 class Slots(BaseModel):
     """Of requests that run."""
 
@@ -99,12 +117,13 @@ class EnsembleState(_Described):
 
     object: str = "ensemble"
     name: str
+    kind: Kind
     experts: list[ExpertState]
     routes: list[str]
     """Values that `decar.route` may have here."""
     images: bool
     """Whether experts read images."""
-    defaults: Defaults
+    defaults: Defaults | FlowDefaults
     slots: Slots
     queue: Waiting
 
@@ -160,14 +179,16 @@ def error_responses(**described: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def describing_decar(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """An app's description, with the `decar` object of the requests that take it and of their answers."""
+def describing_decar(
+    describe: Callable[[], dict[str, Any]], options: type[DecarOptions] = DecarOptions
+) -> Callable[[], dict[str, Any]]:
+    """An app's description, with the `decar` object of the requests that take it, ``options``, and of their answers."""
 
     def described() -> dict[str, Any]:
         schema = deepcopy(describe())
         components = schema.setdefault("components", {}).setdefault("schemas", {})
-        for model in (DecarOptions, DecarAnswer):
-            components[model.__name__] = model.model_json_schema(ref_template=_COMPONENTS + "{model}")
+        for name, model in (("DecarOptions", options), ("DecarAnswer", DecarAnswer)):
+            components[name] = model.model_json_schema(ref_template=_COMPONENTS + "{model}")
         paths = {path: schema["paths"][path]["post"] for path in GENERATING if path in schema["paths"]}
         asked = {path: _body_of(route) for path, route in paths.items()}
         for body in filter(None, asked.values()):

@@ -11,7 +11,7 @@ from typing import Any
 from decar.router.errors import StartError
 from decar.server.gateway.engine import Engine
 from decar.server.gateway.ensemble import EnsembleClient
-from decar.server.gateway.warm_up import warm_up
+from decar.server.gateway.flow import FlowEnsemble
 
 logger = logging.getLogger("decar")
 
@@ -29,7 +29,7 @@ class Supervisor:
 
     Args:
         start: gives an expert a new engine.
-        image: a prompt with an image, which warms an engine; None where the experts take none.
+        warm: warms an expert's new engine.
         stuck_after_s: an engine with work that does not get on for so long is ended. Without an end, everybody who
             waits for its rows would wait as well. One that warms up, for which nobody waits, has `COMPILES_FOR` times
             as long.
@@ -37,12 +37,12 @@ class Supervisor:
 
     def __init__(
         self,
-        client: EnsembleClient,
+        client: EnsembleClient | FlowEnsemble,
         start: Callable[[int], Awaitable[Engine]],
-        image: Any | None,
+        warm: Callable[[int], Awaitable[None]],
         stuck_after_s: float,
     ):
-        self._client, self._start, self._image = client, start, image
+        self._client, self._start, self._warm = client, start, warm
         self._looks = max(round(stuck_after_s / LOOK_S), 1)
         self._waits = [SHORTEST_WAIT_S] * len(client.experts)
         self._up_since = [time.monotonic()] * len(client.experts)
@@ -120,7 +120,7 @@ class Supervisor:
         client.give_engine(expert, engine)
         self._warming_up.add(expert)
         try:
-            await warm_up(client, self._image, expert)
+            await self._warm(expert)
         except Exception as error:
             client.health.dead(expert)
             engine.end()

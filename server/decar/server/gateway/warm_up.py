@@ -9,7 +9,9 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from decar.router import log_prior
+from decar.router.manifest import Rule
 from decar.server.gateway.ensemble import EnsembleClient
+from decar.server.gateway.flow import FlowEnsemble
 from decar.server.gateway.request import Call, current_call
 
 
@@ -50,3 +52,25 @@ async def warm_up(client: EnsembleClient, image: Any | None, expert: int | None 
         params = SamplingParams(max_tokens=2, ignore_eos=True)
         await asyncio.gather(*(asyncio.create_task(run(call, params, image)) for call in calls))
     await (client if expert is None else client.experts[expert].engine.client).reset_prefix_cache()
+
+
+async def warm_up_flow(client: FlowEnsemble, expert: int | None = None) -> None:
+    """The same of a flow ensemble."""
+    experts = len(client.experts)
+    everyone = log_prior([float(each.up or k == expert) for k, each in enumerate(client.experts)])
+    plain = replace(client.call_of(None, None), log_weights=everyone, router=None, model=None, warms=expert)
+    rules: tuple[Rule, ...] = ("velocity", "logit")
+    calls = [replace(plain, rule=rule, scored=True, posterior=experts > 1) for rule in rules]
+    new = client.seats.of if expert is None else [expert]
+    alone = [log_prior([float(j == k) for j in range(experts)]) for k in new]
+    calls += [replace(plain, log_weights=weights, scored=False, posterior=False) for weights in alone]
+
+    async def run(call: Call) -> None:
+        current_call.set(call)
+        params = SamplingParams(max_tokens=4, ignore_eos=True, top_p=0.9, seed=0, logprobs=2)
+        async for _ in client.generate(
+            {"type": "token", "prompt_token_ids": [0, 1]}, params, f"warm-up-{id(call)}"
+        ):
+            pass
+
+    await asyncio.gather(*(asyncio.create_task(run(call)) for call in calls))

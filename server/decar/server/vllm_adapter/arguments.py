@@ -61,6 +61,9 @@ RESERVED_FLAGS: dict[str, tuple[str, ...]] = {
 }
 """vLLM flags that decar sets itself, or that an engine in lockstep cannot follow, by the reason."""
 
+FLOW_ARCHITECTURE = "BertForMaskedLM"
+_NO_KV_BYTES = 1 << 20
+"""What looks both ways keeps no keys and values; without a size vLLM would want most of the memory for them."""
 _EXECUTORS = "decar.server.vllm_adapter.executor"
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]+)?")
 
@@ -204,20 +207,60 @@ def engine_config(ensemble: Ensemble, expert: int, args: Namespace, cpu_kv_bytes
     Raises:
         StartError: vLLM refuses the flags for this expert, or the lockstep cannot serve its architecture.
     """
-    name = ensemble.experts[expert].name
     ranks = ensemble.experts[expert].options.tensor_parallel_size or args.tensor_parallel_size
+    config = _checked(ensemble, expert, _engine_args(ensemble, expert, args, ranks, cpu_kv_bytes // ranks))
+    model = config.model_config
+    if model.is_hybrid or model.is_attention_free:
+        raise StartError(
+            f"{_described(ensemble, expert)} keeps a recurrent state, which a position that runs again would advance "
+            "twice; only attention models can be mixed"
+        )
+    return config
+
+
+def flow_engine_config(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
+    """The same for an expert of a flow ensemble, which keeps no KV cache.
+
+    Raises:
+        StartError: as `engine_config`; or a flag, or an architecture, that a flow ensemble cannot have.
+    """
+    from decar.server.vllm_adapter.versions import FLOWS_SINCE, installed_version, numbers_of
+
+    described, version = _described(ensemble, expert), installed_version() or "0"
+    if numbers_of(version) < numbers_of(FLOWS_SINCE):
+        raise StartError(
+            f"a flow ensemble needs vLLM {FLOWS_SINCE}, and {version} is installed: install that"
+        )
+    if ensemble.experts[expert].architecture != FLOW_ARCHITECTURE:
+        raise StartError(
+            f"{described} cannot be an expert of a flow ensemble: of masked-language models vLLM serves "
+            f"{FLOW_ARCHITECTURE} alone"
+        )
+    if ensemble.experts[expert].options.tensor_parallel_size or args.tensor_parallel_size > 1:
+        raise StartError(
+            f"{described} would have several ranks, and a flow ensemble's experts have one each: leave "
+            "tensor_parallel_size and --tensor-parallel-size out"
+        )
+    return _checked(ensemble, expert, _flow_engine_args(ensemble, expert, args))
+
+
+def _described(ensemble: Ensemble, expert: int) -> str:
+    return f"expert {ensemble.experts[expert].name!r} ({ensemble.experts[expert].architecture})"
+
+
+def _checked(ensemble: Ensemble, expert: int, engine: Any) -> Any:
+    """The configuration that vLLM makes of an expert's arguments, if it can be served.
+
+    Raises:
+        StartError: it cannot.
+    """
+    name, described = ensemble.experts[expert].name, _described(ensemble, expert)
     try:
-        config = _engine_args(ensemble, expert, args, ranks, cpu_kv_bytes // ranks).create_engine_config()
+        config = engine.create_engine_config()
     except ValueError as error:  # pydantic's ValidationError is one
         reason = " ".join(str(error).split("[type=")[0].split())
         raise StartError(f"expert {name!r}: vLLM refuses these flags: {reason}") from None
     model = config.model_config
-    described = f"expert {name!r} ({ensemble.experts[expert].architecture})"
-    if model.is_hybrid or model.is_attention_free:
-        raise StartError(
-            f"{described} keeps a recurrent state, which a position that runs again would advance twice; only "
-            "attention models can be mixed"
-        )
     if model.get_vocab_size() < ensemble.vocab_size:
         raise StartError(
             f"{described} would have {model.get_vocab_size()} token ids, and its config.json says more: leave "
@@ -245,7 +288,7 @@ def refuse_other_steps(served: Any, config: Any, name: str, spec: PlaneSpec) -> 
     """
     for what, before, after in (
         ("positions", spec.positions, config.model_config.max_model_len),
-        ("slots", spec.slots, config.scheduler_config.max_num_seqs),
+        ("slots", served.scheduler_config.max_num_seqs, config.scheduler_config.max_num_seqs),
         ("tokens in a KV block", 0, spec.prompt_unit % config.cache_config.block_size),
         *(
             [("dtype", served.model_config.dtype, config.model_config.dtype)] if spec.on_device else []
@@ -270,9 +313,34 @@ def _unsupported_head_size(model: Any) -> list[int] | None:
 
 
 def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, ranks: int, cpu_kv_bytes: int) -> Any:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
     from decar.server.vllm_adapter.versions import sampler_needs_fp64
+
+    engine = _common_args(ensemble, expert, args)
+    engine.tensor_parallel_size = ranks
+    engine.worker_cls = "decar.server.vllm_adapter.worker.LockstepWorker"
+    engine.scheduler_cls = "decar.server.vllm_adapter.scheduler.LockstepScheduler"
+    engine.scheduling_policy = "priority"  # every engine orders requests by the same arrival times
+    if on_cpu():
+        if sampler_needs_fp64():
+            engine.use_fp64_gumbel = True
+        if shares_default_kv(args):
+            engine.kv_cache_memory_bytes = cpu_kv_bytes
+    if ranks > 1:
+        engine.distributed_executor_backend = f"{_EXECUTORS}.RanksExecutor"
+    return engine
+
+
+def _flow_engine_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
+    engine = _common_args(ensemble, expert, args)
+    engine.runner = "pooling"
+    engine.worker_cls = "decar.server.vllm_adapter.flow_worker.FlowWorker"
+    if shares_default_kv(args):
+        engine.kv_cache_memory_bytes = _NO_KV_BYTES
+    return engine
+
+
+def _common_args(ensemble: Ensemble, expert: int, args: Namespace) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
 
     engine = AsyncEngineArgs.from_cli_args(args)
     engine.model = str(ensemble.experts[expert].path)
@@ -283,23 +351,13 @@ def _engine_args(ensemble: Ensemble, expert: int, args: Namespace, ranks: int, c
     if engine.generation_config == "auto":
         engine.generation_config = first
     engine.served_model_name = [ensemble.name]
-    engine.tensor_parallel_size = ranks
-    engine.worker_cls = "decar.server.vllm_adapter.worker.LockstepWorker"
-    engine.scheduler_cls = "decar.server.vllm_adapter.scheduler.LockstepScheduler"
     engine.async_scheduling = False
     # The cache is one engine's: it would keep the images that this one has from those that have yet to see them.
     engine.mm_processor_cache_gb = 0
-    engine.scheduling_policy = "priority"  # every engine orders requests by the same arrival times
     if engine.max_model_len is None:
         engine.max_model_len = ensemble.max_positions
     if on_cpu():
-        if sampler_needs_fp64():
-            engine.use_fp64_gumbel = True
         engine.distributed_executor_backend = f"{_EXECUTORS}.InProcessExecutor"
-        if shares_default_kv(args):
-            engine.kv_cache_memory_bytes = cpu_kv_bytes
-    if ranks > 1:
-        engine.distributed_executor_backend = f"{_EXECUTORS}.RanksExecutor"
     return engine
 
 

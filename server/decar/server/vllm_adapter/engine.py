@@ -15,10 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from vllm.engine.protocol import EngineClient
 from vllm.logprobs import Logprob
+from vllm.outputs import PoolingRequestOutput
 from vllm.platforms import current_platform
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -27,6 +30,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 
 from decar.router.errors import StartError
+from decar.server.protocol.flow import FLOW_KEY, FLOW_TASK, Denoising
 from decar.server.protocol.plane import PlaneSpec
 from decar.server.protocol.runtime import remove_stale
 from decar.server.vllm_adapter.brought import Brought
@@ -75,6 +79,14 @@ class LLMEngine:
 
     async def submit(self, request_id: str, prompt: Any, params: SamplingParams, **kwargs: Any) -> Any:
         return await self.llm.add_request(request_id, prompt, params, **kwargs)
+
+    async def denoise(self, request_id: str, tokens: Sequence[int], part: Denoising) -> np.ndarray:
+        params = PoolingParams(task=FLOW_TASK, extra_kwargs={FLOW_KEY: part.to_wire()})
+        prompt: Any = {"type": "token", "prompt_token_ids": list(tokens)}
+        queue = await self.llm.add_request(request_id, prompt, params)
+        output = await queue.get()
+        assert isinstance(output, PoolingRequestOutput)
+        return np.asarray(output.outputs.data.numpy(), np.float64)
 
     async def cancel(self, request_id: str) -> None:
         with contextlib.suppress(EngineDeadError):

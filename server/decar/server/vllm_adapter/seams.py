@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from decar.server.vllm_adapter.source_tree import Function, Signature, SourceTree, mentions
-from decar.server.vllm_adapter.versions import MOVED, numbers_of
+from decar.server.vllm_adapter.versions import FLOWS_SINCE, MOVED, numbers_of
 
 Kind = Literal["reads", "calls", "replaces", "implements"]
 
@@ -87,6 +87,12 @@ def used_by(file: str, *groups: Iterable[Seam]) -> Iterator[Seam]:
             yield replace(seam, used_by=f"{file}: {seam.used_by}" if seam.used_by else file)
 
 
+def of_flows(file: str, *groups: Iterable[Seam]) -> Iterator[Seam]:
+    """The same of flow ensembles, which versions before `versions.FLOWS_SINCE` cannot serve."""
+    for seam in used_by(file, *groups):
+        yield replace(seam, since=FLOWS_SINCE)
+
+
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _BATCH = "vllm.v1.worker.gpu_input_batch"
 _V2 = "vllm.v1.worker.gpu.model_runner"
@@ -103,22 +109,81 @@ _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 _MULTIPROC = "vllm.v1.executor.multiproc_executor"
 _CUDA = "vllm.distributed.device_communicators.cuda_wrapper"
 
+_WORKERS = (("vllm.v1.worker.cpu_worker", "CPUWorker"), ("vllm.v1.worker.gpu_worker", "Worker"))
+
 SEAMS: tuple[Seam, ...] = (
+    *used_by(
+        "expert_worker",
+        *(
+            seams
+            for module, worker in _WORKERS
+            for seams in (
+                replaces(module, f"{worker}.init_device"),
+                replaces(module, f"{worker}.load_model", "*args, **kwargs"),
+                reads(module, worker, "vllm_config distributed_init_method rank parallel_config"),
+            )
+        ),
+        reads("vllm.platforms", "", "current_platform"),
+    ),
+    *of_flows(
+        "flow_worker",
+        *(
+            seams
+            for module, worker in _WORKERS
+            for seams in (
+                replaces(module, f"{worker}.execute_model", "scheduler_output"),
+                reads(module, worker, "model_runner"),
+            )
+        ),
+        calls(_RUNNER, "GPUModelRunner.get_model"),
+        calls(
+            "vllm.model_executor.models.bert",
+            "BertMLMHead.forward",
+            "hidden_states",
+            used_by="is computed at the positions that are asked for",
+        ),
+        replaces(
+            "vllm.model_executor.layers.pooler.abstract",
+            "Pooler.forward",
+            "hidden_states, pooling_metadata",
+        ),
+        replaces("vllm.model_executor.layers.pooler.abstract", "Pooler.get_supported_tasks"),
+        calls("vllm.v1.pool.metadata", "PoolingMetadata.get_pooling_cursor"),
+        reads("vllm.v1.pool.metadata", "PoolingMetadata", "pooling_params"),
+        calls("vllm.v1.pool.metadata", "PoolingCursor.is_partial_prefill"),
+        reads("vllm.v1.pool.metadata", "PoolingCursor", "num_scheduled_tokens_cpu"),
+        reads("vllm.pooling_params", "PoolingParams", "extra_kwargs task"),
+        reads("vllm.tasks", "", "PoolingTask"),
+    ),
+    *of_flows(
+        "virtual",
+        calls(
+            "vllm.v1.engine.input_processor",
+            "InputProcessor.process_inputs",
+            "request_id, prompt, params, *, supported_tasks",
+        ),
+        calls("vllm.v1.engine.input_processor", "InputProcessor.assign_request_id", "request"),
+        calls(_PROCESSOR, "OutputProcessor.__init__", "tokenizer, *, log_stats"),
+        calls(_PROCESSOR, "OutputProcessor.add_request", "request, prompt, parent_req, request_index, queue"),
+        calls(_PROCESSOR, "OutputProcessor.process_outputs", "engine_core_outputs"),
+        calls(_PROCESSOR, "OutputProcessor.abort_requests", "request_ids, *, internal"),
+        reads(_PROCESSOR, "OutputProcessorOutput", "reqs_to_abort"),
+        calls(_PROCESSOR, "RequestOutputCollector.__init__", "output_kind, request_id"),
+        reads("vllm.v1.engine", "EngineCoreRequest", "request_id prompt_token_ids sampling_params"),
+        reads("vllm.v1.engine", "EngineCoreOutput", "new_logprobs finish_reason stop_reason"),
+        reads("vllm.v1.engine", "FinishReason", "STOP LENGTH"),
+        reads("vllm.v1.outputs", "LogprobsLists", "logprob_token_ids logprobs sampled_token_ranks"),
+        reads("vllm.sampling_params", "SamplingParams", "eos_token_id all_stop_token_ids stop_token_ids"),
+    ),
     *used_by(
         "worker",
         *(
             seams
-            for module, worker in (
-                ("vllm.v1.worker.cpu_worker", "CPUWorker"),
-                ("vllm.v1.worker.gpu_worker", "Worker"),
-            )
+            for module, worker in _WORKERS
             for seams in (
-                replaces(module, f"{worker}.init_device"),
-                replaces(module, f"{worker}.load_model", "*args, **kwargs"),
                 replaces(module, f"{worker}.execute_model", "scheduler_output"),
                 replaces(module, f"{worker}.sample_tokens", "grammar_output"),
                 reads(module, worker, "vllm_config device model_runner use_v2_model_runner"),
-                reads(module, worker, "distributed_init_method rank parallel_config"),
             )
         ),
         reads(
@@ -556,6 +621,8 @@ SEAMS: tuple[Seam, ...] = (
         ),
         reads("vllm.v1.engine", "EngineCoreOutput", "request_id new_token_ids new_prompt_logprobs_tensors"),
         reads("vllm.v1.outputs", "LogprobsTensors", "logprob_token_ids logprobs selected_token_ranks"),
+        reads("vllm.pooling_params", "PoolingParams", "task extra_kwargs"),
+        reads("vllm.outputs", "PoolingRequestOutput", "outputs"),
         *(
             replaces(
                 module,

