@@ -172,10 +172,10 @@ class Revealing:
             ...  # write tokens at positions
 
     One token a step is exact; several at once are sampled, and weigh the experts, as if they were independent of each
-    other given what was revealed before (`docs/theory.md`, "Flows"). Nothing depends on other answers.
+    other given what was revealed before (`docs/theory.md`, "Flows"). Nothing depends on other answers. What is not
+    described here is as for `plan`.
 
     Args:
-        masked, order, schedule, steps, block_length, seed, sampler: see `plan`.
         log_weights: [K], as the answer begins; -inf for an expert that takes no part. With all weight on one expert,
             drawn by the weights (`decar.router.drawn`), the answer is a sample of the mixture of the experts' own
             processes, exact for any number of steps.
