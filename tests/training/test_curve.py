@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from decar.router.errors import TrainingError
-from decar.training.config import TrainConfig, load_config, load_seeds
+from decar.training.config import EvaluateConfig, TrainConfig, load_config, load_seeds
 from decar.training.data.shards import read_texts
 from decar.training.data.tokenizer import load_tokenizer, make_tokenizer, tokenizer_stage
 from decar.training.evaluate.curve import (
     BASE,
+    NOT_IN_POINTS,
     ONE_GO,
     TOGETHER,
     CurveReport,
@@ -169,6 +170,12 @@ def test_what_is_finished_is_not_done_again(
     assert wide.as_good_from == {2: 0, 3: 0}
     assert run(monkeypatch, path) == 0
     assert read(path).as_good_from == report.as_good_from
+
+
+def test_what_no_point_is_measured_by_does_not_count() -> None:
+    """Else a setting that comes later would have all points measured again."""
+    counted = {"batch_size", "max_texts", "max_tokens", "prompt_tokens", "sampled_tokens"}
+    assert EvaluateConfig.model_fields.keys() - NOT_IN_POINTS == counted
 
 
 def test_the_table_and_the_plot(

@@ -476,6 +476,11 @@ def test_a_checkpoint_that_looks_one_way(write_config: WriteConfig, here: Path) 
         ("tokenizer.mask_token=null", "tokenizer.mask_token: masked diffusion needs one"),
         ("experts.0={name: code, model: {objective: causal}}", "one objective; take it out of 'code'"),
         ("flow.order=any", "flow.order"),
+        ("flow.steps=100000", "flow.steps: Input should be less than or equal to 65536"),
+        (
+            "evaluate.noise_levels=100000",
+            "evaluate.noise_levels: Input should be less than or equal to 65536",
+        ),
         ("flow.shedule=cosine", "did you mean 'schedule'"),
     ],
 )

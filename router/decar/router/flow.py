@@ -16,13 +16,13 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from decar.router.manifest import Order, Schedule
+from decar.router.manifest import MAX_STEPS, Order, Schedule
 from decar.router.posterior import Float64s, moved_on
 
 Int64s = npt.NDArray[np.int64]
 Sampler = Literal["ancestral", "euler"]
 
-NOISE_STRIDE = 2**16
+NOISE_STRIDE = MAX_STEPS
 """More than any position, and than any number of steps: `decide` counts its noise in 32 bits, these are two halves."""
 
 

@@ -21,6 +21,8 @@ from decar.router.inside import check_file_name, inside, links_out
 
 MANIFEST_NAME = "ensemble.json"
 MAX_EXPERTS = 16
+MAX_STEPS = 2**16
+"""In which an answer is revealed: the noise of a token is counted by step and position, of 16 bits each."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
 """What an ensemble or an expert may be called."""
@@ -118,8 +120,8 @@ class FlowDefaults(_Strict):
     """
 
     schedule: Schedule = "linear"
-    steps: int | None = Field(default=None, ge=1)
-    block_length: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    block_length: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     order: Order = "random"
     prompt_chunks: int = Field(default=4, ge=1, le=1024)
 

@@ -18,7 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from decar.router.errors import TrainingError, did_you_mean
 from decar.router.files import Metric
-from decar.router.manifest import FlowDefaults, Mixing, RouterEntry, Schedule, describe_validation_error
+from decar.router.manifest import (
+    MAX_STEPS,
+    FlowDefaults,
+    Mixing,
+    RouterEntry,
+    Schedule,
+    describe_validation_error,
+)
 from decar.training.run import Run
 
 Builtin = Literal["python-stdlib", "python-docstrings", "pydoc-topics"]
@@ -375,7 +382,10 @@ class EvaluateConfig(_Strict):
 
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = []
     noise_levels: int = Field(
-        default=16, gt=0, description="of masked diffusion: steps that reveal what follows a prompt"
+        default=16,
+        gt=0,
+        le=MAX_STEPS,
+        description="of masked diffusion: steps that reveal what follows a prompt",
     )
     margin: float = Field(default=0.02, gt=0, description="nats per token")
     prompt_tokens: int = Field(default=32, gt=1, description="bos included")

@@ -86,7 +86,7 @@ def scores_fingerprint(config: TrainConfig) -> str:
     settings = config.evaluate.model_dump(
         mode="json", exclude=_NOT_IN_SCORES | _never_measured(config.is_flow)
     )
-    flow = [config.flow] if config.is_flow else []
+    flow = [config.flow.model_dump(exclude={"steps"})] if config.is_flow else []
     return fingerprint(settings, config.router.entry, config.mixing, config.seed, *flow)
 
 

@@ -43,6 +43,7 @@ from decar.training.run import plot_file, read_report, report_file
 from decar.training.stages import Stage, fingerprint, read_marker
 
 TOGETHER, BASE, ONE_GO = "together", "base", "one go"
+NOT_IN_POINTS = {"seeds", "margin", "prune", "prune_grid", "noise_levels"}
 _AS_GOOD: tuple[Verdict, ...] = ("equivalent within noise", "better")
 
 
@@ -214,7 +215,7 @@ def point_stage(config: TrainConfig, share: float, num_experts: int) -> Stage:
     if 0 in settings(config).shares:
         needed |= {model.directory for model in models(config, 0, num_experts) if model.name == TOGETHER}
     markers = [read_marker(directory) for directory in sorted(needed)]
-    measured = config.evaluate.model_dump(mode="json", exclude={"seeds", "margin", "prune", "prune_grid"})
+    measured = config.evaluate.model_dump(mode="json", exclude=NOT_IN_POINTS)
     return Stage(
         split_config(config, num_experts).run.branched(share, "scores"),
         fingerprint(measured, config.seed),

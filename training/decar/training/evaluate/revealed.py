@@ -20,7 +20,7 @@ from torch import Tensor
 
 from decar.router.errors import TrainingError
 from decar.router.flow import plan, prompt_chunks
-from decar.router.manifest import Flow, Start
+from decar.router.manifest import Flow, FlowDefaults, Order, Start
 from decar.training.data.masked_blocks import denoised
 from decar.training.evaluate.held_out import Text
 from decar.training.evaluate.systems import Scores
@@ -29,10 +29,14 @@ from decar.training.evaluate.systems import Scores
 _NEVER = -1e30
 
 
+def measured_order(flow: FlowDefaults) -> Order:
+    """In which order texts are revealed: not the most confident first, as that depends on what is sampled."""
+    return "random" if flow.order == "confident" else flow.order
+
+
 @dataclass(frozen=True)
 class Reveals:
-    """How texts are revealed: as ``flow`` says, but in ``steps`` steps, and never the most confident first, as which
-    those are depends on what is sampled.
+    """How texts are revealed: as ``flow`` says, but in ``steps`` steps, and in the `measured_order`.
 
     ``vocab_size``: ids that all models have. ``rows``: how many masked texts are in memory at once.
     """
@@ -60,9 +64,8 @@ class Reveals:
             )
         )
         flow = self.flow
-        order = "random" if flow.order == "confident" else flow.order
         seed = self.seed * 2**32 + number
-        steps = plan(hidden, order, flow.schedule, self.steps, flow.block_length, seed)
+        steps = plan(hidden, measured_order(flow), flow.schedule, self.steps, flow.block_length, seed)
         chunks = prompt_chunks(len(known), flow.prompt_chunks) if starts else []
         asked = [known[chunk.start : chunk.stop] for chunk in chunks] + [step.positions for step in steps]
         # A chunk of the prompt is read with all that follows masked; a step of the answer, with what is yet to come.
@@ -109,11 +112,11 @@ class Reveals:
                 logits = denoised(model, *inputs, self.flow.mask_token_id)[..., : self.vocab_size]
                 for row, places in zip(logits, asked[start : start + self.rows], strict=True):
                     of_model.append(row[torch.from_numpy(places).to(row.device)].log_softmax(dim=-1).cpu())
-                if of_model[-1].isnan().any():
-                    raise TrainingError(
-                        f"the model in {model.name_or_path} gives NaN on held-out text, so its training went wrong; "
-                        "lower training.learning_rate and train it again"
-                    )
+                    if of_model[-1].isnan().any():
+                        raise TrainingError(
+                            f"the model in {model.name_or_path} gives NaN on held-out text, so its training went "
+                            "wrong; lower training.learning_rate and train it again"
+                        )
         rows = torch.stack([torch.cat(of_model) for of_model in found], dim=1)
         rows[..., self.flow.mask_token_id] = _NEVER
         return rows

@@ -15,6 +15,7 @@ from decar.training.evaluate.environment import command, environment
 from decar.training.evaluate.html import render
 from decar.training.evaluate.measures import Row, perplexity
 from decar.training.evaluate.plot import plot_comparisons, plot_gaps, plot_pruning, plot_systems
+from decar.training.evaluate.revealed import measured_order
 from decar.training.evaluate.sampled import SampledRow
 from decar.training.evaluate.scores import CENTRALIZED, MOE, SeedReport, read_scores, scores_stage
 from decar.training.evaluate.verdict import Comparison, Gap, comparisons, gaps, in_words
@@ -157,11 +158,10 @@ def _command(run: Run, own_seed: int, seed: int) -> str:
 def _what_is_bounded(flow: FlowDefaults, noise_levels: int | None) -> list[str]:
     if noise_levels is None:
         return []
-    order = "random" if flow.order == "confident" else flow.order
     return [
         f"Nats per token are bounds: continuations are revealed in {noise_levels} steps (evaluate.noise_levels), in "
-        f"{order} order by the {flow.schedule} schedule, and each token is scored in the step that reveals it; "
-        "which step that is, is drawn alike for all systems."
+        f"{measured_order(flow)} order by the {flow.schedule} schedule, and each token is scored in the step that "
+        "reveals it; which step that is, is drawn alike for all systems."
     ]
 
 

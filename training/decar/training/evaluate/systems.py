@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from decar.router import log_weights_after, prune, top_k
+from decar.router.flow import Int64s
 from decar.router.manifest import Mixing, RouterEntry, Rule, Start
 from decar.router.posterior import Float64s
 
@@ -42,7 +42,7 @@ class Scores:
     rows: Tensor
     ids: Tensor
     starts: Mapping[Start, Float64s]
-    steps: NDArray[np.int64] | None = None
+    steps: Int64s | None = None
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -138,7 +138,7 @@ class System:
 
 
 def posterior_path(
-    first: Float64s, tokens: Float64s, budget: float, steps: NDArray[np.int64] | None = None
+    first: Float64s, tokens: Float64s, budget: float, steps: Int64s | None = None
 ) -> tuple[Float64s, float]:
     """Log weights [T, K] before each of ``tokens`` [T, K], from ``first`` [K], pruned at every step; budget left.
 
