@@ -40,16 +40,18 @@ def test_a_request_ends_by_its_id(trio_server: Server, kind: str) -> None:
     prefix = "chatcmpl-" if "messages" in body else "cmpl-"
     with ThreadPoolExecutor(2) as pool:
         headers = {"X-Request-Id": "mine"}
-        mine = pool.submit(trio_server.http.post, path, json=body, headers=headers)
-        other = pool.submit(trio_server.http.post, "/v1/completions", json=others)
-        wait_until(lambda: not trio_server.is_idle(), 30, "it runs")
 
         def abort() -> bool:
             ids = {"request_ids": [f"{prefix}mine", "nobody's", 3, None]}
             assert trio_server.http.post("/inference/v1/abort_requests", json=ids).status_code == 200
             return mine.done()
 
-        wait_until(abort, 30, "it ends")
+        with trio_server.standing_still() as move:
+            mine = pool.submit(trio_server.http.post, path, json=body, headers=headers)
+            other = pool.submit(trio_server.http.post, "/v1/completions", json=others)
+            wait_until(lambda: not trio_server.is_idle(), 30, "it runs")
+            move(0.02)
+            wait_until(abort, 30, "it ends")
         choices = mine.result().json()["choices"]
         assert len(choices) == body.get("n", 1) * (2 if isinstance(body.get("prompt"), list) else 1)
         assert {choice["finish_reason"] for choice in choices} == {"abort"}

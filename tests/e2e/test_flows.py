@@ -276,6 +276,28 @@ def test_an_answer_ends_at_a_stop_string_or_token(flow_server: Server, flows: Fl
     assert (by_token["finish_reason"], by_token["stop_reason"]) == ("stop", tokens[4])
 
 
+@pytest.mark.parametrize("given", [[], [40, 41]], ids=["ends in a mask", "ends in given tokens"])
+def test_a_text_that_is_filled_in_is_told_to_its_end(
+    flow_server: Server, flows: FlowReference, given: list[int]
+) -> None:
+    body = {"model": "flows", "prompt": [10, 11, flows.mask, *given], "seed": 1, "return_token_ids": True}
+    answer = flow_server.http.post("/v1/completions", json={**body, "skip_special_tokens": False}).json()
+    [choice] = answer["choices"]
+    assert choice["token_ids"][1:] == given
+    known = flow_server.http.post("/detokenize", json={"model": "flows", "tokens": choice["token_ids"]})
+    assert choice["text"] == known.json()["prompt"]
+
+
+def test_numbers_beyond_the_vocabulary_are_the_vocabularys(flow_server: Server) -> None:
+    body = {"model": "flows", "prompt": "x", "max_tokens": 4, "seed": 1, "ignore_eos": True}
+    texts = set()
+    for top_k in (0, 10**30):
+        response = flow_server.http.post("/v1/completions", json={**body, "top_k": top_k})
+        assert response.status_code == 200, response.text
+        texts.add(response.json()["choices"][0]["text"])
+    assert len(texts) == 1
+
+
 def test_a_drawn_expert_takes_all_steps_alone(flow_server: Server) -> None:
     body = {"model": "flows", "prompt": "x", "max_tokens": 8, "seed": 1, "ignore_eos": True}
     drawn = flow_server.http.post(
@@ -298,6 +320,7 @@ def test_a_drawn_expert_takes_all_steps_alone(flow_server: Server) -> None:
         ({"decar": {"schedule": "cubic"}}, ("decar.schedule",)),
         ({"decar": {"route": "classifier"}}, ("decar.route", "not trained")),
         ({"decar": {"sampling": "draw", "rule": "logit"}}, ("decar.sampling",)),
+        ({"decar": {"sampling": "draw"}, "temperature": 0.5}, ("temperature", "draw")),
         ({"decar": {"weights": {"nobody": 1}}}, ("nobody",)),
         ({"echo": True}, ("echo",)),
         ({"prompt_logprobs": 1}, ("prompt_logprobs",)),

@@ -102,6 +102,8 @@ def test_a_flow_ensemble_says_how_it_reveals(directory: Path) -> None:
     )
     write_manifest(directory, manifest)
     assert Ensemble.load(directory).manifest == manifest
+    edit(flow={"mask_token_id": VOCAB_SIZE})
+    assert f"the ids that expert 'code' knows end at {VOCAB_SIZE - 1}" in only_problem(directory)
     edit(kind="autoregressive")
     assert 'belongs to kind "flow" alone' in only_problem(directory)
 

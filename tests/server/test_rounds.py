@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from types import SimpleNamespace
@@ -94,9 +95,9 @@ class World:
 
     def __init__(self, plane: Plane, seeds: Sequence[int]):
         self.engines = [Hashing(plane, k, seed) for k, seed in enumerate(seeds)]
-        experts = [ExpertEngine(f"e{k}", engine) for k, engine in enumerate(self.engines)]  # type: ignore[arg-type]
+        self.experts = [ExpertEngine(f"e{k}", engine) for k, engine in enumerate(self.engines)]  # type: ignore[arg-type]
         self.metrics = FlowMetrics(plane, CollectorRegistry())
-        self.rounds = Rounds(experts, plane, self.metrics, MASK)
+        self.rounds = Rounds(self.experts, plane, self.metrics, MASK)
 
     def answer(
         self,
@@ -234,6 +235,22 @@ async def test_a_lost_expert_leaves_the_answer_to_the_others(world: World) -> No
     alone = world.answer(seed=4, weights=(0, 1))
     [told, other] = await world.told(answer, alone)
     assert told.tokens == other.tokens
+    assert answer.active == [1]
+
+
+async def test_an_expert_that_is_back_before_its_round_ends_was_lost_all_the_same(world: World) -> None:
+    dead, slow = world.engines
+    dead.fails, dead.client.errored = RuntimeError("dead"), True
+    slow.busy.clear()
+    answer = world.answer(seed=4)
+    world.rounds.join(answer)
+    await until(lambda: slow.texts and dead.texts)
+    back = copy.copy(dead)
+    back.fails, back.client = None, SimpleNamespace(errored=False)
+    world.experts[0].engine = back  # type: ignore[assignment]
+    slow.busy.set()
+    [told] = await ended(answer)
+    assert told.finish == "length"
     assert answer.active == [1]
 
 

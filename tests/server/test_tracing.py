@@ -244,13 +244,14 @@ def test_vllms_own_span_is_left_out_where_there_are_no_statistics() -> None:
             self.traced.append(engine_core_output)
 
     class State:
-        def __init__(self, stats: Any):
-            self.stats = stats
+        def __init__(self, stats: Any, detokenizer: Any = "some"):
+            self.stats, self.detokenizer = stats, detokenizer
 
     processor = Processor()
     keep_tracing(processor)
     processor.do_tracing("no statistics", State(None), "some")
     processor.do_tracing("ended by the relay", State(SimpleNamespace(scheduled_ts=1.0)), None)
-    processor.do_tracing("a follower's end", State(SimpleNamespace(scheduled_ts=0.0)), "some")
+    processor.do_tracing("not scheduled", State(SimpleNamespace(scheduled_ts=0.0)), "some")
+    processor.do_tracing("a step of an answer", State(SimpleNamespace(scheduled_ts=1.0), None), "some")
     processor.do_tracing("as ever", State(SimpleNamespace(scheduled_ts=1.0)), "some")
     assert processor.traced == ["as ever"]

@@ -51,7 +51,7 @@ def explain(
         wanted = "DIR and PROMPT (quoted)" if base_url is None else "PROMPT (quoted) alone, beside --base-url"
         raise typer.BadParameter(f"give {wanted}", param_hint="[DIR] PROMPT")
     prompt = words[-1]
-    decar = {"route": route, "trace": True, **({"prune": prune} if prune else {})}
+    decar = {"route": route, "prune": prune, "trace": True}
     end_on_sigterm()
     with contextlib.ExitStack() as stack:
         if base_url is None:
@@ -66,6 +66,8 @@ def explain(
             raise typer.BadParameter(
                 f"{ensemble['name']!r} generates a token after the others: leave it out", param_hint="--steps"
             )
+        if flows and not prune:
+            del decar["prune"]  # which is refused
         say = revealed if flows else answer
         pieces = list(say(client, ensemble["name"], prompt, max_tokens, temperature, decar))
         if steps:

@@ -312,6 +312,8 @@ class Ensemble:
         experts, problems = read_experts(directory, manifest.experts)
         names = [entry.name for entry in manifest.experts]
         problems += router_problems(directory, names, manifest.router.reads_text)
+        if manifest.flow is not None:
+            problems += _mask_problems(manifest.flow.mask_token_id, experts)
         return cls(directory, manifest, experts, has_router(router_folder(directory))), problems
 
     def of_experts(self, chosen: Sequence[tuple[Ensemble, int]]) -> Ensemble:
@@ -511,6 +513,15 @@ def _count_parameters(file: Path) -> int:
             count *= size
         total += count
     return total
+
+
+def _mask_problems(mask_token_id: int, experts: Sequence[ExpertCheckpoint]) -> list[str]:
+    return [
+        f"flow.mask_token_id is {mask_token_id}, but the ids that expert {expert.name!r} knows end at "
+        f"{expert.vocab_size - 1}; give the id of the mask token that the experts were trained with"
+        for expert in experts
+        if mask_token_id >= expert.vocab_size
+    ][:1]
 
 
 def _tokenizer_problems(experts: list[ExpertCheckpoint]) -> list[str]:

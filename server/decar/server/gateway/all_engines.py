@@ -139,9 +139,15 @@ class AllEngines(EngineClient):
         return rest - np.logaddexp.reduce(rest)
 
     def missing(self, call: Call, log_weights: np.ndarray) -> list[int]:
-        """Those of the experts with weight that do not live."""
-        weighed = active_experts(log_weights)
-        return [k for k in weighed if not (self.experts[k].lives or k == call.warms)]
+        """Those of the experts with weight that do not live; the one that ``call`` warms up does, until it dies."""
+        return [k for k in active_experts(log_weights) if not (self.experts[k].lives or self._warms(call, k))]
+
+    def _warms(self, call: Call, expert: int) -> bool:
+        return expert == call.warms and not self.experts[expert].engine.client.errored
+
+    def busy(self, expert: int) -> bool:
+        """Whether somebody's answer still needs an expert's engine."""
+        return self.experts[expert].engine.has_work()
 
     def down(self, experts: Sequence[int]) -> ExpertDown:
         names = ", ".join(repr(self.experts[k].name) for k in experts)

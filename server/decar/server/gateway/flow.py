@@ -24,7 +24,7 @@ from vllm.sampling_params import SamplingParams
 from decar.router import Ensemble, active_experts, drawn, moved_on
 from decar.router.flow import Revealing, prompt_chunks
 from decar.server.gateway.aborts import Abort, Aborted
-from decar.server.gateway.admission import check_revealable
+from decar.server.gateway.admission import check_drawable, check_revealable
 from decar.server.gateway.all_engines import AllEngines
 from decar.server.gateway.engine import Engine, ExpertLost, Speaker
 from decar.server.gateway.flow_request import FlowCall, FlowOptions, FlowTrace, parse_flow_call
@@ -126,6 +126,9 @@ class FlowEnsemble(AllEngines):
     def forget(self, expert: int) -> None:
         """Nothing that an expert says is kept."""
 
+    def busy(self, expert: int) -> bool:
+        return self.rounds.needs(expert) or super().busy(expert)
+
     def call_of(self, model: str | None, options: Any) -> FlowCall:
         """A request's `FlowCall`, from its `model` and `decar` fields.
 
@@ -163,9 +166,12 @@ class FlowEnsemble(AllEngines):
                 parameter="use_beam_search",
             )
         check_revealable(sampling_params)
+        if call.draw:
+            check_drawable(sampling_params)
         tokens = tokens_of(prompt)
         text = self._masked(call, tokens, sampling_params)
-        self._metrics.asked(call.model, requests=int(call.prompts == 0), prompt_tokens=len(tokens))
+        given = int(np.argmax([*(text == self._mask), True]))  # what comes after is the answer's
+        self._metrics.asked(call.model, requests=int(call.prompts == 0), prompt_tokens=given)
         first_choice = call.prompts * sampling_params.n
         call.prompts += 1
         abort = self._aborts.of(request_id, prompt, sampling_params)
@@ -224,9 +230,10 @@ class FlowEnsemble(AllEngines):
         async with self.place(asked.abort):
             with asked.abort.waking():
                 log_weights = await self._weigh(asked)
-            if uniform is not None:
-                log_weights = drawn(log_weights, uniform)
-            answer = self._begun(asked, index, params, log_weights)
+            answer = self._begun(asked, index, params, log_weights, uniform)
+            if asked.trace is not None:
+                for k in answer.active:
+                    asked.trace.joins(self.experts[k].name)
             trace = FlowTrace(experts=[self.experts[k].name for k in answer.active])
             asked.call.choices[asked.first_choice + index] = trace
             self.rounds.join(answer)
@@ -246,9 +253,18 @@ class FlowEnsemble(AllEngines):
             finally:
                 self.rounds.leave(answer)
                 await answer.speaker.abort()  # which is quiet where it has ended
-                self._count(asked, answer.weights[answer.begins : answer.begins + produced])
+                told = slice(answer.begins, answer.begins + produced)
+                self._count(asked, answer.weights[told], answer.revealed_at[told] > 0)
 
-    def _begun(self, asked: Asked, index: int, params: SamplingParams, log_weights: np.ndarray) -> Answer:
+    def _begun(
+        self,
+        asked: Asked,
+        index: int,
+        params: SamplingParams,
+        log_weights: np.ndarray,
+        uniform: float | None,
+    ) -> Answer:
+        """One choice's answer, from ``log_weights`` [K] after the prompt, or from the expert that ``uniform`` draws."""
         call, flow = asked.call, asked.call.flow
         seed = secrets.randbits(63) if params.seed is None else params.seed & (2**63 - 1)
         masked = np.flatnonzero(asked.text == self._mask)
@@ -259,7 +275,7 @@ class FlowEnsemble(AllEngines):
             flow.steps,
             flow.block_length,
             seed,
-            log_weights,
+            log_weights if uniform is None else drawn(log_weights, uniform),
             posterior=call.posterior,
         )
         begins = int(masked[0])
@@ -268,25 +284,29 @@ class FlowEnsemble(AllEngines):
             self._metrics.failed_over(expert)
             if asked.trace is not None:
                 asked.trace.loses(self.experts[expert].name)
-            return self.of_living(call, revealing.log_weights)
+            if uniform is None:
+                return self.of_living(call, revealing.log_weights)
+            return drawn(self.of_living(call, log_weights), uniform)
 
-        alternatives = self.ensemble.vocab_size if params.logprobs == -1 else params.logprobs
+        vocab_size = self.ensemble.vocab_size
+        alternatives = vocab_size if params.logprobs == -1 else params.logprobs
         sampled = Sampled(
             call.rule,
             params.temperature,
             seed,
-            max(params.top_k, 0),
+            min(max(params.top_k, 0), vocab_size),
             params.top_p,
             params.min_p,
-            alternatives,
+            None if alternatives is None else min(alternatives, vocab_size),
         )
         speaker = self._begin(f"{asked.request_id}-{index}", asked.prompt, params, begins)
         return Answer(asked.text.copy(), begins, asked.prompt_tokens, revealing, sampled, speaker, lost)
 
-    def _count(self, asked: Asked, weights: np.ndarray) -> None:
-        """Tokens that these weights [T, K] have mixed have been told."""
-        entropy_nats = self._metrics.observe(weights)
+    def _count(self, asked: Asked, weights: np.ndarray, mixed: np.ndarray) -> None:
+        """Tokens [T] have been told; those that are ``mixed``, and not the prompt's, by these weights [T, K]."""
         self._metrics.asked(asked.call.model, generated=len(weights))
+        weights = weights[mixed]
+        entropy_nats = self._metrics.observe(weights)
         if asked.trace is not None:
             names = [expert.name for expert in self.experts]
             asked.trace.mixed(names, weights, (), entropy_nats)
@@ -320,6 +340,8 @@ class FlowEnsemble(AllEngines):
                 return moved_on(living, await self._log_likelihoods(asked, active))
             except ExpertLost as lost:
                 self._metrics.failed_over(lost.expert)
+                if asked.trace is not None:
+                    asked.trace.loses(self.experts[lost.expert].name)
 
     async def _log_likelihoods(self, asked: Asked, active: Sequence[int]) -> np.ndarray:
         """log p_k(prompt) [K] of the ``active`` experts, 0 for others: chunk by chunk from left to right, each given

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -179,12 +180,17 @@ class Rounds:
         """How many answers are being revealed."""
         return len(self._answers)
 
+    def needs(self, expert: int) -> bool:
+        """Whether it takes part in an answer."""
+        return any(expert in answer.active for answer in self._answers)
+
     def join(self, answer: Answer) -> None:
         """Reveal an answer from the next round on, until all is said or it `leave`s."""
         self._answers.append(answer)
         self._some.set()
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            # Not in the context of whoever comes first, whose request it would keep.
+            self._task = asyncio.create_task(self._run(), context=contextvars.Context())
 
     def leave(self, answer: Answer) -> None:
         """Nobody wants it any more; quiet if it has ended."""
@@ -242,25 +248,24 @@ class Rounds:
             parts.append((answer, entries))
             tokens = answer.text.tolist()
             part = Denoising(self._mask, answer.asked, np.asarray(entries))
-            asked += [
-                (i, k, self._experts[k].engine.denoise(f"round-{number}-{i}", tokens, part))
-                for k in answer.active
-            ]
-        results = await asyncio.gather(*(work for _, _, work in asked), return_exceptions=True)
-        failed: dict[int, dict[int, BaseException]] = {}
-        for (i, k, _), result in zip(asked, results, strict=True):
+            for k in answer.active:
+                engine = self._experts[k].engine  # by the end of the round the expert may have another
+                asked.append((i, k, engine, engine.denoise(f"round-{number}-{i}", tokens, part)))
+        results = await asyncio.gather(*(work for *_, work in asked), return_exceptions=True)
+        failed: dict[int, dict[int, BaseException | None]] = {}
+        for (i, k, engine, _), result in zip(asked, results, strict=True):
             if isinstance(result, BaseException):
-                failed.setdefault(i, {})[k] = result
+                failed.setdefault(i, {})[k] = None if engine.client.errored else result
         for i, errors in failed.items():
             self._go_on_without(answers[i], errors)
         there = set(self._answers)
         return [part for i, part in enumerate(parts) if i not in failed and part[0] in there]
 
-    def _go_on_without(self, answer: Answer, errors: dict[int, BaseException]) -> None:
-        """Take experts that have died out of an answer, which asks again in the next round; or end it."""
+    def _go_on_without(self, answer: Answer, errors: dict[int, BaseException | None]) -> None:
+        """Take experts that have died (None) out of an answer, which asks again in the next round; or end it."""
         for k, error in errors.items():
             try:
-                if not self._experts[k].engine.client.errored:
+                if error is not None:
                     raise error
                 answer.revealing.log_weights = answer.lost(k)
             except Exception as ends:

@@ -79,7 +79,7 @@ class Supervisor:
         async with self._one_at_a_time[expert]:
             client.health.leaves(expert)
             engine, waited_s = client.experts[expert].engine, 0.0
-            while engine.has_work() and not engine.client.errored and waited_s < patience_s:
+            while client.busy(expert) and not engine.client.errored and waited_s < patience_s:
                 await asyncio.sleep(LOOK_FOR_END_S)
                 waited_s += LOOK_FOR_END_S
             engine.end()

@@ -84,7 +84,11 @@ class LLMEngine:
         params = PoolingParams(task=FLOW_TASK, extra_kwargs={FLOW_KEY: part.to_wire()})
         prompt: Any = {"type": "token", "prompt_token_ids": list(tokens)}
         queue = await self.llm.add_request(request_id, prompt, params)
-        output = await queue.get()
+        try:
+            output = await queue.get()
+        except asyncio.CancelledError:
+            await asyncio.shield(self.cancel(queue.request_id))
+            raise
         assert isinstance(output, PoolingRequestOutput)
         return np.asarray(output.outputs.data.numpy(), np.float64)
 

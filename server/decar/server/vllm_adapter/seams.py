@@ -500,7 +500,7 @@ SEAMS: tuple[Seam, ...] = (
             "engine_core_output, req_state, iteration_stats",
             called_in="OutputProcessor.process_outputs",
         ),
-        reads(_PROCESSOR, "RequestState", "stats"),
+        reads(_PROCESSOR, "RequestState", "stats detokenizer"),
         reads("vllm.v1.metrics.stats", "RequestStateStats", "scheduled_ts"),
         calls(
             "vllm.tracing",

@@ -82,11 +82,16 @@ class Speaker:
         output = EngineCoreOutput(self._queue.request_id, list(tokens))
         if logprobs is not None:
             output.new_logprobs = LogprobsLists(*logprobs)
+        outputs = [output]
         if finish is not None:
-            output.finish_reason = _FINISHED[finish]
-            if finish == "stop" and tokens and tokens[-1] in self.ends and tokens[-1] != self._eos:
+            ended = finish == "stop" and tokens and tokens[-1] in self.ends
+            if finish == "stop" and not ended:
+                # vLLM leaves the token that stops an answer out of its text, and this one is no such token.
+                outputs.append(EngineCoreOutput(self._queue.request_id, []))
+            outputs[-1].finish_reason = _FINISHED[finish]
+            if ended and tokens[-1] != self._eos:
                 output.stop_reason = tokens[-1]
-        stopped = self._outputs.process_outputs([output]).reqs_to_abort
+        stopped = self._outputs.process_outputs(outputs).reqs_to_abort
         return finish is None and not stopped
 
     async def next(self) -> RequestOutput:
