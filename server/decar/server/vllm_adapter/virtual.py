@@ -84,7 +84,7 @@ class Speaker:
             output.new_logprobs = LogprobsLists(*logprobs)
         outputs = [output]
         if finish is not None:
-            ended = finish == "stop" and tokens and tokens[-1] in self.ends
+            ended = finish == "stop" and tokens[-1] in self.ends
             if finish == "stop" and not ended:
                 # vLLM leaves the token that stops an answer out of its text, and this one is no such token.
                 outputs.append(EngineCoreOutput(self._queue.request_id, []))

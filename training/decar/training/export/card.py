@@ -14,11 +14,6 @@ from decar.training.config import DocumentConfig, MoeConfig, Objective, Partitio
 from decar.training.expert.report import ExpertReport
 
 CARD_NAME = "README.md"
-_SERVE = [
-    "```bash",
-    "vllm serve .    # in this directory; any other tool that reads Hugging Face checkpoints will do",
-    "```",
-]
 _LOAD_MASKED = [
     "```python",
     'model = transformers.AutoModelForMaskedLM.from_pretrained(".")    # in this directory',
@@ -99,7 +94,7 @@ def average_card(origin: Origin, reports: Mapping[str, ExpertReport], read_image
             "",
             "## Serve it",
             "",
-            *(_LOAD_MASKED if origin.is_flow else _SERVE),
+            *(_LOAD_MASKED if origin.is_flow else _serve("Hugging Face")),
             "",
             "## Experts it is the mean of",
             "",
@@ -140,9 +135,7 @@ def moe_card(
             "",
             "## Serve it",
             "",
-            "```bash",
-            "vllm serve .    # in this directory; any other tool that reads Mixtral's checkpoints will do",
-            "```",
+            *_serve("Mixtral's"),
             "",
             "## Experts it is made of",
             "",
@@ -195,6 +188,15 @@ def _count(number: int | None) -> str:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def _serve(kind: str) -> list[str]:
+    """How one model alone is served, whose checkpoint is of this ``kind``."""
+    return [
+        "```bash",
+        f"vllm serve .    # in this directory; any other tool that reads {kind} checkpoints will do",
+        "```",
+    ]
 
 
 def _making(origin: Origin, reports: Mapping[str, ExpertReport], **more: BaseModel) -> list[str]:
